@@ -1,0 +1,267 @@
+"""A model and everything needed to speak with it: weights, tokenizer, atlas, the folder it came from.
+
+The weights stay a plain transformers model: nothing is wrapped, renamed or replaced, so that whatever is
+found or changed here holds for the model that everybody else loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from locus import embedded
+from locus.atlas import Atlas, read_atlas
+from locus.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal language model, ready to be traced and edited."""
+
+    module: PreTrainedModel
+    """The plain transformers model: in eval mode, no parameter requires a gradient."""
+    tokenizer: PreTrainedTokenizerBase
+    """A fast tokenizer (character offsets are needed to find subjects)."""
+    atlas: Atlas
+    """Names of the model's parts."""
+    name: str
+    """As the user called it."""
+    folder: Path | None = None
+    """The checkpoint folder it was read from; None for a model made in memory."""
+    bos: int | None = None
+    """Token put before every text; None for none."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return self.module.get_submodule(self.atlas.embed).weight.device  # type: ignore[union-attr, return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the token embedding."""
+        return self.module.get_submodule(self.atlas.embed).weight.dtype  # type: ignore[union-attr, return-value]
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence in tokens, where the configuration names one."""
+        config = self.module.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if isinstance(length := getattr(config, name, None), int):
+                return length
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every tensor of the checkpoint (of the memory, where there is no folder)."""
+        from locus.checkpoint import Checkpoint, fingerprint_of
+
+        return fingerprint_of(self.module) if self.folder is None else Checkpoint(self.folder).fingerprint()
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    bos: str | int | None = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a causal language model by folder, hub id, or `smollm2` (embedded, needs no hub).
+
+    Args:
+        name: A checkpoint folder (single file or sharded safetensors), a hub id, or "smollm2".
+        dtype: "auto" is the checkpoint's own on an accelerator and float32 on a CPU (where bfloat16 is
+            slow and coarse); or a torch dtype or its name.
+        device: "auto" is "cuda" where there is one, else "cpu".
+        device_map: accelerate's placement over several devices ("auto", "balanced", a mapping); then
+            `device` is not used.
+        attn_implementation: transformers' attention implementation, "sdpa" or "eager" for example.
+        bos: Token before every text: "auto" is whatever the tokenizer itself puts there, None or "none"
+            is nothing, else a token or its id.
+        trust_remote_code: Run modelling code that comes with the checkpoint. Off unless you trust it.
+
+    Returns:
+        The model in eval mode, no parameter requiring a gradient.
+
+    Raises:
+        InputError: no such folder or hub id, not a causal language model, no fast tokenizer, an unknown
+            dtype, device or token, a damaged checkpoint, NaN or infinite weights, or an architecture whose
+            parts have no exact names.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from locus.checkpoint import Checkpoint
+
+    device = _device(device)
+    folder = _folder_of(str(name))
+    Checkpoint(folder)  # refuses a missing shard or a truncated file in words a person understands
+    with _quiet_transformers(), _told(folder, str(name)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        kwargs: dict[str, Any] = {"dtype": _dtype(dtype, device, device_map is not None)}
+        if attn_implementation is not None:
+            kwargs["attn_implementation"] = attn_implementation
+        if device_map is not None:
+            kwargs["device_map"] = device_map
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if device_map is None:
+            module.to(device)
+    _refuse_nonfinite(module, str(name))
+    return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder)
+
+
+def wrap(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "in-memory",
+    bos: str | int | None = "auto",
+    folder: Path | None = None,
+) -> Model:
+    """Make a `Model` of a transformers model and a fast tokenizer that are already in memory.
+
+    The module itself is used, not a copy: it is put into eval mode and its parameters stop requiring
+    gradients.
+
+    Raises:
+        InputError: the tokenizer is not a fast one, `bos` is no token of it, or a part of the
+            architecture has no exact name.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{name}: its tokenizer has no fast version, which is needed to find subjects by offsets")
+    module.eval().requires_grad_(False)
+    return Model(module, tokenizer, read_atlas(module), name, folder, _bos(tokenizer, bos, name))
+
+
+def bridge(model: Model) -> Any:
+    """A TransformerLens TransformerBridge over a copy of the model: hooks and caches in its vocabulary.
+
+    The copy costs the model's memory once more; the model itself is not touched (a bridge replaces
+    submodules in place).
+    """
+    import copy
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+    twin = copy.deepcopy(model.module)
+    return TransformerBridge.boot_transformers(
+        model.name, hf_model=twin, tokenizer=copy.deepcopy(model.tokenizer), device=str(model.device), dtype=model.dtype
+    )
+
+
+def _folder_of(name: str) -> Path:
+    """The local folder that holds the checkpoint `name`, fetched from the hub if it is a hub id."""
+    if name == embedded.NAME:
+        return embedded.embedded_folder()
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise InputError(f"{name}: a model is a folder (config.json beside its safetensors), this is a file")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(
+            f"{name}: there is no such folder; give a checkpoint folder, a hub id (owner/name), or {embedded.NAME}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{name}: no such folder here, and the hub did not give it ({reason}); check the name, log in if it is "
+            f"gated, or use {embedded.NAME}, which needs no hub"
+        ) from error
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device}: not available here ({str(error).splitlines()[0]}); try cpu") from error
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device, mapped: bool) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" and not mapped else "auto"
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _bos(tokenizer: Any, bos: str | int | None, name: str) -> int | None:
+    if bos is None or bos == "none":
+        return None
+    if bos == "auto":
+        bare = tokenizer("a", add_special_tokens=False).input_ids
+        full = tokenizer("a").input_ids
+        if full[: len(bare)] == bare:
+            return None
+        if full[1 : 1 + len(bare)] == bare:
+            return int(full[0])
+        raise InputError(f"{name}: its tokenizer puts more than one token before a text; say which with --bos TOKEN")
+    if isinstance(bos, int) or bos.isdecimal():
+        if not 0 <= int(bos) < len(tokenizer):
+            raise InputError(f"--bos {bos}: {name} has tokens 0 to {len(tokenizer) - 1}")
+        return int(bos)
+    if (known := tokenizer.get_vocab().get(bos)) is None:
+        raise InputError(f"--bos {bos}: not a token of {name}; give auto, none, a token or its id")
+    return int(known)
+
+
+def _refuse_nonfinite(module: PreTrainedModel, name: str) -> None:
+    for parameter, value in module.named_parameters():
+        # The sum of the absolute values is finite exactly when all are (float32 accumulates bfloat16 safely).
+        if not torch.isfinite(value.abs().sum(dtype=torch.float64 if value.device.type == "cpu" else torch.float32)):
+            bad = int((~torch.isfinite(value)).sum())
+            raise InputError(f"{name}: {parameter} holds {bad} NaN or infinite values; the checkpoint is damaged")
+
+
+@contextlib.contextmanager
+def _told(folder: Path, name: str) -> Iterator[None]:
+    """Turn what transformers says of a bad folder into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, InputError | torch.cuda.OutOfMemoryError):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{name}: transformers cannot load it as a causal language model: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own; warnings stay."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
