@@ -1,0 +1,154 @@
+"""Batched teacher-forced passes: the logits of the target tokens, and nothing that nobody asked for.
+
+Examples of unequal length share a batch by padding on the right: a causal model's earlier positions do not
+see what stands behind them, so the padding changes nothing, whatever the position scheme. The unembedding,
+the widest product of a small model, runs only at the positions that predict a target token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from locus.hooks import patched
+from locus.tokens import Encoded, encode
+
+if TYPE_CHECKING:
+    from locus.fact import Example, Fact
+    from locus.model import Model
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences padded on the right, and the places where their targets are predicted."""
+
+    ids: Int[Tensor, "batch pos"]
+    """Token ids; padding repeats id 0."""
+    attention_mask: Int[Tensor, "batch pos"]
+    """1 on tokens, 0 on padding."""
+    rows: Int[Tensor, " label"]
+    """Row of each target token."""
+    cols: Int[Tensor, " label"]
+    """Position whose logits predict that token: one before it."""
+    labels: Int[Tensor, " label"]
+    """The target token itself."""
+    example: Int[Tensor, " label"]
+    """Index of its example in the caller's list."""
+    examples: tuple[int, ...]
+    """Index in the caller's list of each row."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = (t.to(device) for t in (self.ids, self.attention_mask, self.rows, self.cols, self.labels, self.example))
+        return Batch(*moved, examples=self.examples)
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """What a model gives to the target of each example, teacher-forced."""
+
+    nll: Float[Tensor, " example"]
+    """Negative log-likelihood, summed over the target's tokens, in nats."""
+    n_tokens: Int[Tensor, " example"]
+    """Tokens of the target."""
+    correct: Bool[Tensor, " example"]
+    """Whether every token of the target is the model's first choice."""
+    first_prob: Float[Tensor, " example"]
+    """Probability of the target's first token."""
+
+    @property
+    def prob(self) -> Float[Tensor, " example"]:
+        """Probability of the whole target."""
+        return (-self.nll).exp()
+
+
+def collate(encoded: Sequence[Encoded], examples: Sequence[int]) -> Batch:
+    """Pad `encoded[i]` for i in `examples` on the right into one batch, on the CPU."""
+    chosen = [encoded[i] for i in examples]
+    width = max(len(e.ids) for e in chosen)
+    ids = torch.zeros(len(chosen), width, dtype=torch.long)
+    mask = torch.zeros(len(chosen), width, dtype=torch.long)
+    rows, cols, labels, owner = [], [], [], []
+    for row, (index, one) in enumerate(zip(examples, chosen, strict=True)):
+        ids[row, : len(one.ids)] = torch.tensor(one.ids)
+        mask[row, : len(one.ids)] = 1
+        for position in range(one.target_start, len(one.ids)):
+            rows.append(row)
+            cols.append(position - 1)
+            labels.append(one.ids[position])
+            owner.append(index)
+    index_tensors = (torch.tensor(x, dtype=torch.long) for x in (rows, cols, labels, owner))
+    return Batch(ids, mask, *index_tensors, examples=tuple(examples))
+
+
+def batches(encoded: Sequence[Encoded], max_tokens: int = 4096) -> list[Batch]:
+    """Cut a list of examples into batches of at most `max_tokens` padded tokens (at least one example each).
+
+    Examples are sorted by length so that little is padding; `Batch.example` leads back to the caller's order.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * len(encoded[index].ids) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return [collate(encoded, group) for group in groups]
+
+
+def label_logits(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:
+    """Logits at the positions that predict a target token, in float32, differentiable.
+
+    The model runs as it is; before its unembedding the other positions are dropped, so that soft-capping
+    and scaling behind it still apply and no [batch, position, vocabulary] tensor is ever made.
+    """
+    batch = batch.to(model.device)
+
+    def keep_labelled(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "1 label d_model"]:
+        return hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)].unsqueeze(0)
+
+    with patched(model.module, inputs={model.atlas.unembed: keep_labelled}):
+        logits = model.module(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits[0].float()
+
+
+def label_nll(logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
+    """Negative log-likelihood of each target token, in nats."""
+    return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+
+
+def example_sum(values: Float[Tensor, " label"], batch: Batch) -> Float[Tensor, " row"]:
+    """Sum a per-token value over each example's target; one value for each row of the batch."""
+    return values.new_zeros(len(batch.examples)).index_add(0, batch.rows.to(values.device), values)
+
+
+@torch.no_grad()
+def measure(
+    model: Model, examples: Sequence[Example | Fact | Encoded], max_tokens: int = 4096
+) -> TargetScores:
+    """Score the target of each example in batched forward passes; results are in the caller's order.
+
+    Raises:
+        InputError: an example that cannot be encoded (see `locus.tokens.encode`), or a result that is not
+            a number.
+    """
+    encoded = [e if isinstance(e, Encoded) else encode(model, e) for e in examples]
+    n = len(encoded)
+    nll, first = torch.zeros(n), torch.zeros(n)
+    correct = torch.ones(n, dtype=torch.bool)
+    for batch in batches(encoded, max_tokens):
+        logits = label_logits(model, batch)
+        token_nll = label_nll(logits, batch).cpu()
+        nll.index_add_(0, batch.example, token_nll)
+        hit = logits.argmax(-1).cpu() == batch.labels
+        correct[batch.example[~hit]] = False
+        starts = torch.tensor([encoded[int(i)].target_start - 1 for i in batch.example], dtype=torch.long)
+        is_first = batch.cols == starts
+        first[batch.example[is_first]] = (-token_nll[is_first]).exp()
+    return TargetScores(nll, torch.tensor([e.n_target for e in encoded], dtype=torch.long), correct, first)
