@@ -1,0 +1,5 @@
+"""`python -m locus` is the command `locus`."""
+
+from locus.cli import main
+
+main()

@@ -1,0 +1,165 @@
+"""Options that several commands share, and the options that a method's own fields become."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from cyclopts import App, Group, Parameter
+
+from locus.errors import InputError
+
+if TYPE_CHECKING:
+    from locus.fact import Fact
+    from locus.model import Model
+
+S = TypeVar("S")
+
+_MODEL = Group("Model", sort_key=10)
+_RUN = Group("Run", sort_key=11)
+_OUTPUT = Group("Output", sort_key=12)
+
+MethodTokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+"""What is left of the command line for the chosen method's own options."""
+
+
+@Parameter(name="*", group=_MODEL)
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded."""
+
+    device: str = "auto"
+    """Where it runs: cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    device_map: str | None = None
+    """Spread the model over several devices (auto, balanced), through accelerate."""
+    attn: str | None = None
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2."""
+    bos: str = "auto"
+    """Token put before every text: auto (the tokenizer's own), none, a token or its id."""
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False
+    """Run modelling code that comes with the checkpoint."""
+
+    def load(self, name: str) -> Model:
+        """Load the model `name` this way."""
+        from locus.model import load_model
+
+        return load_model(
+            name,
+            dtype=self.dtype,
+            device=self.device,
+            device_map=self.device_map,
+            attn_implementation=self.attn,
+            bos=self.bos,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@Parameter(name="*", group=_RUN)
+@dataclass(frozen=True)
+class Running:
+    """How much is done, and from where it goes on."""
+
+    limit: int | None = None
+    """Only the first N facts."""
+    seed: int = 0
+    """Seed of everything random."""
+    batch_tokens: int | None = None
+    """Tokens a forward pass holds at most; the default is measured from free memory."""
+    resume: Annotated[bool, Parameter(negative="")] = False
+    """Go on with what an earlier, interrupted run of the same command left in the output folder."""
+
+    def facts(self, path: str) -> list[Fact]:
+        """The first `limit` facts of a file."""
+        from locus.fact import read_facts
+
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: give 1 or more")
+        return read_facts(path, limit=self.limit)
+
+
+@Parameter(name="*", group=_OUTPUT)
+@dataclass(frozen=True)
+class Talking:
+    """What is said while and after."""
+
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+    quiet: Annotated[bool, Parameter(negative="", name=["--quiet", "-q"])] = False
+    """No progress and no summary."""
+    debug: Annotated[bool, Parameter(negative="")] = False
+    """Show the traceback of an error."""
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show progress on stderr, unless quiet."""
+        from locus import progress
+
+        if self.quiet:
+            yield
+        else:
+            with progress.show():
+                yield
+
+    def note(self, text: str) -> None:
+        """Say something on the way, on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def finish(self, result: dict[str, Any], summary: str | Any) -> None:
+        """End a command: the JSON object if it was asked for, else a summary for a person (text or a rich table)."""
+        if self.json:
+            print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        elif not self.quiet:
+            from rich.console import Console
+
+            Console(highlight=False, soft_wrap=True).print(summary)
+
+
+def method_class(table: dict[str, type[S]], name: str, kind: str) -> type[S]:
+    """The entry `name` of a table of methods.
+
+    Raises:
+        InputError: there is none; the message names the nearest and says how to list them all.
+    """
+    import difflib
+
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"--method {name}: no such {kind}; {guess}`locus methods` lists them: {', '.join(sorted(table))}")
+
+
+def method_app(command: str, cls: type[Any]) -> App:
+    """A parser of a method's own options: the fields of its dataclass."""
+    app = App(name=command, version_flags=(), help_flags=(), help=(cls.__doc__ or "").strip().split("\n")[0])
+
+    def settings(*, s: Annotated[cls, Parameter(name="*")] = cls()) -> Any:  # type: ignore[valid-type]
+        return s
+
+    settings.__annotations__["s"] = Annotated[cls, Parameter(name="*")]
+    app.default(settings)
+    return app
+
+
+def settings_of(command: str, cls: type[S], tokens: Sequence[str]) -> S:
+    """Make a method from its own options on the command line.
+
+    Raises:
+        CycloptsError: an unknown option, or a value of another type.
+        InputError: a value that the method itself refuses.
+    """
+    try:
+        made: S = method_app(command, cls)(
+            list(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+        )
+    except ValueError as error:
+        raise InputError(f"{command}: {error}") from error
+    return made
