@@ -1,0 +1,28 @@
+"""What a localizer will spend, told before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work in passes of one example through the whole model.
+
+    A pass that touches only a part of the model, or a part of the positions, counts for that part: half of
+    the layers is half a forward, one position of a prompt of 48 is a forty-eighth.
+    """
+
+    forwards: float = 0.0
+    """Forward passes of one example."""
+    backwards: float = 0.0
+    """Backward passes of one example; each is worth about one to two forwards."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.forwards * times, self.backwards * times)
+
+    def __str__(self) -> str:
+        return f"{self.forwards:,.4g} forwards and {self.backwards:,.4g} backwards of one example"
