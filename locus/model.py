@@ -107,7 +107,7 @@ def load_model(
     from locus.checkpoint import Checkpoint
 
     device = _device(device)
-    folder = _folder_of(str(name))
+    folder = checkpoint_folder(str(name))
     Checkpoint(folder)  # refuses a missing shard or a truncated file in words a person understands
     with _quiet_transformers(), _told(folder, str(name)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -164,8 +164,12 @@ def bridge(model: Model) -> Any:
     )
 
 
-def _folder_of(name: str) -> Path:
-    """The local folder that holds the checkpoint `name`, fetched from the hub if it is a hub id."""
+def checkpoint_folder(name: str) -> Path:
+    """The local folder that holds the checkpoint `name`: a folder, `smollm2`, or a hub id, fetched if need be.
+
+    Raises:
+        InputError: there is no such folder, and the hub does not give it.
+    """
     if name == embedded.NAME:
         return embedded.embedded_folder()
     path = Path(name)
