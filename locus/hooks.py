@@ -1,0 +1,237 @@
+"""Look at and change what flows between a model's modules. The only file that registers hooks.
+
+Everything here is a context manager, checks all names before it touches anything, and is undone on leaving,
+whatever happened inside. Modules are named by their plain dotted path, as in `named_modules()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from locus.errors import InputError
+
+Patch = Callable[[Tensor], Tensor | None]
+"""Given a module's input or output, its replacement, or None to leave it as it is."""
+
+_NOTHING: Mapping[str, Patch] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What went through the named modules in the latest forward."""
+
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """Module name -> the tensor it returned (the first one, where it returned a tuple)."""
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """Module name -> the tensor it was called with (the first positional one, else `hidden_states`)."""
+
+
+class StopForward(Exception):
+    """Raised inside a forward by `stop_after`, and caught by it."""
+
+
+@contextlib.contextmanager
+def patched(
+    module: nn.Module, outputs: Mapping[str, Patch] = _NOTHING, inputs: Mapping[str, Patch] = _NOTHING
+) -> Iterator[None]:
+    """Pass the inputs or outputs of named modules through functions, within the context.
+
+    A patch receives the module's (first) tensor and returns its replacement, or None to keep it. Tensors come
+    as `batch pos d` also from modules that run on flattened rows (OPT's MLP). Patches of nested contexts on
+    one module run in the order in which the contexts were entered.
+
+    Args:
+        module: The model; never left changed.
+        outputs: Module name -> patch of what the module returns.
+        inputs: Module name -> patch of what the module is called with.
+
+    Raises:
+        InputError: no module has that name; nothing has been registered then.
+    """
+    found = _find(module, [*outputs, *inputs])
+    with contextlib.ExitStack() as stack:
+        shapes = _Shapes(module, found, stack)
+        for name, patch in inputs.items():
+            stack.enter_context(_registered(_input_hook(found[name], patch, shapes[name])))
+        for name, patch in outputs.items():
+            stack.enter_context(_registered(_output_hook(found[name], patch, shapes[name])))
+        yield
+
+
+@contextlib.contextmanager
+def record(
+    module: nn.Module, outputs: Iterable[str] = (), inputs: Iterable[str] = (), detach: bool = True
+) -> Iterator[Recording]:
+    """Keep what goes in and out of named modules; the recording stays readable after the context.
+
+    Recorded tensors are copies: some models add to a module's output in place (Falcon), which must not
+    change what was recorded.
+
+    Args:
+        module: The model; never left changed.
+        outputs: Names of modules whose (first) output tensor to keep.
+        inputs: Names of modules whose (first) input tensor to keep.
+        detach: Keep values only. If False the recorded tensors stay part of the graph, so that
+            `torch.autograd.grad(loss, recording.outputs[name])` is the gradient at that site; a tensor
+            that would need no gradient (all weights frozen) becomes a leaf that does.
+
+    Raises:
+        InputError: no module has that name; nothing has been registered then.
+    """
+    kept = Recording()
+
+    def keep(into: dict[str, Tensor], name: str) -> Patch:
+        def patch(tensor: Tensor) -> Tensor | None:
+            if detach:
+                into[name] = tensor.detach().clone()
+                return None
+            if torch.is_grad_enabled() and not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            into[name] = tensor
+            return tensor.clone()  # what flows on is the copy: nothing downstream can overwrite ours
+
+        return patch
+
+    at_outputs = {name: keep(kept.outputs, name) for name in outputs}
+    at_inputs = {name: keep(kept.inputs, name) for name in inputs}
+    with patched(module, at_outputs, at_inputs):
+        yield kept
+
+
+@contextlib.contextmanager
+def stop_after(module: nn.Module, name: str) -> Iterator[None]:
+    """End the context as soon as the module called `name` has returned: a truncated forward.
+
+    Enter it last, so that recordings and patches of that module still run:
+
+        with record(model, outputs=[block]) as recording, stop_after(model, block):
+            model(ids)
+
+    Raises:
+        InputError: no module has that name.
+    """
+    target = _find(module, [name])[name]
+    reached = StopForward(name)
+
+    def stop(*_: Any) -> None:
+        raise reached
+
+    with _registered(target.register_forward_hook(stop)):
+        try:
+            yield
+        except StopForward as stopped:
+            if stopped is not reached:
+                raise
+
+
+def _find(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The named modules, or an InputError that lists near matches."""
+    tree = dict(module.named_modules(remove_duplicate=False))
+    found = {}
+    for name in names:
+        if not name or name not in tree:
+            near = difflib.get_close_matches(name, tree, n=3, cutoff=0.5)
+            mend = f"near: {', '.join(near)}" if near else f"names look like {next(reversed(tree))}"
+            raise InputError(f'{type(module).__name__} has no module "{name}"; {mend}')
+        found[name] = tree[name]
+    return found
+
+
+class _Shapes:
+    """For each named module, `batch pos` of the call around it: to unflatten modules that run on rows."""
+
+    def __init__(
+        self, module: nn.Module, found: Mapping[str, nn.Module], stack: contextlib.ExitStack
+    ) -> None:
+        self._seen: dict[str, list[int]] = {}
+        for name in found:
+            parent = name.rpartition(".")[0]
+            if parent and parent not in self._seen:
+                self._seen[parent] = []
+                stack.enter_context(
+                    _registered(self._watch(module.get_submodule(parent), self._seen[parent]))
+                )
+
+    def __getitem__(self, name: str) -> list[int]:
+        return self._seen.get(name.rpartition(".")[0], [])
+
+    @staticmethod
+    def _watch(parent: nn.Module, seen: list[int]) -> RemovableHandle:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            where = _first(args, kwargs)
+            tensor = None if where is None else where[0][where[1]]
+            seen[:] = tensor.shape[:2] if tensor is not None and tensor.dim() == 3 else ()
+
+        return parent.register_forward_pre_hook(note, with_kwargs=True)
+
+
+@contextlib.contextmanager
+def _registered(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Where the tensor that flows through a call is: (container, key)."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return args, i
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return kwargs, "hidden_states"
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return kwargs, key
+    return None
+
+
+def _apply(patch: Patch, tensor: Tensor, batch_pos: list[int]) -> Tensor | None:
+    """Call the patch on `batch pos d`, give its answer back in the tensor's own shape."""
+    if tensor.dim() == 2 and batch_pos and batch_pos[0] * batch_pos[1] == tensor.shape[0]:
+        new = patch(tensor.unflatten(0, batch_pos))
+        return None if new is None else new.reshape(tensor.shape)
+    return patch(tensor)
+
+
+def _input_hook(target: nn.Module, patch: Patch, batch_pos: list[int]) -> RemovableHandle:
+    def hook(
+        called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        where = _first(args, kwargs)
+        if where is None:
+            raise TypeError(
+                f"{type(called).__name__} was called without a tensor; nothing to patch or record"
+            )
+        container, key = where
+        new = _apply(patch, container[key], batch_pos)
+        if new is None:
+            return None
+        if container is args:
+            return (*args[:key], new, *args[key + 1 :]), kwargs
+        return args, {**kwargs, key: new}
+
+    return target.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _output_hook(target: nn.Module, patch: Patch, batch_pos: list[int]) -> RemovableHandle:
+    def hook(called: nn.Module, _: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return _apply(patch, output, batch_pos)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            new = _apply(patch, output[0], batch_pos)
+            return None if new is None else (new, *output[1:])
+        raise TypeError(
+            f"{type(called).__name__} returned {type(output).__name__}, neither a tensor nor a tuple"
+        )
+
+    return target.register_forward_hook(hook)
