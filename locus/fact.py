@@ -1,0 +1,296 @@
+"""Facts: what the model must forget or keep.
+
+A target is explicit: the space before a word belongs to the target (`"The capital of France is"` +
+`" Paris"`), because that is how the tokens split. Our own JSONL keeps targets as they are written; readers
+of formats that leave the space out put it in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain, islice
+from pathlib import Path
+
+from locus.errors import InputError
+from locus.formats import FORMATS, detect, slug, text_records
+from locus.records import Record, head, hub_records, json_array, json_lines, missing, opened, text_blocks
+
+_DATA = Path(__file__).with_name("data")
+SHIPPED = {"demo-forget": _DATA / "forget.jsonl", "demo-retain": _DATA / "retain.jsonl"}
+"""Fact files that come with the package, by the name that `read_facts` takes."""
+
+_MAX_ID = 120
+_UNSAFE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what should follow it."""
+
+    prompt: str
+    target: str
+    """With its leading space, where it has one."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InputError("the prompt is empty: the target needs a context")
+        if not self.target.strip():
+            raise InputError(f'no target after "{self.prompt}": say what must follow')
+        for text in (self.prompt, self.target):
+            if _half_character(text):
+                raise InputError(f"{text!r} holds half a character (a lone surrogate): write the whole one")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something the model knows: a prompt that has one right continuation, with what tests the knowledge.
+
+    Raises:
+        InputError: nothing to predict, a subject that is not in the prompt, an id that cannot name a file.
+    """
+
+    id: str
+    """Unique in its file; names the files of results, so it holds no path separator."""
+    prompt: str
+    target: str
+    """The right continuation, with its leading space."""
+    subject: str | None = None
+    """What the fact is about, as it stands in the prompt; None where there is no such thing."""
+    subject_start: int | None = None
+    """Character offset of the subject in the prompt; None to search, see `subject_span`."""
+    relation: str | None = None
+    """What kind of fact it is: facts of one relation are near each other."""
+    paraphrases: tuple[str, ...] = ()
+    """Other prompts with the same target."""
+    neighbours: tuple[Example, ...] = ()
+    """Facts close by that an edit must leave alone."""
+    alternatives: tuple[str, ...] = ()
+    """Wrong targets of the same kind."""
+    held_out: bool = False
+    """Kept from the editor, to judge it by."""
+    source: str = ""
+    """Where it was read: `"facts.jsonl, line 17"`."""
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except InputError as error:
+            raise InputError(f"{self.source or f'fact {self.id!r}'}: {error}") from None
+
+    def _check(self) -> None:
+        _check_id(self.id)
+        _ = self.example, self.paraphrase_examples
+        for target in self.alternatives:
+            Example(self.prompt, target)
+        if self.subject is None:
+            if self.subject_start is not None:
+                raise InputError("subject_start without a subject: give the subject too")
+            return
+        if not self.subject.strip():
+            raise InputError("the subject is empty: leave the field out where there is no subject")
+        if self.subject not in self.prompt:
+            raise InputError(_absent(self.subject, self.prompt))
+        start = self.subject_start
+        if start is not None and (start < 0 or not self.prompt.startswith(self.subject, start)):
+            raise InputError(
+                f'subject "{self.subject}" does not begin at character {start} of prompt "{self.prompt}": '
+                f"it begins at {', '.join(map(str, _occurrences(self.subject, self.prompt)))}"
+            )
+
+    @property
+    def example(self) -> Example:
+        """The prompt and its target."""
+        return Example(self.prompt, self.target)
+
+    @property
+    def paraphrase_examples(self) -> tuple[Example, ...]:
+        """Every paraphrase with the target."""
+        return tuple(Example(prompt, self.target) for prompt in self.paraphrases)
+
+    @property
+    def subject_span(self) -> tuple[int, int] | None:
+        """Half-open range of the subject's characters in the prompt.
+
+        Without `subject_start`: the first occurrence as whole words, else the first at all. The first,
+        because everything the model says of the subject later on has already read it, and because ROME
+        takes it too, so that numbers can be compared.
+        """
+        if self.subject is None:
+            return None
+        start = self.subject_start
+        if start is None:
+            whole = re.search(rf"(?<!\w){re.escape(self.subject)}(?!\w)", self.prompt)
+            start = whole.start() if whole else self.prompt.index(self.subject)
+        return start, start + len(self.subject)
+
+
+def read_facts(path_or_name: str | Path, format: str = "auto", limit: int | None = None) -> list[Fact]:
+    """Read facts from a file, one of the `SHIPPED` ones, or a hub dataset (`hf://owner/name/config#split`).
+
+    Args:
+        path_or_name: Our JSONL, ROME's known_1000, CounterFact, TOFU, bare triples, plain text in blocks
+            (.txt); any of them gzipped. JSON may be one object a line or one array.
+        format: A key of `locus.formats.FORMATS`, "text", or "auto" to go by the content.
+        limit: Stop after so many facts; the rest of the file is not read.
+
+    Raises:
+        InputError: the file is missing, empty or damaged, or a record is wrong: names file, line, mend.
+    """
+    name = str(path_or_name)
+    if format not in ("auto", "text", *FORMATS):
+        raise InputError(f"unknown format {did_you_mean(format, ('auto', 'text', *FORMATS))}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: must be 1 or more")
+    if name.startswith("hf://"):
+        return _facts(hub_records(name), name, format, True, limit)
+    path = Path(path_or_name)
+    if name in SHIPPED and not path.exists():
+        path, name = SHIPPED[name], SHIPPED[name].name
+    elif not os.path.exists(path):  # unlike Path.exists, False for a name no file can have
+        raise InputError(missing(path, SHIPPED))
+    with opened(path) as stream:
+        start = head(stream)
+        if not start:
+            raise InputError(f"{name}: an empty file: give one fact a line")
+        if format == "text" or (format == "auto" and _is_text(path, start)):
+            return _facts(text_records(stream, name), name, "jsonl", False, limit)
+        in_array = start.startswith("[")
+        records = (json_array if in_array else json_lines)(stream, name)
+        return _facts(records, name, format, in_array, limit)
+
+
+def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
+    """Write facts as our JSONL, atomically; fields that say nothing are left out."""
+    from locus.artefact import atomic_file
+
+    with atomic_file(Path(path)) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+        for fact in facts:
+            record = {name: getattr(fact, name) for name in _FIELDS if name != "source"}
+            record["neighbours"] = [vars(example) for example in fact.neighbours]
+            said = {name: value for name, value in record.items() if value or type(value) is int}
+            file.write(json.dumps(said, ensure_ascii=False) + "\n")
+
+
+def neutral_text(path: str | Path | None = None) -> list[str]:
+    """Paragraphs (blank lines between them) of a text file; by default everyday ones that come with locus."""
+    path = _DATA / "neutral.txt" if path is None else Path(path)
+    with opened(path) as stream:
+        paragraphs = [block for _, block in text_blocks(stream, str(path))]
+    if not paragraphs:
+        raise InputError(f"{path}: an empty file: give paragraphs with blank lines between them")
+    return paragraphs
+
+
+def did_you_mean(name: str, known: Sequence[str] | Iterable[str]) -> str:
+    """The name in quotes with the nearest of the known ones, or with all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f'"{name}": ' + (f'did you mean "{near[0]}"?' if near else f"there is {', '.join(known)}")
+
+
+def _is_text(path: Path, start: str) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    return suffixes[-1:] in ([".txt"], [".text"], [".md"]) and not re.match(r'\[?\s*\{\s*"', start)
+
+
+def _facts(
+    records: Iterator[Record], name: str, format: str, in_array: bool, limit: int | None
+) -> list[Fact]:
+    first = next(records, None)
+    if first is None:
+        raise InputError(f"{name}: holds no facts")
+    if format == "auto":
+        format = detect(first, in_array, set(_FIELDS))
+    places: dict[str, str] = {}
+    found = []
+    for number, record in enumerate(islice(chain([first], records), limit), 1):
+        fact = _fact(FORMATS[format](record), number)
+        key = unicodedata.normalize("NFC", fact.id).casefold()  # as file systems compare names
+        if key in places:
+            raise InputError(f'{record.place}: id "{fact.id}" is taken by {places[key]}: ids must differ')
+        places[key] = record.place
+        found.append(fact)
+    return found
+
+
+_FIELDS = tuple(field.name for field in fields(Fact))
+_EXAMPLE_FIELDS = tuple(field.name for field in fields(Example))
+
+
+def _fact(record: Record, number: int) -> Fact:
+    """A record of our own form, strictly; `number` names it when it has no id."""
+    _refuse_unknown(record, _FIELDS)
+    prompt, target = record.text("prompt"), record.text("target")
+    subject = record.optional_text("subject")
+    derived = slug(subject or " ".join(prompt.split()[:6]))
+    start = record.fields.get("subject_start")
+    if start is not None and type(start) is not int:
+        raise InputError(f'{record.place}: "subject_start" must be a whole number')
+    held_out = record.fields.get("held_out", False)
+    if not isinstance(held_out, bool):
+        raise InputError(f'{record.place}: "held_out" must be true or false')
+    given = record.optional_text("id")
+    fact = Fact(
+        id=(f"{number:04d}-{derived}" if derived else f"{number:04d}") if given is None else given,
+        prompt=prompt,
+        target=target,
+        subject=subject,
+        subject_start=start,
+        relation=record.optional_text("relation"),
+        paraphrases=tuple(record.texts("paraphrases")),
+        neighbours=tuple(_example(neighbour) for neighbour in record.objects("neighbours")),
+        alternatives=tuple(record.texts("alternatives")),
+        held_out=held_out,
+        source=record.place,
+    )
+    source = record.optional_text("source")
+    return fact if source is None else replace(fact, source=source)
+
+
+def _example(record: Record) -> Example:
+    _refuse_unknown(record, _EXAMPLE_FIELDS)
+    try:
+        return Example(record.text("prompt"), record.text("target"))
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(record.place) else f"{record.place}: {text}") from None
+
+
+def _refuse_unknown(record: Record, known: Sequence[str]) -> None:
+    for name in record.fields:
+        if name not in known:
+            raise InputError(f"{record.place}: unknown field {did_you_mean(name, known)}")
+
+
+def _check_id(name: str) -> None:
+    if found := _UNSAFE.search(name):
+        raise InputError(f"id {name!r} has {found[0]!r}, but ids name files: use letters, digits, - and _")
+    if not name or name.startswith((".", " ")) or name.endswith((".", " ")):
+        raise InputError(f"id {name!r} cannot name a file: let it begin and end with a letter or digit")
+    if len(name.encode("utf-8", "replace")) > _MAX_ID or _half_character(name):
+        raise InputError(f"id {name[:40]!r}… cannot name a file: at most {_MAX_ID} bytes of UTF-8")
+
+
+def _half_character(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _occurrences(subject: str, prompt: str) -> list[int]:
+    return [match.start() for match in re.finditer(f"(?={re.escape(subject)})", prompt)]
+
+
+def _absent(subject: str, prompt: str) -> str:
+    said = f'subject "{subject}" does not occur in prompt "{prompt}"'
+    if (at := prompt.casefold().find(subject.casefold())) >= 0:
+        return f'{said} (differs in case?): write "{prompt[at : at + len(subject)]}"'
+    if unicodedata.normalize("NFKC", subject) in unicodedata.normalize("NFKC", prompt):
+        return f"{said} (accents or widths are encoded otherwise): copy it from the prompt"
+    if "".join(subject.split()) in "".join(prompt.split()):
+        return f"{said} (differs in spaces?): copy it from the prompt"
+    return f"{said}: copy it from the prompt, or leave the subject out"
