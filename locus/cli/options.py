@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from locus.errors import InputError
 
@@ -137,16 +138,58 @@ def method_class(table: dict[str, type[S]], name: str, kind: str) -> type[S]:
     raise InputError(f"--method {name}: no such {kind}; {guess}`locus methods` lists them: {', '.join(sorted(table))}")
 
 
-def method_app(command: str, cls: type[Any]) -> App:
-    """A parser of a method's own options: the fields of its dataclass."""
+def method_app(command: str, cls: type[S]) -> App:
+    """A parser of a method's own options: the fields of its dataclass, those of nested ones among them.
+
+    A field of the nested `training` is called by its own name (`--lr`); those of any other nested dataclass
+    have the field's name in front (`--retain-weight`).
+    """
     app = App(name=command, version_flags=(), help_flags=(), help=(cls.__doc__ or "").strip().split("\n")[0])
+    leaves = list(_leaves(cls(), ()))
 
-    def settings(*, s: Annotated[cls, Parameter(name="*")] = cls()) -> Any:  # type: ignore[valid-type]
-        return s
+    def make(**given: Any) -> S:
+        return _built(cls(), (), given)  # type: ignore[no-any-return]
 
-    settings.__annotations__["s"] = Annotated[cls, Parameter(name="*")]
-    app.default(settings)
+    hints = {_flag(p): Annotated[hint, Parameter(help=doc, consume_multiple=True)] for p, hint, _, doc in leaves}
+    make.__annotations__ = hints
+    make.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(_flag(p), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[_flag(p)])
+            for p, _, default, _ in leaves
+        ]
+    )
+    app.default(make)
     return app
+
+
+def _leaves(made: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any, str]]:
+    """Path, type, default and description of every plain field of a dataclass instance and of those in it."""
+    from docstring_parser import parse_from_object
+
+    hints = get_type_hints(type(made))
+    docs = {p.arg_name: p.description or "" for p in parse_from_object(type(made)).params}
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, (*path, field.name))
+        else:
+            yield (*path, field.name), hints[field.name], value, " ".join(docs.get(field.name, "").split())
+
+
+def _flag(path: tuple[str, ...]) -> str:
+    return "_".join(part for part in path if part != "training")
+
+
+def _built(made: Any, path: tuple[str, ...], given: Mapping[str, Any]) -> Any:
+    """A copy of a (nested) dataclass instance with the given leaves in place of its own, all at once."""
+    fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+    changed = {
+        name: _built(value, (*path, name), given)
+        if dataclasses.is_dataclass(value)
+        else given.get(_flag((*path, name)), value)
+        for name, value in fields.items()
+    }
+    return dataclasses.replace(made, **changed)
 
 
 def settings_of(command: str, cls: type[S], tokens: Sequence[str]) -> S:
@@ -163,3 +206,24 @@ def settings_of(command: str, cls: type[S], tokens: Sequence[str]) -> S:
     except ValueError as error:
         raise InputError(f"{command}: {error}") from error
     return made
+
+
+def settings_from(where: str, cls: type[S], given: Mapping[str, Any]) -> S:
+    """Make a method from a table of its options, as in a TOML file; names as on the command line.
+
+    Raises:
+        InputError: an unknown option or a value that the method refuses.
+    """
+    tokens: list[str] = []
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            tokens.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            tokens += [flag, *map(str, value)]
+        else:
+            tokens += [flag, str(value)]
+    try:
+        return settings_of(where, cls, tokens)
+    except CycloptsError as error:
+        raise InputError(f"{where}: {error}") from error
