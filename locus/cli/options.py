@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -76,6 +77,11 @@ class Running:
     resume: Annotated[bool, Parameter(negative="")] = False
     """Go on with what an earlier, interrupted run of the same command left in the output folder."""
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The options that a method may have as fields of its own."""
+        return {"seed": self.seed, "batch_tokens": self.batch_tokens}
+
     def facts(self, path: str) -> list[Fact]:
         """The first `limit` facts of a file."""
         from locus.fact import read_facts
@@ -138,17 +144,19 @@ def method_class(table: dict[str, type[S]], name: str, kind: str) -> type[S]:
     raise InputError(f"--method {name}: no such {kind}; {guess}`locus methods` lists them: {', '.join(sorted(table))}")
 
 
-def method_app(command: str, cls: type[S]) -> App:
+def method_app(command: str, cls: type[S], shared: Mapping[str, Any] = MappingProxyType({})) -> App:
     """A parser of a method's own options: the fields of its dataclass, those of nested ones among them.
 
     A field of the nested `training` is called by its own name (`--lr`); those of any other nested dataclass
-    have the field's name in front (`--retain-weight`).
+    have the field's name in front (`--retain-weight`). Fields named in `shared` are options of the command
+    itself (`--seed`): they get that value, unless it is None, and are no options here.
     """
     app = App(name=command, version_flags=(), help_flags=(), help=(cls.__doc__ or "").strip().split("\n")[0])
-    leaves = list(_leaves(cls(), ()))
+    leaves = [leaf for leaf in _leaves(cls(), ()) if _flag(leaf[0]) not in shared]
+    settled = {name: value for name, value in shared.items() if value is not None}
 
     def make(**given: Any) -> S:
-        return _built(cls(), (), given)  # type: ignore[no-any-return]
+        return _built(cls(), (), {**settled, **given})  # type: ignore[no-any-return]
 
     hints = {_flag(p): Annotated[hint, Parameter(help=doc, consume_multiple=True)] for p, hint, _, doc in leaves}
     make.__annotations__ = hints
@@ -192,15 +200,17 @@ def _built(made: Any, path: tuple[str, ...], given: Mapping[str, Any]) -> Any:
     return dataclasses.replace(made, **changed)
 
 
-def settings_of(command: str, cls: type[S], tokens: Sequence[str]) -> S:
-    """Make a method from its own options on the command line.
+def settings_of(
+    command: str, cls: type[S], tokens: Sequence[str], shared: Mapping[str, Any] = MappingProxyType({})
+) -> S:
+    """Make a method from its own options on the command line, and those it shares with the command.
 
     Raises:
         CycloptsError: an unknown option, or a value of another type.
         InputError: a value that the method itself refuses.
     """
     try:
-        made: S = method_app(command, cls)(
+        made: S = method_app(command, cls, shared)(
             list(tokens), exit_on_error=False, print_error=False, result_action="return_value"
         )
     except ValueError as error:
@@ -208,7 +218,9 @@ def settings_of(command: str, cls: type[S], tokens: Sequence[str]) -> S:
     return made
 
 
-def settings_from(where: str, cls: type[S], given: Mapping[str, Any]) -> S:
+def settings_from(
+    where: str, cls: type[S], given: Mapping[str, Any], shared: Mapping[str, Any] = MappingProxyType({})
+) -> S:
     """Make a method from a table of its options, as in a TOML file; names as on the command line.
 
     Raises:
@@ -224,6 +236,6 @@ def settings_from(where: str, cls: type[S], given: Mapping[str, Any]) -> S:
         else:
             tokens += [flag, str(value)]
     try:
-        return settings_of(where, cls, tokens)
+        return settings_of(where, cls, tokens, shared)
     except CycloptsError as error:
         raise InputError(f"{where}: {error}") from error

@@ -1,0 +1,151 @@
+"""`locus edit`: make the model forget, changing only the masked weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
+
+if TYPE_CHECKING:
+    from locus.delta import WeightDelta
+    from locus.fact import Fact
+    from locus.mask import WeightMask
+    from locus.model import Model
+
+DELTA, ABOUT, HISTORY = "delta.safetensors", "edit.json", "history.jsonl"
+
+
+def edit(
+    model: str,
+    facts: str,
+    /,
+    *tokens: MethodTokens,
+    mask: Path,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    method: str = "npo",
+    retain: str | None = None,
+    text: Path | None = None,
+    controls: int = 0,
+    loading: Loading = Loading(),
+    running: Running = Running(),
+    talking: Talking = Talking(),
+) -> None:
+    """Make the model forget the facts by changing only the masked weights; writes a delta.
+
+    Each method has options of its own: `locus methods NAME` shows them.
+
+    Args:
+        model: The base: checkpoint folder, hub id, or smollm2.
+        facts: What must go: a fact file, or demo-forget.
+        mask: The weights that may change: what `locus locate` wrote.
+        out: Folder for delta.safetensors, edit.json and history.jsonl.
+        method: The editor; `locus methods` lists them.
+        retain: What must stay: a fact file, or demo-retain. Facts marked held_out are never trained on.
+        text: Neutral paragraphs for the retain term; the default is a text that comes with locus.
+        controls: Make the same edit with this many random masks of the same size besides, for the audit.
+    """
+    from editors import EDITORS
+    from locus.artefact import lock
+    from locus.fact import neutral_text, read_facts
+    from locus.mask import WeightMask
+
+    command = f"locus edit --method {method}"
+    editor = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
+    located = WeightMask.load(mask)
+    loaded = loading.load(model)
+    forget = running.facts(facts)
+    kept = [] if retain is None else read_facts(retain)
+    neutral = neutral_text(text)
+    with lock(out), talking.progress():
+        delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
+        for i in range(controls):
+            control = control_mask(loaded, located, i)
+            edit_into(control_folder(out, i), loaded, forget, kept, neutral, control, method, editor, running.resume)
+    about = json.loads((out / ABOUT).read_text("utf-8"))
+    talking.finish(about, f"{out / DELTA}: {summary(about, delta)}")
+
+
+def edit_into(
+    folder: Path,
+    model: Model,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    text: Sequence[str],
+    mask: WeightMask,
+    method: str,
+    editor: Any,
+    resume: bool,
+) -> WeightDelta:
+    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume."""
+    from locus.artefact import atomic_file, load_json, save_json
+    from locus.delta import WeightDelta
+    from locus.errors import InputError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "method": method,
+        "settings": _plain(dataclasses.asdict(editor)),
+        "mask": {"weights": mask.n_weights, "provenance": _plain(dict(mask.provenance)), "digest": mask.digest},
+        "forget": [f.id for f in forget],
+        "retain": [f.id for f in retain if not f.held_out],
+    }
+    if (folder / ABOUT).exists():
+        earlier = load_json(folder / ABOUT, "edit")
+        if not resume:
+            raise InputError(f"{folder} holds a finished edit: give another folder, or --resume to keep it")
+        if {k: earlier.get(k) for k in about} == about:
+            return WeightDelta.load(folder / DELTA)
+        raise InputError(f"{folder} holds an edit with other settings: give another folder, or delete it first")
+    history: list[Mapping[str, Any]] = []
+    delta = editor.run(
+        model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=history.append
+    )
+    delta.save(folder / DELTA)
+    with atomic_file(folder / HISTORY) as path:
+        path.write_text("".join(json.dumps(record) + "\n" for record in history), "utf-8")
+    save_json(folder / ABOUT, "edit", {**about, "outcome": _plain(dict(delta.provenance)), "changed": delta.n_changed})
+    _clear(folder / ".resume")
+    return delta
+
+
+def control_mask(model: Model, mask: WeightMask, seed: int) -> WeightMask:
+    """A random mask with as many neurons as `mask`, of the same parts."""
+    from locus.errors import InputError
+    from tracing import RandomNeurons
+
+    n = int(mask.neurons_per_layer(model.atlas).sum())
+    if n == 0:
+        raise InputError("--controls: the mask holds no FFN neurons, so there is no random mask of its kind")
+    parts = mask.provenance.get("parts", ["gate", "up", "down"])
+    return RandomNeurons(seed=1000 + seed).run(model).top(n, parts=parts)
+
+
+def control_folder(folder: Path, index: int) -> Path:
+    """Where the control edit number `index` of an edit lives."""
+    return folder / f"control-{index}"
+
+
+def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
+    """One line on how an edit ended."""
+    outcome = about.get("outcome", {})
+    ended = outcome.get("stopped")
+    return f"{delta.n_changed:,} weights changed" + (f"; stopped: {ended}" if ended else "")
+
+
+def _clear(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: tuples as lists, paths as text."""
+    return json.loads(json.dumps(value, default=str))
