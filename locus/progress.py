@@ -23,7 +23,7 @@ class Task:
     def __init__(self, progress: Progress | None, task_id: TaskID | None) -> None:
         self._progress, self._task_id = progress, task_id
 
-    def advance(self, n: float = 1, note: str = "") -> None:
+    def advance(self, n: float | int = 1, note: str = "") -> None:
         """Move forward by `n` units; `note` (a loss, say) is shown behind the line."""
         if self._progress is not None and self._task_id is not None:
             self._progress.update(self._task_id, advance=n, note=note)
@@ -63,7 +63,7 @@ def show() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def task(description: str, total: float | None = None) -> Iterator[Task]:
+def task(description: str, total: float | int | None = None) -> Iterator[Task]:
     """A line of progress for work that counts its own steps."""
     progress = _active.get()
     if progress is None:
@@ -74,7 +74,7 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
     progress.stop_task(task_id)
 
 
-def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+def track(items: Iterable[T], description: str, total: float | int | None = None) -> Iterator[T]:
     """Yield the items of `items`, moving a line of progress by one after each."""
     if total is None and isinstance(items, Sized):
         total = len(items)
