@@ -198,7 +198,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | N
 def _apply(patch: Patch, tensor: Tensor, batch_pos: list[int]) -> Tensor | None:
     """Call the patch on `batch pos d`, give its answer back in the tensor's own shape."""
     if tensor.dim() == 2 and batch_pos and batch_pos[0] * batch_pos[1] == tensor.shape[0]:
-        new = patch(tensor.unflatten(0, batch_pos))
+        new = patch(tensor.reshape(*batch_pos, tensor.shape[-1]))
         return None if new is None else new.reshape(tensor.shape)
     return patch(tensor)
 

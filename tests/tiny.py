@@ -183,7 +183,7 @@ def _tokenizer_json() -> str:
 
 
 def tiny_facts() -> list[Fact]:
-    """Three facts: a subject in the middle, at the end, and of non-ASCII letters; targets of 1 and 2 words."""
+    """Three facts: a subject inside, at the end, at the start (non-ASCII); targets of one word and of two."""
     from locus.fact import Example, Fact
 
     return [
