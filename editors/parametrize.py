@@ -1,0 +1,241 @@
+"""Located weights as small parameters of their own beside a frozen base: nothing else can move.
+
+For a matrix that is applied to an input (Linear, Conv1D, Embedding) the delta's own contribution is added to
+the module's output, so the gradient of the whole matrix is never formed:
+
+    rows i of a Linear       y[..., i] += x D^T          D [k, in]
+    columns j of a Linear    y += x[..., j] D^T          D [out, k]
+
+Everything else (vectors, single elements, embeddings that scale) runs with the located entries of its parameter
+replaced for the duration of the module's forward. Every module that holds a shared (tied) parameter gets the
+delta. Deltas are float32 when the base is half precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from locus.errors import InputError
+from locus.mask import Selection, WeightMask
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """One use of a located parameter: the module that holds it, and under which name."""
+
+    module: nn.Module
+    attribute: str
+    base: nn.Parameter
+    kind: str
+    index: Tensor | None
+    """The selection's, on the base's device."""
+    value: nn.Parameter
+
+    def effective(self) -> Tensor:
+        """The whole parameter with the delta in it, in the base's dtype: what would be exported."""
+        axis = 1 if self.kind == "columns" else 0
+        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
+        if self.index is None:
+            return (flat.to(self.value.dtype) + self.value).to(self.base.dtype)
+        entries = flat.index_select(axis, self.index).to(self.value.dtype) + self.value
+        return flat.index_copy(axis, self.index, entries.to(self.base.dtype)).view_as(self.base)
+
+
+class Deltas:
+    """Trainable deltas for the entries of a mask, and the switch that turns them on and off."""
+
+    def __init__(self, module: nn.Module, mask: WeightMask) -> None:
+        """Zero deltas for every entry of `mask`; the module itself is not touched before `attached`.
+
+        Raises:
+            InputError: the mask names a parameter the module does not have, of another shape, of an integer
+                or packed dtype, not in memory, or twice under two tied names.
+        """
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self.values: dict[str, nn.Parameter] = {}
+        self.selections: dict[str, Selection] = dict(mask.entries)
+        self.bases: dict[str, nn.Parameter] = {}
+        self._enabled = True
+        owner: dict[int, str] = {}
+        for name, selection in mask.entries.items():
+            base = _checked(named, name, selection)
+            if id(base) in owner:
+                raise InputError(f"the mask names one tied tensor twice, as {owner[id(base)]} and {name}: keep one")
+            owner[id(base)] = name
+            dtype = torch.promote_types(base.dtype, torch.float32)
+            entries = selection.take(base)
+            self.bases[name] = base
+            self.values[name] = nn.Parameter(torch.zeros_like(entries, dtype=dtype), requires_grad=True)
+        self._places: list[_Place] = []
+        for holder in module.modules():
+            for attribute, held in holder._parameters.items():
+                if held is not None and id(held) in owner:
+                    name = owner[id(held)]
+                    kind, index = self.selections[name].kind, self.selections[name].index
+                    index = None if index is None else index.to(held.device)
+                    self._places.append(_Place(holder, attribute, held, kind, index, self.values[name]))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors, in the mask's order."""
+        return list(self.values.values())
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights can move."""
+        return sum(value.numel() for value in self.values.values())
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[Deltas]:
+        """Run the module with the deltas inside the block; its forwards are its own again afterwards."""
+        by_module: dict[nn.Module, list[_Place]] = {}
+        for place in self._places:
+            by_module.setdefault(place.module, []).append(place)
+        with contextlib.ExitStack() as stack:
+            for holder, places in by_module.items():
+                stack.enter_context(_forward_with(holder, places, lambda: self._enabled))
+            yield self
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Inside the block the module is the reference model again: the same frozen weights, no second copy."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def new_entries(self, cast: Callable[[Tensor, torch.dtype], Tensor] | None = None) -> dict[str, Tensor]:
+        """Base plus delta for every masked entry, compact, in the base's dtype.
+
+        Args:
+            cast: How to round to the base's dtype; to the nearest by default.
+        """
+        cast = cast or (lambda exact, dtype: exact.to(dtype))
+        return {
+            name: cast(
+                self.selections[name].take(self.bases[name]).to(value.dtype) + value.detach(), self.bases[name].dtype
+            )
+            for name, value in self.values.items()
+        }
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the deltas, in place, to `values` (same names and shapes)."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+
+def _checked(named: Mapping[str, nn.Parameter], name: str, selection: Selection) -> nn.Parameter:
+    """The parameter `name`, when the selection fits it."""
+    if name not in named:
+        raise InputError(f"mask entry {name}: the model has no such parameter; was the mask made for another model?")
+    base = named[name]
+    if tuple(base.shape) != tuple(selection.shape):
+        raise InputError(
+            f"mask entry {name}: made for shape {tuple(selection.shape)}, the model has {tuple(base.shape)}"
+        )
+    if base.is_meta:
+        raise InputError(f"mask entry {name}: not in memory (offloaded); load the model without offloading to edit it")
+    if not base.is_floating_point():
+        raise InputError(f"mask entry {name}: dtype {base.dtype} cannot be trained; load the model unquantized")
+    return base
+
+
+@contextlib.contextmanager
+def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[], bool]) -> Iterator[None]:
+    """Give one module a forward that knows its deltas, for the duration of the block."""
+    own = holder.__dict__.get("forward")
+    plain = holder.forward
+    adders = {place: _adder(place) for place in places}
+    added = [adder for adder in adders.values() if adder is not None]
+    swapped = [place for place, adder in adders.items() if adder is None]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not enabled():
+            return plain(*args, **kwargs)
+        with _replaced(swapped):
+            output = plain(*args, **kwargs)
+        for add in added:
+            output = add(args[0] if args else next(iter(kwargs.values())), output)
+        return output
+
+    holder.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del holder.forward
+        else:
+            holder.forward = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _replaced(places: list[_Place]) -> Iterator[None]:
+    """Let the holders' parameters be base plus delta inside the block; the dictionaries keep their order."""
+    try:
+        for place in places:
+            place.module._parameters[place.attribute] = place.effective()  # type: ignore[assignment]
+        yield
+    finally:
+        for place in places:
+            place.module._parameters[place.attribute] = place.base
+
+
+def _adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """How the delta's contribution is added to its module's output, or None where only replacing is exact."""
+    from transformers.pytorch_utils import Conv1D
+
+    if place.attribute != "weight" or place.kind == "elements":
+        return None
+    if isinstance(place.module, nn.Linear):
+        return _linear_adder(place, out_axis=0)
+    if isinstance(place.module, Conv1D):
+        return _linear_adder(place, out_axis=1)
+    if type(place.module) is nn.Embedding and place.module.max_norm is None:
+        return _embedding_adder(place)
+    return None
+
+
+def _linear_adder(place: _Place, out_axis: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """For y = x W^T (`out_axis` 0, Linear) and y = x W (`out_axis` 1, Conv1D)."""
+    kind, index, value = place.kind, place.index, place.value
+    selects_outputs = kind == ("rows" if out_axis == 0 else "columns")
+
+    def matrix(x: Tensor) -> Tensor:
+        d = value.to(x.dtype)
+        return d if out_axis == 0 else d.T
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        if kind == "all" or index is None:
+            return y + F.linear(x, matrix(x))
+        if selects_outputs:
+            return y.index_add(-1, index, F.linear(x, matrix(x)).to(y.dtype))
+        return y + F.linear(x.index_select(-1, index), matrix(x))
+
+    return add
+
+
+def _embedding_adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor]:
+    """For y = W[ids]: unselected ids look up a row of zeros."""
+    kind, index, value = place.kind, place.index, place.value
+    if kind == "rows" and index is not None:
+        slot = torch.full((place.base.shape[0],), len(index), device=place.base.device)
+        slot[index] = torch.arange(len(index), device=place.base.device)
+
+    def add(ids: Tensor, y: Tensor) -> Tensor:
+        if kind == "all" or index is None:
+            return y + F.embedding(ids, value).to(y.dtype)
+        if kind == "rows":
+            padded = torch.cat([value, value.new_zeros(1, value.shape[1])])
+            return y + F.embedding(slot[ids], padded).to(y.dtype)
+        return y.index_add(-1, index, F.embedding(ids, value).to(y.dtype))
+
+    return add

@@ -1,0 +1,77 @@
+"""What keeps the rest of the model as it was: the retain term of every trained edit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.prediction import Prediction
+from locus.errors import InputError
+
+
+def kl_per_token(
+    logits: Float[Tensor, "label d_vocab"], ref_logits: Float[Tensor, "label d_vocab"]
+) -> Float[Tensor, " label"]:
+    """KL(reference || edited) of the next-token distribution, in nats, at each position; 0 where they agree.
+
+    Used as retain term by Maini et al. 2024 (TOFU's KL-min, arXiv:2401.06121) and Zhang et al. 2024 (NPO + KL).
+    """
+    ref = ref_logits.log_softmax(-1)
+    return (ref.exp() * (ref - logits.log_softmax(-1))).sum(-1)
+
+
+def hidden_mse(
+    hidden: Float[Tensor, "layer label d_model"], ref_hidden: Float[Tensor, "layer label d_model"]
+) -> Float[Tensor, ""]:
+    """Squared distance of hidden states, mean over layers, positions and dimensions (Li et al. 2024, RMU)."""
+    return F.mse_loss(hidden, ref_hidden)
+
+
+@dataclass(frozen=True)
+class Retain:
+    """The retain term: which distance, how heavy, and how much retain data a step sees."""
+
+    term: Literal["none", "nll", "kl", "hidden"] = "kl"
+    """NLL of the retain targets, KL(reference || edited) where they are predicted, or hidden-state MSE."""
+    weight: float = 5.0
+    """Weight of the term against the forget loss."""
+    facts: int = 8
+    """Retain facts a step."""
+    texts: int = 1
+    """Neutral paragraphs a step."""
+    layers: tuple[int, ...] = (-1,)
+    """Blocks whose outputs the hidden-state term holds; negative counts from the end."""
+
+    def __post_init__(self) -> None:
+        if self.term not in TERMS:
+            raise InputError(f"retain term {self.term!r}: not one of {', '.join(TERMS)}")
+        if self.weight < 0 or self.facts < 0 or self.texts < 0:
+            raise InputError("retain: weight, facts and texts must not be negative")
+
+    @property
+    def active(self) -> bool:
+        """Whether retain data is looked at in training at all."""
+        return self.term != "none" and self.weight > 0 and (self.facts > 0 or self.texts > 0)
+
+    def loss(self, kept: Prediction) -> Float[Tensor, ""]:
+        """The term on one batch of facts or of text: a mean over its target tokens."""
+        if self.term == "nll":
+            return kept.token_nll.mean()
+        if self.term == "kl":
+            return kl_per_token(kept.logits, kept.ref_logits).mean()
+        layers = [layer % kept.model.atlas.n_layers for layer in self.layers]
+        return hidden_mse(kept.hidden(layers), kept.ref_hidden(layers))
+
+
+TERMS = ("none", "nll", "kl", "hidden")
+
+
+def mean_kl(kept: Prediction) -> float:
+    """KL of a batch in nats a token, as a number, when both sides' logits are already there; else NaN."""
+    if not {"logits", "ref_logits"} <= kept.__dict__.keys():
+        return float("nan")
+    return float(kl_per_token(kept.logits.detach(), kept.ref_logits).mean()) if len(kept.labels) else 0.0
