@@ -1,0 +1,92 @@
+"""Which engine answers: replay where the model can be replayed, whole forwards where it cannot.
+
+The first question an `Engine` gets is also a test: a few of its cells are answered both ways, and if the two
+differ the plain engine takes over for good, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from locus.errors import InputError
+from locus.model import Model
+from tracing.plain import answer_plainly
+from tracing.question import Answers, Question
+from tracing.readout import Readout
+from tracing.sites import Cell
+
+EngineName = Literal["auto", "replay", "plain"]
+ENGINES: tuple[EngineName, ...] = ("auto", "replay", "plain")
+
+_CHECKED_CELLS = 4
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+"""Largest difference of a log-probability, in nats, that counts as rounding."""
+
+
+@dataclass
+class Engine:
+    """Answers questions about one model, and remembers how."""
+
+    model: Model
+    wanted: EngineName = "auto"
+    """"auto": replay, or plain with a warning where replay is not possible or not right; "replay": refuse
+    instead of falling back; "plain"."""
+    batch_tokens: int | None = None
+    """Tokens computed at once; None for the engine's own choice."""
+    used: str = field(default="", init=False)
+    """What answered last: "replay", "plain", or "plain (why)"."""
+    _checked: bool = field(default=False, init=False)
+    _refused: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if self.wanted not in ENGINES:
+            raise InputError(f"engine {self.wanted!r}: not one of {', '.join(ENGINES)}")
+
+    def answer(self, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
+        """The scores of both runs and of every cell."""
+        if self.wanted == "plain" or self._refused:
+            return self._plainly(question, cells, readout)
+        from tracing.replay import CannotReplay, answer_by_replay
+
+        try:
+            if not self._checked:
+                self._check(question, cells, readout)
+            answers = answer_by_replay(self.model, question, cells, readout, batch_tokens=self.batch_tokens)
+        except CannotReplay as reason:
+            if self.wanted == "replay":
+                raise InputError(f"{self.model.name} cannot be replayed: {reason}; use the plain engine") from None
+            warnings.warn(
+                f"{self.model.name}: tracing with whole forwards, many times slower: {reason}", stacklevel=2
+            )
+            self._refused = str(reason)
+            return self._plainly(question, cells, readout)
+        self.used = "replay"
+        return answers
+
+    def _plainly(self, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
+        self.used = f"plain ({self._refused})" if self._refused else "plain"
+        return answer_plainly(self.model, question, cells, readout, batch_tokens=self.batch_tokens or 4096)
+
+    def _check(self, question: Question, cells: Sequence[Cell], readout: Readout) -> None:
+        """Answer some cells both ways; CannotReplay if the answers differ by more than rounding."""
+        from tracing.replay import CannotReplay, answer_by_replay
+
+        step = max(1, len(cells) // _CHECKED_CELLS)
+        some = list(cells[step // 2 :: step][:_CHECKED_CELLS])
+        few = question.draws(slice(0, 1))
+        log = replace(readout, metric="logprob")
+        replayed = answer_by_replay(self.model, few, some, log, batch_tokens=self.batch_tokens)
+        plain = answer_plainly(self.model, few, some, log, batch_tokens=self.batch_tokens or 4096)
+        pairs = [(replayed.base, plain.base), (replayed.other, plain.other), (replayed.cells, plain.cells)]
+        worst = max(float((a[..., 0] - b[..., 0]).abs().nan_to_num(0.0).max()) for a, b in pairs if a.numel())
+        allowed = _TOLERANCE.get(self.model.dtype, 1e-4)
+        if worst > allowed:
+            raise CannotReplay(
+                f"replayed forwards differ from whole ones by {worst:.2g} nats on this architecture (allowed {allowed:g})"
+            )
+        self._checked = True

@@ -1,0 +1,127 @@
+"""The plain engine: every cell is a whole forward with hooks. Slow and obvious.
+
+It is what the replay engine is tested against, and what answers for the architectures that cannot be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from locus.hooks import patched, record
+from locus.model import Model
+from locus.progress import track
+from tracing.question import Answers, Inputs, Question
+from tracing.readout import Readout
+from tracing.sites import Cell, Patch, Site, module_of, sources_needed
+
+States = dict[tuple[Site, int], Float[Tensor, "sample pos width"]]
+"""(site, layer) -> its values in one run."""
+
+
+@torch.no_grad()
+def answer_plainly(
+    model: Model, question: Question, cells: Sequence[Cell], readout: Readout, *, batch_tokens: int = 4096
+) -> Answers:
+    """Run every cell as a whole forward of the model, several cells in one batch.
+
+    Args:
+        model: Left as it is.
+        question: The two runs, and where to read.
+        cells: The patched forwards.
+        readout: What to read off the logits.
+        batch_tokens: Tokens in one forward, at least one cell's.
+    """
+    from_other, from_base = sources_needed(cells)
+    other_scores, other = run(model, question.other, question.reads, readout, from_other)
+    base_scores, base = run(model, question.base, question.reads, readout, from_base)
+    samples = question.samples
+    per_forward = max(1, batch_tokens // (samples * question.n_pos))
+    chunks = [cells[i : i + per_forward] for i in range(0, len(cells), per_forward)]
+    scores = []
+    for chunk in track(chunks, "patched forwards, plain"):
+        got = _patched_run(model, question, chunk, readout, base, other)
+        scores.append(got.unflatten(0, (len(chunk), samples)))
+    forwards = question.other.samples + question.base.samples + len(cells) * samples
+    grid = torch.cat(scores) if scores else base_scores.new_zeros(0, samples, base_scores.shape[-1])
+    return Answers(base_scores, other_scores, grid, tokens=float(forwards * question.n_pos))
+
+
+def run(
+    model: Model, inputs: Inputs, reads: Sequence[int], readout: Readout, sites: Iterable[Site] = ()
+) -> tuple[Float[Tensor, "sample score"], States]:
+    """One unpatched run: its scores, and the values of some sites in every layer."""
+    names = {(site, layer): module_of(model.atlas, site, layer) for site in sites for layer in range(model.atlas.n_layers)}
+    outputs = {name for name, side in names.values() if side == "output"}
+    entries = {name for name, side in names.values() if side == "input"}
+    with record(model.module, outputs=outputs, inputs=entries) as seen:
+        scores = readout(logits_of(model, inputs, reads, inputs.samples))
+    states = {
+        key: (seen.outputs if side == "output" else seen.inputs)[name] for key, (name, side) in names.items()
+    }
+    return scores.cpu(), states
+
+
+def logits_of(
+    model: Model, inputs: Inputs, reads: Sequence[int], batch: int
+) -> Float[Tensor, "batch read d_vocab"]:
+    """Logits at the positions that are read, of `batch` copies of the inputs; draws take turns."""
+    ids = inputs.ids.to(model.device).expand(batch, -1)
+    here = list(reads)
+
+    def embed(output: Tensor) -> Tensor:
+        return inputs.embedded(output)
+
+    def keep_reads(hidden: Tensor) -> Tensor:
+        return hidden[:, here]
+
+    with patched(model.module, {model.atlas.embed: embed}, {model.atlas.unembed: keep_reads}):
+        logits: Tensor = model.module(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _patched_run(
+    model: Model, question: Question, cells: Sequence[Cell], readout: Readout, base: States, other: States
+) -> Float[Tensor, "cell_and_sample score"]:
+    samples = question.samples
+    hooks: dict[tuple[Site, int], list[tuple[int, Patch]]] = {}
+    for index, cell in enumerate(cells):
+        for patch in cell.patches:
+            for layer in range(*patch.layers):
+                hooks.setdefault((patch.site, layer), []).append((index, patch))
+
+    def patcher(site: Site, layer: int, wanted: list[tuple[int, Patch]]) -> Callable[[Tensor], Tensor]:
+        def patch_state(state: Tensor) -> Tensor:
+            state = state.clone()
+            for index, patch in wanted:
+                rows = state[index * samples : (index + 1) * samples]
+                width = state.shape[-1]
+                columns = list(patch.columns) if patch.columns is not None else list(range(width))
+                for position in patch.positions:
+                    new = _value(question, patch, site, layer, position, base, other)
+                    rows[:, position, columns] = new.to(state)[..., columns] if new.dim() else new.to(state)
+            return state
+
+        return patch_state
+
+    outputs, inputs = {}, {}
+    for (site, layer), wanted in hooks.items():
+        name, side = module_of(model.atlas, site, layer)
+        (outputs if side == "output" else inputs)[name] = patcher(site, layer, wanted)
+    with patched(model.module, outputs, inputs):
+        return readout(logits_of(model, question.base, question.reads, len(cells) * samples)).cpu()
+
+
+def _value(
+    question: Question, patch: Patch, site: Site, layer: int, position: int, base: States, other: States
+) -> Tensor:
+    """What a patch writes: `sample width`, `width`, or a scalar zero."""
+    if patch.source == "zero":
+        return torch.zeros(())
+    if patch.source == "mean":
+        return question.means[site, layer]
+    states = other if patch.source == "other" else base
+    return states[site, layer][:, position]
