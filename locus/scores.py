@@ -40,7 +40,9 @@ class NeuronScores:
     def __post_init__(self) -> None:
         expected = (self.atlas.n_layers, self.atlas.d_mlp)
         if tuple(self.values.shape) != expected:
-            raise ValueError(f"scores of shape {tuple(self.values.shape)} for a model of [layer, neuron] {expected}")
+            raise ValueError(
+                f"scores of shape {tuple(self.values.shape)} for a model of [layer, neuron] {expected}"
+            )
         bad = torch.isnan(self.values).any(dim=1).nonzero().flatten().tolist()
         if bad:
             raise InputError(
@@ -83,9 +85,13 @@ class NeuronScores:
         Raises:
             InputError: a budget that chooses no neuron or more than there are, or an unknown part.
         """
-        return self.mask_of(self.choose(budget, per_layer=per_layer), parts, budget=str(budget), per_layer=per_layer)
+        return self.mask_of(
+            self.choose(budget, per_layer=per_layer), parts, budget=str(budget), per_layer=per_layer
+        )
 
-    def mask_of(self, chosen: Bool[Tensor, "layer neuron"], parts: Sequence[str] = PARTS, **how: Any) -> WeightMask:
+    def mask_of(
+        self, chosen: Bool[Tensor, "layer neuron"], parts: Sequence[str] = PARTS, **how: Any
+    ) -> WeightMask:
         """The weights of the chosen neurons, with this scoring as the mask's provenance."""
         if unknown := set(parts) - set(PARTS):
             raise InputError(f"neuron part {sorted(unknown)[0]!r}: not one of {', '.join(PARTS)}")

@@ -29,14 +29,18 @@ def run(argv: Sequence[str]) -> int:
             raise
         return _say(str(error), 2)
     except KeyboardInterrupt:
-        return _say("stopped; what is finished is kept, and the same command with --resume goes on from there", 1)
+        return _say(
+            "stopped; what is finished is kept, and the same command with --resume goes on from there", 1
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the edge of the program: a person gets one line, --debug the traceback
         if debug:
             raise
-        return _say(f"{type(error).__name__}: {_first_line(error)} (a fault of locus; --debug shows where)", 1)
+        return _say(
+            f"{type(error).__name__}: {_first_line(error)} (a fault of locus; --debug shows where)", 1
+        )
 
 
 def _say(message: str, code: int) -> int:

@@ -25,10 +25,23 @@ def diff(a: str, b: str, /, *, mask: Path | None = None, talking: Talking = Talk
     with talking.progress():
         report = compare(checkpoint_folder(a), checkpoint_folder(b), located)
     table = Table(box=None, pad_edge=False)
-    for name in ("tensor", "changed", "of", "largest change", "relative norm", *(("off the mask",) if mask else ())):
+    for name in (
+        "tensor",
+        "changed",
+        "of",
+        "largest change",
+        "relative norm",
+        *(("off the mask",) if mask else ()),
+    ):
         table.add_column(name, justify="left" if name == "tensor" else "right")
     for row in report.tensors:
-        cells = [row.name, f"{row.n_changed:,}", f"{row.n_entries:,}", f"{row.max_abs:.3g}", f"{row.relative_norm:.3g}"]
+        cells = [
+            row.name,
+            f"{row.n_changed:,}",
+            f"{row.n_entries:,}",
+            f"{row.max_abs:.3g}",
+            f"{row.relative_norm:.3g}",
+        ]
         table.add_row(*cells, *((f"{row.n_off_mask:,}",) if mask else ()))
     table.caption = report.summary
     talking.finish(report.to_json(), table)

@@ -66,7 +66,9 @@ def edit(
         delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
         for i in range(controls):
             control = control_mask(loaded, located, i)
-            edit_into(control_folder(out, i), loaded, forget, kept, neutral, control, method, editor, running.resume)
+            edit_into(
+                control_folder(out, i), loaded, forget, kept, neutral, control, method, editor, running.resume
+            )
     about = json.loads((out / ABOUT).read_text("utf-8"))
     talking.finish(about, f"{out / DELTA}: {summary(about, delta)}")
 
@@ -93,7 +95,11 @@ def edit_into(
         "fingerprint": model.fingerprint,
         "method": method,
         "settings": _plain(dataclasses.asdict(editor)),
-        "mask": {"weights": mask.n_weights, "provenance": _plain(dict(mask.provenance)), "digest": mask.digest},
+        "mask": {
+            "weights": mask.n_weights,
+            "provenance": _plain(dict(mask.provenance)),
+            "digest": mask.digest,
+        },
         "forget": [f.id for f in forget],
         "retain": [f.id for f in retain if not f.held_out],
     }
@@ -103,7 +109,9 @@ def edit_into(
             raise InputError(f"{folder} holds a finished edit: give another folder, or --resume to keep it")
         if {k: earlier.get(k) for k in about} == about:
             return WeightDelta.load(folder / DELTA)
-        raise InputError(f"{folder} holds an edit with other settings: give another folder, or delete it first")
+        raise InputError(
+            f"{folder} holds an edit with other settings: give another folder, or delete it first"
+        )
     history: list[Mapping[str, Any]] = []
     delta = editor.run(
         model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=history.append
@@ -111,7 +119,11 @@ def edit_into(
     delta.save(folder / DELTA)
     with atomic_file(folder / HISTORY) as path:
         path.write_text("".join(json.dumps(record) + "\n" for record in history), "utf-8")
-    save_json(folder / ABOUT, "edit", {**about, "outcome": _plain(dict(delta.provenance)), "changed": delta.n_changed})
+    save_json(
+        folder / ABOUT,
+        "edit",
+        {**about, "outcome": _plain(dict(delta.provenance)), "changed": delta.n_changed},
+    )
     _clear(folder / ".resume")
     return delta
 

@@ -47,6 +47,12 @@ def known(
     table.add_column("paraphrases", justify="right")
     table.add_column("neighbours", justify="right")
     for row in rows:
-        table.add_row(row.id, f"{row.prob:.3f}", "yes" if row.correct else "no", str(row.paraphrases), str(row.neighbours))
+        table.add_row(
+            row.id,
+            f"{row.prob:.3f}",
+            "yes" if row.correct else "no",
+            str(row.paraphrases),
+            str(row.neighbours),
+        )
     table.caption = f"{len(kept)} of {len(rows)} facts known" + (f", written to {out}" if out else "")
     talking.finish({"known": [f.id for f in kept], "facts": [r.to_json() for r in rows]}, table)

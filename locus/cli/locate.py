@@ -9,6 +9,8 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
 
+PARTS = ("gate", "up", "down")
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,7 +29,7 @@ def locate(
     retain: str | None = None,
     budget: str = "1%",
     per_layer: Annotated[bool, Parameter(negative="")] = False,
-    parts: Annotated[tuple[Literal["gate", "up", "down"], ...], Parameter(consume_multiple=True)] = ("gate", "up", "down"),
+    parts: Annotated[tuple[Literal["gate", "up", "down"], ...], Parameter(consume_multiple=True)] = PARTS,
     scores: Path | None = None,
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -50,7 +52,12 @@ def locate(
     """
     from tracing import LOCALIZERS
 
-    chosen = settings_of(f"locus locate --method {method}", method_class(LOCALIZERS, method, "localizer"), tokens, running.shared)
+    chosen = settings_of(
+        f"locus locate --method {method}",
+        method_class(LOCALIZERS, method, "localizer"),
+        tokens,
+        running.shared,
+    )
     loaded = loading.load(model)
     forget = running.facts(facts)
     kept = None if retain is None else _trainable(retain)

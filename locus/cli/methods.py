@@ -20,7 +20,9 @@ def methods(name: str | None = None, /, *, talking: Talking = Talking()) -> None
 
     tables = {"locate": LOCALIZERS, "edit": EDITORS}
     if name is None:
-        listing = {command: {m: _first_line(cls) for m, cls in table.items()} for command, table in tables.items()}
+        listing = {
+            command: {m: _first_line(cls) for m, cls in table.items()} for command, table in tables.items()
+        }
         talking.finish(listing, _table(listing))
         return
     found = [(command, table[name]) for command, table in tables.items() if name in table]

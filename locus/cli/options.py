@@ -141,7 +141,9 @@ def method_class(table: dict[str, type[S]], name: str, kind: str) -> type[S]:
         return table[name]
     near = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"--method {name}: no such {kind}; {guess}`locus methods` lists them: {', '.join(sorted(table))}")
+    raise InputError(
+        f"--method {name}: no such {kind}; {guess}`locus methods` lists them: {', '.join(sorted(table))}"
+    )
 
 
 def method_app(command: str, cls: type[S], shared: Mapping[str, Any] = MappingProxyType({})) -> App:
@@ -158,11 +160,15 @@ def method_app(command: str, cls: type[S], shared: Mapping[str, Any] = MappingPr
     def make(**given: Any) -> S:
         return _built(cls(), (), {**settled, **given})  # type: ignore[no-any-return]
 
-    hints = {_flag(p): Annotated[hint, Parameter(help=doc, consume_multiple=True)] for p, hint, _, doc in leaves}
+    hints = {
+        _flag(p): Annotated[hint, Parameter(help=doc, consume_multiple=True)] for p, hint, _, doc in leaves
+    }
     make.__annotations__ = hints
     make.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter(_flag(p), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[_flag(p)])
+            inspect.Parameter(
+                _flag(p), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[_flag(p)]
+            )
             for p, _, default, _ in leaves
         ]
     )

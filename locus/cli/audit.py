@@ -1,0 +1,147 @@
+"""`locus audit`: what was forgotten, what survived, what came back, beside controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_from, settings_of
+from locus.errors import InputError
+
+if TYPE_CHECKING:
+    from locus.audit import Audit, AuditSettings
+    from locus.delta import WeightDelta
+    from locus.fact import Fact
+    from locus.model import Model
+
+
+def audit(
+    base: str,
+    edited: str,
+    facts: str,
+    /,
+    *tokens: MethodTokens,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    retain: str | None = None,
+    text: Path | None = None,
+    control: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    mask: Path | None = None,
+    loading: Loading = Loading(),
+    running: Running = Running(),
+    talking: Talking = Talking(),
+) -> None:
+    """Judge an edit: what was forgotten, what survived, what came back, beside controls.
+
+    Args:
+        base: The model before the edit: checkpoint folder, hub id, or smollm2.
+        edited: What to judge: the folder of `locus edit` (its controls are judged with it), a
+            delta.safetensors, or a checkpoint folder.
+        facts: What had to go: a fact file, or demo-forget.
+        out: Folder for audit.json and report.html.
+        retain: What had to stay: a fact file, or demo-retain; its held_out facts are the test of it.
+        text: Neutral paragraphs; the default is a text that comes with locus.
+        control: Further controls: the same edit with a random mask of the same size, given like EDITED.
+        mask: The mask the edit had to keep to; changes outside it are counted.
+    """
+    from locus.artefact import lock
+    from locus.audit import AuditSettings
+    from locus.fact import neutral_text, read_facts
+
+    settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
+    loaded = loading.load(base)
+    forget = running.facts(facts)
+    kept = [] if retain is None else read_facts(retain)
+    with lock(out), talking.progress():
+        done = audit_edits(
+            loaded, {"edited": edited}, control, forget, kept, neutral_text(text), settings, loading, mask
+        )
+        written = write(done, out)
+    talking.finish(written, _table(done, out))
+
+
+def audit_into(
+    folder: Path,
+    model: Model,
+    edits: Mapping[str, Path],
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    text: Sequence[str],
+    *,
+    mask: Path | None,
+    settings: AuditSettings,
+) -> dict[str, Any]:
+    """Audit finished edits of a loaded model and write the judgement into a folder."""
+    paths = {name: str(path) for name, path in edits.items()}
+    return write(audit_edits(model, paths, (), forget, retain, text, settings, Loading(), mask), folder)
+
+
+def settings_of_table(where: str, table: Mapping[str, Any]) -> AuditSettings:
+    """Audit settings from a table of a TOML file."""
+    from locus.audit import AuditSettings
+
+    return settings_from(where, AuditSettings, table)
+
+
+def audit_edits(
+    model: Model,
+    edits: Mapping[str, str],
+    controls: Sequence[str],
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    text: Sequence[str],
+    settings: AuditSettings,
+    loading: Loading,
+    mask: Path | None,
+) -> Audit:
+    """Measure edits and controls given by path; an edit's own controls come with it."""
+    from locus.audit import audit as judge
+    from locus.mask import WeightMask
+
+    judged = {name: _read(path, loading) for name, path in edits.items()}
+    beside: dict[str, WeightDelta | Model] = {}
+    own = [str(folder) for path in edits.values() for folder in sorted(Path(path).glob("control-*"))]
+    for path in dict.fromkeys([*own, *controls]):
+        beside[f"control {len(beside) + 1}"] = _read(path, loading)
+    masks = {} if mask is None else dict.fromkeys(judged, WeightMask.load(mask))
+    return judge(model, judged, forget, retain, text, controls=beside, masks=masks, settings=settings)
+
+
+def write(done: Audit, folder: Path) -> dict[str, Any]:
+    """Write audit.json and report.html; returns what the command prints as JSON."""
+    from locus.report import audit_report
+
+    done.save(folder)
+    report = audit_report(done, folder)
+    document = done.document()
+    return {
+        "audit": str(folder / "audit.json"),
+        "report": str(report),
+        "headline": document.get("headline"),
+        "states": document.get("states"),
+    }
+
+
+def _read(path: str, loading: Loading) -> WeightDelta | Model:
+    """A delta (its file, or the folder of an edit), or else a checkpoint loaded beside the base."""
+    from locus.delta import WeightDelta
+
+    place = Path(path)
+    if place.is_dir() and (place / "delta.safetensors").is_file():
+        return WeightDelta.load(place / "delta.safetensors")
+    if place.suffix == ".safetensors":
+        return WeightDelta.load(place)
+    if place.is_dir() and (place / "edit.json").is_file():
+        raise InputError(f"{path}: holds an edit.json but no delta.safetensors; run `locus edit` again")
+    return loading.load(path)
+
+
+def _table(done: Audit, folder: Path) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from locus.report import terminal_table
+
+    return Group(terminal_table(done), Text(f"the evidence: {folder / 'report.html'}"))

@@ -1,0 +1,85 @@
+"""`locus trace`: causal tracing, with heat maps and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_of
+
+if TYPE_CHECKING:
+    from locus.fact import Fact
+    from locus.model import Model
+    from locus.trace import Trace
+
+
+def trace(
+    model: str,
+    facts: str,
+    /,
+    *tokens: MethodTokens,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    loading: Loading = Loading(),
+    running: Running = Running(),
+    talking: Talking = Talking(),
+) -> None:
+    """Trace which states carry each fact: corrupt the subject, restore one state, see if the target returns.
+
+    The tracer has options of its own (samples, noise, kinds of states ...): `locus methods causal-trace`.
+
+    Args:
+        model: Checkpoint folder, hub id, or smollm2.
+        facts: A fact file, or demo-forget.
+        out: Folder for trace.safetensors, trace.json, average.json, the heat maps and report.html.
+    """
+    from locus.artefact import lock
+    from tracing import CausalTrace
+
+    settings = settings_of("locus trace", CausalTrace, tokens, running.shared)
+    loaded = loading.load(model)
+    chosen = running.facts(facts)
+    with lock(out), talking.progress():
+        traced = trace_into(out, loaded, chosen, settings, running.resume)
+    result = {
+        "folder": str(out),
+        "facts": len(traced),
+        "report": str(out / "report.html"),
+        **traced.average_total(),
+    }
+    talking.finish(result, _summary(traced, out))
+
+
+def trace_into(folder: Path, model: Model, facts: Sequence[Fact], tracer: Any, resume: bool) -> Trace:
+    """Trace the facts and write everything that `locus trace` promises into a folder."""
+    from locus.errors import InputError
+    from locus.report import trace_report
+
+    if (folder / "trace.safetensors").exists() and not resume:
+        raise InputError(
+            f"{folder} holds a finished trace: give another folder, or --resume to go on with it"
+        )
+    parts = folder / ".parts"
+    traced: Trace = tracer.run(model, facts, folder=parts, resume=resume)
+    traced.save(folder)
+    trace_report(traced, folder)
+    return traced
+
+
+def _summary(traced: Trace, folder: Path) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("fact", "p clean", "p corrupted", *(f"best {kind}" for kind in traced.kinds)):
+        table.add_column(name, justify="left" if name == "fact" else "right")
+    for fact in traced:
+        best = []
+        for kind in traced.kinds:
+            grid = fact.scores[kind]
+            layer, position = divmod(int(grid.argmax()), grid.shape[1])
+            best.append(f"{float(grid.max()):.2f} at layer {layer}, {fact.tokens[position]!r}")
+        table.add_row(fact.fact_id, f"{fact.clean_prob:.3f}", f"{fact.corrupted_prob:.3f}", *best)
+    table.caption = f"heat maps and the average effect: {folder / 'report.html'}"
+    return table
