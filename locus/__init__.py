@@ -32,7 +32,7 @@ _HOME = {
     "diff": "checkpoint",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from locus.checkpoint import diff, export, revert
