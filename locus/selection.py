@@ -94,15 +94,16 @@ class Selection:
 
     def touched(self, axis: int) -> Bool[Tensor, " n"]:
         """Which indices of dimension `axis` have at least one entry in the set."""
-        if self.kind == "all" or (
-            self.kind in ("rows", "columns") and (self.kind == "columns") != (axis == 1)
-        ):
+        own = {"rows": 0, "columns": 1}.get(self.kind)
+        if self.kind == "all" or (own is not None and own != axis):
             return torch.full((self.shape[axis],), self.n > 0)
         out = torch.zeros(self.shape[axis], dtype=torch.bool)
-        if self.kind in ("rows", "columns"):
+        if own is not None:
             out[torch.from_numpy(self._index.astype(np.int64))] = True
         elif self._bits is not None:
-            out |= self.dense().movedim(axis, 0).flatten(1).any(dim=1)
+            out |= (
+                self.dense().transpose(0, axis).flatten(1).any(dim=1) if len(self.shape) > 1 else self.dense()
+            )
         else:
             out[torch.from_numpy(np.unravel_index(self._index, self.shape)[axis])] = True
         return out
