@@ -1,0 +1,243 @@
+"""An audit as one JSON document: the only thing that reports, gates and comparisons read.
+
+Schema, version 1 (fields are only ever added; a changed meaning raises the version):
+
+    schema       1
+    model        {name, fingerprint, architecture, n_layers, n_parameters, dtype}
+    settings     as given; settings.standards are the verdicts' lines
+    data         {kind of question: number of questions}, text_tokens
+    metrics      {key: {label, section, better, unit, definition}}
+    states       [{name, role: base | edit | control, figures, ratios, curves, change, seconds}]
+                 figures: {key: {mean, low, high, n, n_items} or null (not measured)}
+                 ratios: {kept, perplexity, remaining, recovered: like figures} beside the base
+                 curves: {lens: {k, top, bottom, n}, relearn: {steps, taught, tested, tested_top1, n_taught, n}}
+    comparisons  [{edit, key, against: base | controls, mean, low, high, n, n_items, outcome}]
+    verdicts     {edit: [{question, answer, sentence, evidence}]}
+    headline     {edit: sentence}
+    facts        [{id, group, prompt, target, paraphrases, states: {name: {prob, correct, ...}}}]
+    missing      [{what, why}]
+    versions, seconds
+
+Intervals are 95 %: bootstrap over facts (paragraphs for text), Wilson's where each fact is a single yes or
+no. A number that is not finite is written as null with "finite": false beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from locus.audit.interval import Interval, Items, mean_interval, ratio
+from locus.audit.measurement import FIGURES, Measurement
+from locus.audit.verdict import Verdict, compare_states, judge, recovered
+
+if TYPE_CHECKING:
+    from locus.audit.audit import Audit
+
+SCHEMA = 1
+
+
+def document(audit: Audit) -> dict[str, Any]:
+    """The audit as plain JSON values, every interval computed."""
+    base, standards = audit.base, audit.settings.standards
+    controls = audit.controls
+    verdicts = {edit.name: judge(edit, base, controls, standards) for edit in audit.edits}
+    return {
+        "schema": SCHEMA,
+        "model": dict(audit.model),
+        "settings": audit.settings.to_json(),
+        "data": {kind: len(asked) for kind, asked in audit.questions.items()} | {"text_tokens": _tokens(base)},
+        "metrics": _metrics(audit.measurements),
+        "states": [_state(one, audit) for one in audit.measurements],
+        "comparisons": [
+            {"edit": edit.name, "key": c.key, "against": c.against, "outcome": c.outcome, **interval_json(c.difference)}
+            for edit in audit.edits
+            for c in compare_states(edit, base, controls, standards)
+        ],
+        "verdicts": {name: [asdict(v) | {"evidence": list(v.evidence)} for v in vs] for name, vs in verdicts.items()},
+        "headline": {name: headline(vs) for name, vs in verdicts.items()},
+        "facts": _facts(audit),
+        "missing": [dict(one) for one in audit.missing],
+        "versions": dict(audit.versions),
+        "seconds": rounded(audit.seconds),
+    }
+
+
+def headline(verdicts: Sequence[Verdict]) -> str:
+    """One line: what was forgotten, what survived, what broke, what leaks."""
+    said = {v.question: v.answer for v in verdicts}
+    words = {
+        "forgotten": {"yes": "Forgotten", "partly": "Only partly forgotten", "no": "Not forgotten"},
+        "general": {"yes": "in other wordings too", "partly": "some wordings still get it", "no": "other wordings still get it"},
+        "spared": {"yes": "other facts survive", "partly": "some other facts are lost", "no": "other facts are lost"},
+        "intact": {"yes": "neutral text reads as before", "partly": "neutral text reads differently", "no": "the model is broken"},
+        "hidden": {"no": "still readable in inner layers", "partly": "partly readable in inner layers"},
+        "returns": {"no": "comes back under attack", "partly": "partly comes back under attack"},
+    }  # fmt: skip
+    missing = {"unclear": "no verdict on {}", "not measured": "{} not measured"}
+    names = {"forgotten": "forgetting", "general": "other wordings", "spared": "other facts", "intact": "neutral text",
+             "hidden": "inner layers", "returns": "attacks"}  # fmt: skip
+    parts = []
+    for question, answers in words.items():
+        answer = said.get(question, "not measured")
+        if answer in answers:
+            if question == "general" and said.get("forgotten") not in ("yes", "partly"):
+                continue
+            parts.append(answers[answer])
+        elif answer in missing:
+            parts.append(missing[answer].format(names[question]))
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."
+
+
+def interval_json(interval: Interval | None) -> dict[str, Any] | None:
+    """An interval as JSON; None where there is nothing, "finite": false where it is not a number."""
+    if interval is None:
+        return None
+    numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    out: dict[str, Any] = {k: rounded(v) for k, v in numbers.items()} | {"n": interval.n, "n_items": interval.n_items}
+    return out if all(math.isfinite(v) for v in numbers.values()) else out | {"finite": False}
+
+
+def rounded(value: float) -> float | None:
+    """Six significant digits; None where it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _tokens(base: Measurement) -> int:
+    return 0 if base.text is None else len(base.text.paragraphs)
+
+
+def _metrics(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    extra = {key for m in measurements for key in m.extra if key not in FIGURES}
+    table = {
+        f.key: {"label": f.label, "section": f.section, "better": f.better, "unit": f.unit, "definition": f.definition}
+        for f in FIGURES.values()
+    }
+    return table | {
+        key: {"label": key, "section": "further", "better": "lower", "unit": "share", "definition": ""} for key in extra
+    }
+
+
+def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
+    keys = [*FIGURES, *sorted(k for k in one.extra if k not in FIGURES)]
+    figures = {key: interval_json(_mean(one.items(key))) for key in keys}
+    change = audit.changes.get(one.name)
+    return {
+        "name": one.name,
+        "role": one.role,
+        "figures": figures,
+        "ratios": {} if one.role == "base" else _ratios(one, audit.base),
+        "curves": _curves(one, audit.settings.lens_k),
+        "change": None if change is None else change.to_json(),
+        "seconds": rounded(one.seconds),
+    }
+
+
+def _mean(items: Items | None) -> Interval | None:
+    return None if items is None else mean_interval(items)
+
+
+def _ratios(one: Measurement, base: Measurement) -> dict[str, Any]:
+    """Figures beside the base's."""
+
+    def beside(key: str) -> Interval | None:
+        mine, theirs = one.items(key), base.items(key)
+        return None if mine is None or theirs is None else ratio(mine, theirs)
+
+    perplexity = None
+    if one.text is not None and base.text is not None:
+        from locus.audit.interval import difference
+
+        rise = difference(one.text.nll_items, base.text.nll_items)
+        if rise is not None:
+            ends = (math.exp(min(x, 700.0)) if math.isfinite(x) else math.inf for x in (rise.mean, rise.low, rise.high))
+            perplexity = Interval(*ends, rise.n, rise.n_items)
+    found = {
+        "remaining": beside("forget.prob"),
+        "kept": beside("held_out.top1"),
+        "perplexity": perplexity,
+        "recovered": recovered(one, base),
+    }
+    return {name: interval_json(interval) for name, interval in found.items()}
+
+
+def _curves(one: Measurement, ks: Sequence[int]) -> dict[str, Any]:
+    curves: dict[str, Any] = {}
+    if (leak := one.lens) is not None:
+        curves["lens"] = {
+            "n": len(leak.facts),
+            "prob": _list(leak.prob.double().mean(0)),
+            "k": {
+                str(k): {"top": _list(leak.top(k).double().mean(0)), "bottom": _list(leak.bottom(k).double().mean(0))}
+                for k in ks
+            },
+        }
+    if (curve := one.relearning) is not None:
+        bands = [mean_interval(curve.tested_items(i)) for i in range(len(curve.steps))]
+        curves["relearn"] = {
+            "steps": list(curve.steps),
+            "taught": _list(curve.taught_prob.double().mean(1)),
+            "tested": [interval_json(band) for band in bands],
+            "tested_top1": _list(curve.tested_correct.double().mean(1)),
+            "n_taught": len(curve.taught),
+            "n": len(curve.tested),
+        }
+    return curves
+
+
+def _list(values: Tensor) -> list[float | None]:
+    return [rounded(float(v)) for v in values]
+
+
+def _facts(audit: Audit) -> list[dict[str, Any]]:
+    """Each forgotten, held-out and retained fact in every state."""
+    rows = []
+    for group in ("forget", "held_out", "retained"):
+        asked = audit.questions.get(group)
+        if asked is None:
+            continue
+        for i, (fact, example) in enumerate(zip(asked.facts, asked.examples, strict=True)):
+            row: dict[str, Any] = {
+                "id": fact,
+                "group": group,
+                "prompt": example.prompt,
+                "target": example.target,
+                "states": {m.name: _answer(m, group, i) for m in audit.measurements},
+            }
+            if group == "forget":
+                for m in audit.measurements:
+                    row["states"][m.name] |= _forget_detail(m, fact, i)
+            rows.append(row)
+    return rows
+
+
+def _answer(m: Measurement, group: str, i: int) -> dict[str, Any]:
+    answers = m.answers[group]
+    return {"prob": rounded(math.exp(-float(answers.nll[i]))), "correct": bool(answers.correct[i])}
+
+
+def _forget_detail(m: Measurement, fact: str, i: int) -> dict[str, Any]:
+    detail: dict[str, Any] = {}
+    if (others := m.answers.get("paraphrase")) is not None:
+        right = [bool(c) for f, c in zip(others.facts, others.correct, strict=True) if f == fact]
+        detail["paraphrases"] = {"right": sum(right), "of": len(right)}
+    if m.lens is not None:
+        detail["lens_best_rank"] = int(m.lens.rank[i].min())
+    if m.relearning is not None and fact in m.relearning.tested:
+        where = m.relearning.tested.index(fact)
+        detail["relearned_prob"] = rounded(float(m.relearning.tested_prob[-1, where]))
+    return detail
+
+
+def figure(doc: Mapping[str, Any], state: str, key: str) -> dict[str, Any] | None:
+    """One figure of a document by state and key; None where it was not measured."""
+    for one in doc["states"]:
+        if one["name"] == state:
+            found: dict[str, Any] | None = one["figures"].get(key)
+            return found
+    return None

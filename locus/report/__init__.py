@@ -1,0 +1,6 @@
+"""What a person looks at: pages without network, plots, a table for the terminal."""
+
+from locus.report.audit_report import audit_report, terminal_table
+from locus.report.trace_report import plot_trace, trace_report
+
+__all__ = ["audit_report", "plot_trace", "terminal_table", "trace_report"]

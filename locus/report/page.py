@@ -1,0 +1,56 @@
+"""Pages: one file, no network, every text from outside escaped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from locus.artefact import atomic_file
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def write_page(path: str | Path, template: str, **values: Any) -> Path:
+    """Render a template of `locus/report/templates` into a file, atomically; returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = _environment().get_template(template).render(**values)
+    with atomic_file(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+    return path
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("locus.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share as a reader wants it: more digits near zero and near one."""
+    if value is None:
+        return "not finite"
+    if value in (0.0, 1.0) or 0.0995 <= abs(value) < 0.9995:
+        return f"{100 * value:.0f} %"
+    if abs(value) < 0.0005:
+        return "< 0.1 %" if value > 0 else "> −0.1 %"
+    return f"{100 * value:.1f} %".replace("-", "−")
+
+
+def number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return "not finite"
+    return f"{value:.3g}".replace("-", "−")
+
+
+def count(value: int) -> str:
+    """A whole number with thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\u202f")

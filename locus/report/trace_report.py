@@ -1,0 +1,168 @@
+"""Causal traces as heat maps and curves: a PNG for a paper, a page for a person."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from locus.artefact import atomic_file
+from locus.report.chart import Chart, HeatMap, Series
+from locus.report.page import count, percent, write_page
+from locus.trace import TOKEN_CLASSES, FactTrace, Trace
+
+KIND_NAMES = {"block": "block output", "mlp": "MLP output", "attn": "attention output"}
+_COLOURS = {"block": "Purples", "mlp": "Greens", "attn": "Reds"}
+_MOST_CELLS = 60_000
+_CLASS_NAMES = {
+    "before_subject": "before the subject",
+    "first_subject": "first subject token",
+    "middle_subject": "middle subject tokens",
+    "last_subject": "last subject token",
+    "first_subsequent": "first token after",
+    "further": "further tokens",
+    "last_token": "last token",
+}
+_CLASS_CSS = {
+    "first_subject": "s-edit3",
+    "middle_subject": "s-edit2",
+    "last_subject": "s-edit0",
+    "first_subsequent": "s-control",
+    "further": "s-base",
+    "last_token": "s-edit1",
+}
+
+
+def plot_trace(trace: FactTrace, path: str | Path) -> Path:
+    """Draw one fact's grids side by side as the ROME paper does, into a PNG, PDF or SVG by its ending.
+
+    Tokens on y (those of the subject end in *), layers on x, the metric with that state restored as colour,
+    from the corrupted run's value up. Returns the path.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = trace.kinds
+    labels = _labels(trace)
+    height = 1.5 + 0.21 * len(labels)
+    figure = Figure(figsize=(1.2 + 4.1 * len(kinds), height), dpi=160, layout="constrained")
+    axes = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for axis, kind in zip(axes, kinds, strict=True):
+        grid = trace.scores[kind].T.float().numpy()
+        top = max(float(grid.max()), trace.corrupted_score + 1e-9)
+        drawn = axis.pcolormesh(grid, cmap=_COLOURS.get(kind.split("_")[0], "Blues"), vmin=trace.corrupted_score, vmax=top)
+        axis.invert_yaxis()
+        axis.set_title(KIND_NAMES.get(kind, kind), fontsize=10)
+        axis.set_xlabel("layer")
+        axis.set_yticks([0.5 + i for i in range(len(labels))], [_plain(label) for label in labels], fontsize=8)
+        step = max(1, math.ceil(grid.shape[1] / 7 / 5) * 5 if grid.shape[1] > 8 else 1)
+        marks = range(0, grid.shape[1], step)
+        axis.set_xticks([0.5 + i for i in marks], [str(i) for i in marks], fontsize=8)
+        bar = figure.colorbar(drawn, ax=axis, shrink=0.8, aspect=28)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.set_title("p", fontsize=8)
+    title = f"p({_plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
+    figure.suptitle(f"{title}corrupted {trace.corrupted_prob:.3f}", fontsize=10)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temp:
+        figure.savefig(temp, format=path.suffix.lstrip(".") or "png")
+    return path
+
+
+def trace_report(trace: Trace, folder: str | Path) -> Path:
+    """Write one self-contained report.html about a set of traces into a folder; returns its path.
+
+    Facts are drawn until 60,000 cells are on the page; the page says how many are left to the artefact.
+    """
+    drawn, cells = [], 0
+    for fact in trace.facts:
+        cells += sum(grid.numel() for grid in fact.scores.values())
+        if drawn and cells > _MOST_CELLS:
+            break
+        drawn.append({"fact": fact, "maps": [_heat_map(fact, kind) for kind in fact.kinds]})
+    average, total = trace.average(), trace.average_total()
+    return write_page(
+        Path(folder) / "report.html",
+        "trace.html.j2",
+        trace=trace,
+        total=total,
+        headline=headline(average, total),
+        charts=[_average_chart(kind, classes) for kind, classes in average.items()],
+        facts=drawn,
+        left_out=len(trace.facts) - len(drawn),
+        forwards=sum(f.patched_forwards for f in trace.facts),
+        engines=sorted({f.engine for f in trace.facts}),
+        percent=percent,
+        count=count,
+    )
+
+
+def headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapping[str, float]) -> str:
+    """One sentence: where, of the inner sites, restoring a clean state brings back most."""
+    best: tuple[float, str, str, int] | None = None
+    for kind, classes in average.items():
+        if kind == "block" and len(average) > 1:
+            continue  # restoring a whole block late at the last token is the answer itself
+        for name, curve in classes.items():
+            layer = max(range(len(curve["effect"])), key=lambda i: curve["effect"][i])
+            if best is None or curve["effect"][layer] > best[0]:
+                best = (curve["effect"][layer], kind, name, layer)
+    if best is None or total["total_effect"] <= 0:
+        return "Corrupting the subject does not lower the answer's probability: there is nothing to restore."
+    effect, kind, name, layer = best
+    share = effect / total["total_effect"]
+    return (
+        f"Restoring the {KIND_NAMES.get(kind, kind)} around layer {layer} at the {_CLASS_NAMES[name]} brings back most: "
+        f"{percent(share)} of what the corruption took."
+    )
+
+
+def _heat_map(fact: FactTrace, kind: str) -> HeatMap:
+    effect = fact.indirect_effect(kind).T
+    subject = range(*fact.subject) if fact.subject is not None else range(0)
+    top = float(effect.max()) + fact.corrupted_score
+    return HeatMap(
+        title=KIND_NAMES.get(kind, kind),
+        css=f"h-{kind.split('_')[0]}" if kind.split("_")[0] in KIND_NAMES else "s-edit0",
+        labels=_labels(fact),
+        marked=[i in subject for i in range(len(fact.tokens))],
+        values=effect.tolist(),
+        low=f"{fact.corrupted_score:.3g}",
+        high=f"{top:.3g}",
+        quantity="effect",
+    )
+
+
+def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]]) -> Chart:
+    series = []
+    for name in TOKEN_CLASSES:
+        if name not in classes or name not in _CLASS_CSS:
+            continue
+        curve = classes[name]
+        effect, band = curve["effect"], curve["band"]
+        label = _CLASS_NAMES[name]
+        hover = [
+            f"{label}, layer {i}: {100 * e:.2f} ± {100 * b:.2f} points, n = {curve['n']}"
+            for i, (e, b) in enumerate(zip(effect, band, strict=True))
+        ]
+        low = [e - b for e, b in zip(effect, band, strict=True)]
+        high = [e + b for e, b in zip(effect, band, strict=True)]
+        series.append(Series(f"{label} (n {curve['n']})", range(len(effect)), effect, _CLASS_CSS[name], low, high, hover=hover))
+    caption = (
+        "Average indirect effect: metric with that state restored minus the corrupted run's, mean over facts. "
+        "Bands: 95 %, 1.96 standard errors over facts."
+    )
+    return Chart(KIND_NAMES.get(kind, kind), caption, "layer", "effect", series)
+
+
+def _labels(fact: FactTrace) -> list[str]:
+    """Tokens as a reader can see them, those of the subject ending in *."""
+    subject = range(*fact.subject) if fact.subject is not None else range(0)
+    shown = (token.replace("\n", "⏎").replace("\t", "⇥").strip(" ") or "␣" for token in fact.tokens)
+    return [text[:22] + ("*" if i in subject else "") for i, text in enumerate(shown)]
+
+
+def _plain(text: str) -> str:
+    """A dollar sign is not mathematics."""
+    return text.replace("$", r"\$")
