@@ -11,7 +11,6 @@ where the model is busy, not where the fact is. Scores favour the last layers, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -20,14 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.fact import Example, Fact
 from locus.forward import batches, label_logits
 from locus.hooks import patched
 from locus.model import Model
 from locus.progress import track
 from locus.scores import NeuronScores
 from tracing.cost import Cost
-from tracing.neuron_gradients import encode_facts, neuron_grid, prediction_positions
+from tracing.neuron_gradients import Examples, encode_facts, neuron_grid, prediction_positions
 
 
 def down_norms(model: Model) -> Float[Tensor, "layer neuron"]:
@@ -45,7 +43,7 @@ def down_norms(model: Model) -> Float[Tensor, "layer neuron"]:
 
 def mean_activations(
     model: Model,
-    examples: Sequence[Fact | Example],
+    examples: Examples,
     *,
     positions: Literal["all", "prediction"] = "prediction",
     batch_tokens: int = 4096,
@@ -74,15 +72,15 @@ class ActivationNorm:
     positions: Literal["all", "prediction"] = "prediction"
     """Average over all positions, or over those whose logits predict a target token."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """One forward a fact."""
         return Cost(len(facts), 0)
 
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example],
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples,
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 4096,
     ) -> NeuronScores:

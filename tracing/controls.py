@@ -7,7 +7,6 @@ arXiv:2410.12949). All cost nothing: no forward, no backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.errors import InputError
-from locus.fact import Example, Fact
 from locus.model import Model
 from locus.scores import NeuronScores
 from tracing.activation import down_norms
 from tracing.cost import Cost
+from tracing.neuron_gradients import Examples
 
 
 def _uniform(model: Model, seed: int) -> Float[Tensor, "layer neuron"]:
@@ -37,15 +36,15 @@ class RandomNeurons:
     """Neurons a layer, e.g. a mask's `neurons_per_layer`; the top sum(profile) neurons then have just this
     profile. Empty: uniform over the model."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """Free."""
         return Cost()
 
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example] = (),
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples = (),
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 0,
     ) -> NeuronScores:
@@ -80,15 +79,15 @@ class RandomLayers:
     seed: int = 0
     """Same seed, same layers."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """Free."""
         return Cost()
 
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example] = (),
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples = (),
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 0,
     ) -> NeuronScores:
@@ -113,15 +112,15 @@ class RandomLayers:
 class LargestNorm:
     """The neurons with the largest down column: what writes most, whatever it writes."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """Free."""
         return Cost()
 
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example] = (),
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples = (),
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 0,
     ) -> NeuronScores:
@@ -135,15 +134,15 @@ class LargestNorm:
 class AllNeurons:
     """Every neuron alike: with a budget of 100 % the mask is all MLPs, the ceiling of what neurons can do."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """Free."""
         return Cost()
 
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example] = (),
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples = (),
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 0,
     ) -> NeuronScores:

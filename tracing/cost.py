@@ -13,15 +13,15 @@ class Cost:
     the layers is half a forward, one position of a prompt of 48 is a forty-eighth.
     """
 
-    forwards: float = 0.0
+    forwards: float | int = 0
     """Forward passes of one example."""
-    backwards: float = 0.0
+    backwards: float | int = 0
     """Backward passes of one example; each is worth about one to two forwards."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
 
-    def __mul__(self, times: float) -> Cost:
+    def __mul__(self, times: float | int) -> Cost:
         return Cost(self.forwards * times, self.backwards * times)
 
     def __str__(self) -> str:

@@ -22,13 +22,13 @@ from locus.hooks import patched
 from locus.model import Model
 from locus.tokens import Encoded, encode
 
+Examples = Sequence[Fact | Example | Encoded]
+"""What localizers are run on: facts, bare prompts with targets, or tokens."""
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called once a layer in the backward pass with (layer, activation, gradient), both [batch pos neuron]."""
 
 
-def encode_facts(
-    model: Model, facts: Sequence[Fact | Example | Encoded], what: str = "facts"
-) -> list[Encoded]:
+def encode_facts(model: Model, facts: Examples, what: str = "facts") -> list[Encoded]:
     """Encode what a localizer was given.
 
     Raises:
@@ -39,7 +39,7 @@ def encode_facts(
     return [fact if isinstance(fact, Encoded) else encode(model, fact) for fact in facts]
 
 
-def required(retain: Sequence[Fact | Example] | None, method: str) -> Sequence[Fact | Example]:
+def required(retain: Examples | None, method: str) -> Examples:
     """The retain set of a method that cannot do without.
 
     Raises:

@@ -15,7 +15,6 @@ With a retain set, `contrast="difference"` takes away the neurons that every fac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -23,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.fact import Example, Fact
 from locus.forward import batches
 from locus.model import Model
 from locus.progress import track
 from locus.scores import NeuronScores
 from tracing.cost import Cost
 from tracing.neuron_gradients import (
+    Examples,
     encode_facts,
     neuron_grid,
     prediction_positions,
@@ -55,7 +54,7 @@ class GradientSaliency:
     positions: Literal["all", "prediction"] = "all"
     """Sum over all positions, or only over those whose logits predict a target token."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """One forward and one backward an example, over both sets when they are contrasted."""
         n_examples = len(facts) + (len(retain or ()) if self.contrast != "none" else 0)
         return Cost(n_examples, n_examples)
@@ -63,8 +62,8 @@ class GradientSaliency:
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example],
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples,
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 4096,
     ) -> NeuronScores:
@@ -80,7 +79,7 @@ class GradientSaliency:
         return NeuronScores(values.cpu(), "saliency", model.fingerprint, model.atlas, asdict(self))
 
     def _saliency(
-        self, model: Model, facts: Sequence[Fact | Example], what: str, batch_tokens: int
+        self, model: Model, facts: Examples, what: str, batch_tokens: int
     ) -> Float[Tensor, "layer neuron"]:
         encoded = encode_facts(model, facts, what)
         total = neuron_grid(model)
@@ -128,15 +127,15 @@ class ActivationGradient:
     absolute: Absolute = "example"
     """When the absolute value is taken; see `GradientSaliency`."""
 
-    def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
+    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """One forward and one backward a fact."""
         return Cost(len(facts), len(facts))
 
     def run(
         self,
         model: Model,
-        facts: Sequence[Fact | Example],
-        retain: Sequence[Fact | Example] | None = None,
+        facts: Examples,
+        retain: Examples | None = None,
         *,
         batch_tokens: int = 4096,
     ) -> NeuronScores:
