@@ -159,20 +159,24 @@ def bridge(model: Model) -> Any:
     """A TransformerLens TransformerBridge over a copy of the model: hooks and caches in its vocabulary.
 
     The copy costs the model's memory once more; the model itself is not touched (a bridge replaces
-    submodules in place).
+    submodules in place). TransformerLens puts the tokenizer's own `bos_token` before a text; hand it token ids
+    (`locus.tokens.encode`) where that is not `model.bos`.
     """
     import copy
+    import tempfile
 
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
 
-    twin = copy.deepcopy(model.module)
-    return TransformerBridge.boot_transformers(
-        model.name,
-        hf_model=twin,
-        tokenizer=copy.deepcopy(model.tokenizer),
-        device=str(model.device),
-        dtype=model.dtype,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # TransformerLens reads a tokenizer again from where it came
+        model.tokenizer.save_pretrained(folder)
+        return TransformerBridge.boot_transformers(
+            model.name,
+            hf_model=copy.deepcopy(model.module),
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            device=str(model.device),
+            dtype=model.dtype,
+        )
 
 
 def checkpoint_folder(name: str) -> Path:
