@@ -5,6 +5,7 @@ scores, `cost(model, facts, retain)` says beforehand what that takes.
 """
 
 from tracing.activation import ActivationNorm
+from tracing.causal import CausalTrace
 from tracing.controls import AllNeurons, LargestNorm, RandomLayers, RandomNeurons
 from tracing.saliency import ActivationGradient, GradientSaliency
 
@@ -24,6 +25,7 @@ __all__ = [
     "ActivationGradient",
     "ActivationNorm",
     "AllNeurons",
+    "CausalTrace",
     "GradientSaliency",
     "LargestNorm",
     "RandomLayers",

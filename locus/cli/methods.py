@@ -16,9 +16,13 @@ def methods(name: str | None = None, /, *, talking: Talking = Talking()) -> None
     """
     from editors import EDITORS
     from locus.errors import InputError
-    from tracing import LOCALIZERS
+    from tracing import LOCALIZERS, CausalTrace
 
-    tables = {"locate": LOCALIZERS, "edit": EDITORS}
+    tables: dict[str, dict[str, type[Any]]] = {
+        "trace": {"causal-trace": CausalTrace},
+        "locate": LOCALIZERS,
+        "edit": EDITORS,
+    }
     if name is None:
         listing = {
             command: {m: _first_line(cls) for m, cls in table.items()} for command, table in tables.items()
