@@ -6,6 +6,7 @@ It is what the replay engine is tested against, and what answers for the archite
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -66,9 +67,12 @@ def run(
 
 
 def logits_of(
-    model: Model, inputs: Inputs, reads: Sequence[int], batch: int
+    model: Model, inputs: Inputs, reads: Sequence[int], batch: int, **arguments: Any
 ) -> Float[Tensor, "batch read d_vocab"]:
-    """Logits at the positions that are read, of `batch` copies of the inputs; draws take turns."""
+    """Logits at the positions that are read, of `batch` copies of the inputs; draws take turns.
+
+    `arguments` go to the model's forward as they are.
+    """
     ids = inputs.ids.to(model.device).expand(batch, -1)
     here = list(reads)
 
@@ -79,7 +83,7 @@ def logits_of(
         return hidden[:, here]
 
     with patched(model.module, {model.atlas.embed: embed}, {model.atlas.unembed: keep_reads}):
-        logits: Tensor = model.module(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model.module(input_ids=ids, **{"use_cache": False, **arguments}).logits
     return logits
 
 
