@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from torch import Tensor
 from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
 from locus.selection import Selection
+from locus.tensorfile import tensor_bytes
 
 if TYPE_CHECKING:
     from locus.atlas import Atlas
@@ -122,6 +124,17 @@ class WeightMask:
     def n_weights(self) -> int:
         """Weights selected."""
         return sum(selection.n for selection in self.entries.values())
+
+    @property
+    def digest(self) -> str:
+        """sha256 hex of the weights selected: equal for equal masks, whatever their provenance."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for name, selection in self.entries.items():
+            form, data = selection.stored()
+            digest.update(f"\n{name} {form} {list(selection.shape)}\n".encode())
+            if data is not None:
+                digest.update(tensor_bytes(data))
+        return digest.hexdigest()
 
     def fraction(self, shapes: Shapes) -> float:
         """Share of the model's weights that is selected."""

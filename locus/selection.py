@@ -58,6 +58,32 @@ class Selection:
         """The entries where `chosen`, of the tensor's own shape, is True."""
         return cls._of_array(chosen.detach().cpu().numpy())
 
+    @classmethod
+    def covering(cls, changed: Bool[Tensor, "..."], itemsize: int) -> Selection:
+        """The set that holds every True entry and costs least to store with two values of `itemsize` bytes each.
+
+        Exactly the True entries, or the rows, columns or the whole tensor around them: an index of elements
+        costs more than a few unchanged neighbours.
+        """
+        exact = cls.of(changed)
+        form, data = exact.stored()
+        costs = [(2 * itemsize * exact.n + (data.nbytes if data is not None else 0), exact)]
+        for axis, kind in enumerate(
+            ("rows", "columns")[: changed.ndim] if form in ("elements", "bits") else ()
+        ):
+            around = cls(kind, exact.touched(axis).nonzero(), exact.shape)  # type: ignore[arg-type]
+            costs.append((2 * itemsize * around.n + around._index.nbytes, around))
+        return min(costs, key=lambda cost: cost[0])[1]
+
+    @property
+    def compact_shape(self) -> tuple[int, ...]:
+        """Shape of what `take` gives."""
+        if self.kind == "rows":
+            return (len(self._index), *self.shape[1:])
+        if self.kind == "columns":
+            return (self.shape[0], len(self._index), *self.shape[2:])
+        return self.shape if self.kind == "all" else (self.n,)
+
     @property
     def numel(self) -> int:
         """Entries of the whole tensor."""
@@ -314,3 +340,11 @@ class Selection:
     def _same_shape(self, other: Tensor | Selection) -> None:
         if tuple(other.shape) != self.shape:
             raise ValueError(f"a selection in shape {self.shape} used on shape {tuple(other.shape)}")
+
+
+def same_bits(a: Tensor, b: Tensor) -> Bool[Tensor, "..."]:
+    """Where two tensors of one dtype and shape hold the same bits: NaN equals itself, 0.0 is not -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        raise ValueError(f"{a.dtype} {tuple(a.shape)} compared with {b.dtype} {tuple(b.shape)}")
+    kind = _BITS_OF[a.element_size()]
+    return a.detach().view(kind) == b.detach().view(kind)
