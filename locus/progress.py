@@ -71,7 +71,10 @@ def task(description: str, total: float | int | None = None) -> Iterator[Task]:
         return
     task_id = progress.add_task(description, total=total, note="", rate="")
     yield Task(progress, task_id)
-    progress.stop_task(task_id)
+    if all(other.finished or other.id == task_id for other in progress.tasks):
+        progress.stop_task(task_id)
+    else:  # a line inside another: gone when it is done, so that a thousand facts do not leave a thousand lines
+        progress.remove_task(task_id)
 
 
 def track(items: Iterable[T], description: str, total: float | int | None = None) -> Iterator[T]:
