@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.model import Model
     from locus.trace import Trace
+    from tracing import CausalTrace
 
 
 def trace(
@@ -42,7 +43,7 @@ def trace(
     loaded = loading.load(model)
     chosen = running.facts(facts)
     with lock(out), talking.progress():
-        traced = trace_into(out, loaded, chosen, settings, running.resume)
+        traced = trace_into(out, loaded, chosen, settings, running.resume, running.batch_tokens)
     result = {
         "folder": str(out),
         "facts": len(traced),
@@ -52,18 +53,21 @@ def trace(
     talking.finish(result, _summary(traced, out))
 
 
-def trace_into(folder: Path, model: Model, facts: Sequence[Fact], tracer: Any, resume: bool) -> Trace:
+def trace_into(
+    folder: Path,
+    model: Model,
+    facts: Sequence[Fact],
+    tracer: CausalTrace,
+    resume: bool,
+    batch_tokens: int | None = None,
+) -> Trace:
     """Trace the facts and write everything that `locus trace` promises into a folder."""
     from locus.errors import InputError
     from locus.report import trace_report
 
     if (folder / "trace.safetensors").exists() and not resume:
-        raise InputError(
-            f"{folder} holds a finished trace: give another folder, or --resume to go on with it"
-        )
-    parts = folder / ".parts"
-    traced: Trace = tracer.run(model, facts, folder=parts, resume=resume)
-    traced.save(folder)
+        raise InputError(f"{folder} holds a finished trace: give another folder, or --resume to go on with it")
+    traced = tracer.run(model, facts, folder=folder, resume=resume, batch_tokens=batch_tokens)
     trace_report(traced, folder)
     return traced
 
