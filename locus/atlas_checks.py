@@ -40,7 +40,7 @@ def check_shapes(atlas: Atlas, names: Names) -> None:
         if found != (d_in, d_out):
             raise InputError(
                 f"{atlas.architecture}: {name} maps {found[0]} to {found[1]}, expected {d_in} to {d_out}: "
-                f"layers that differ in width, or embeddings behind a projection, have no exact names; {STILL}"
+                f"layers that differ in width, or projected embeddings, have no exact names; {STILL}"
             )
 
 
@@ -99,8 +99,8 @@ def _check_residuals(atlas: Atlas, module: nn.Module, run: Callable[[str], None]
     with record(module, outputs, atlas.blocks) as seen:
         run(atlas.blocks[-1])
     for block, attn, mlp in zip(atlas.blocks, atlas.attn_out, atlas.mlp_out, strict=True):
-        total = seen.outputs[block].float()
-        terms = [t.float() for t in (seen.inputs[block], seen.outputs[attn], seen.outputs[mlp])]
+        total = seen.outputs[block].cpu().double()
+        terms = [t.cpu().double() for t in (seen.inputs[block], seen.outputs[attn], seen.outputs[mlp])]
         if not torch.isfinite(total).all():
             dtype = seen.outputs[block].dtype
             raise InputError(

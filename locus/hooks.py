@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -59,11 +60,16 @@ def patched(
     """
     found = _find(module, [*outputs, *inputs])
     with contextlib.ExitStack() as stack:
-        shapes = _Shapes(module, found, stack)
+        rows: dict[str, list[int]] = {}
+        for name in found:
+            parent = name.rpartition(".")[0]
+            if parent not in rows:
+                rows[parent] = []
+                stack.enter_context(_registered(_watch(module.get_submodule(parent), rows[parent])))
         for name, patch in inputs.items():
-            stack.enter_context(_registered(_input_hook(found[name], patch, shapes[name])))
+            stack.enter_context(_registered(_input_hook(found[name], patch, rows[name.rpartition(".")[0]])))
         for name, patch in outputs.items():
-            stack.enter_context(_registered(_output_hook(found[name], patch, shapes[name])))
+            stack.enter_context(_registered(_output_hook(found[name], patch, rows[name.rpartition(".")[0]])))
         yield
 
 
@@ -133,45 +139,61 @@ def stop_after(module: nn.Module, name: str) -> Iterator[None]:
                 raise
 
 
+@contextlib.contextmanager
+def record_calls(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Keep the arguments with which named modules were called last, by the names of their parameters.
+
+    The arguments are kept as they are, not copied. Extra keyword arguments stand beside the named ones, so
+    that `module(**arguments)` repeats the call.
+
+    Raises:
+        InputError: no module has that name; nothing has been registered then.
+    """
+    found = _find(module, names)
+    kept: dict[str, dict[str, Any]] = {}
+
+    def keeper(name: str, signature: inspect.Signature) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            for parameter in signature.parameters.values():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(parameter.name, {})
+            kept[name] = arguments
+
+        return keep
+
+    with contextlib.ExitStack() as stack:
+        for name, target in found.items():
+            hook = keeper(name, inspect.signature(target.forward))
+            stack.enter_context(_registered(target.register_forward_pre_hook(hook, with_kwargs=True)))
+        yield kept
+
+
 def _find(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The named modules, or an InputError that lists near matches."""
-    tree = dict(module.named_modules(remove_duplicate=False))
     found = {}
     for name in names:
-        if not name or name not in tree:
+        try:
+            found[name] = module.get_submodule(name)
+        except AttributeError:
+            found[name] = module
+        if found[name] is module:  # "" is the model itself: never what was meant
+            tree = [path for path, _ in module.named_modules() if path]
             near = difflib.get_close_matches(name, tree, n=3, cutoff=0.5)
-            mend = f"near: {', '.join(near)}" if near else f"names look like {next(reversed(tree))}"
+            mend = f"near: {', '.join(near)}" if near else f"names look like {tree[-1]}"
             raise InputError(f'{type(module).__name__} has no module "{name}"; {mend}')
-        found[name] = tree[name]
     return found
 
 
-class _Shapes:
-    """For each named module, `batch pos` of the call around it: to unflatten modules that run on rows."""
+def _watch(parent: nn.Module, batch_pos: list[int]) -> RemovableHandle:
+    """Note `batch pos` of each call around a module, to unflatten what runs on rows inside."""
 
-    def __init__(
-        self, module: nn.Module, found: Mapping[str, nn.Module], stack: contextlib.ExitStack
-    ) -> None:
-        self._seen: dict[str, list[int]] = {}
-        for name in found:
-            parent = name.rpartition(".")[0]
-            if parent and parent not in self._seen:
-                self._seen[parent] = []
-                stack.enter_context(
-                    _registered(self._watch(module.get_submodule(parent), self._seen[parent]))
-                )
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        where = _first(args, kwargs)
+        shape = where[0][where[1]].shape if where else ()
+        batch_pos[:] = shape[:2] if len(shape) == 3 else ()
 
-    def __getitem__(self, name: str) -> list[int]:
-        return self._seen.get(name.rpartition(".")[0], [])
-
-    @staticmethod
-    def _watch(parent: nn.Module, seen: list[int]) -> RemovableHandle:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            where = _first(args, kwargs)
-            tensor = None if where is None else where[0][where[1]]
-            seen[:] = tensor.shape[:2] if tensor is not None and tensor.dim() == 3 else ()
-
-        return parent.register_forward_pre_hook(note, with_kwargs=True)
+    return parent.register_forward_pre_hook(note, with_kwargs=True)
 
 
 @contextlib.contextmanager

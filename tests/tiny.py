@@ -127,7 +127,8 @@ def tiny_module(arch: str = "llama", seed: int = 0, **settings: Any) -> PreTrain
         **{"vocab_size": len(tokenizer), **special, **defaults, **settings}
     )
     config.use_cache = False
-    module: PreTrainedModel = getattr(transformers, model_class)(config)
+    with torch.random.fork_rng(devices=[]):
+        module: PreTrainedModel = getattr(transformers, model_class)(config)
     randomize_(module, seed)
     alive.add(module)
     return module.eval()
