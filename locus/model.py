@@ -168,11 +168,13 @@ def bridge(model: Model) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:  # TransformerLens reads a tokenizer again from where it came
+    twin = copy.deepcopy(model.module)
+    twin.config.architectures = [model.atlas.architecture]  # a model made in memory does not say
+    with tempfile.TemporaryDirectory() as folder:  # TransformerLens reads a tokenizer from where it came
         model.tokenizer.save_pretrained(folder)
         return TransformerBridge.boot_transformers(
             model.name,
-            hf_model=copy.deepcopy(model.module),
+            hf_model=twin,
             tokenizer=AutoTokenizer.from_pretrained(folder),
             device=str(model.device),
             dtype=model.dtype,

@@ -17,7 +17,7 @@ from locus.atlas import Atlas, read_atlas
 from locus.atlas_checks import check_values
 from locus.errors import InputError
 from locus.hooks import patched, record
-from locus.model import Model
+from locus.model import Model, bridge
 from tests import tiny
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model, tiny_module
 
@@ -140,18 +140,15 @@ def test_final_norm_stands_between_the_last_block_and_the_unembedding(arch: str)
 @zoo
 def test_values_equal_a_transformer_bridge(arch: str) -> None:
     """Every site of every layer under its TransformerLens name, on a bridge over a copy."""
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-
     model = tiny_model(arch)
-    atlas, twin = model.atlas, copy.deepcopy(model.module)
-    bridge = build_bridge_from_module(twin, atlas.architecture, hf_config=twin.config)
+    atlas, twin = model.atlas, bridge(model)
     ids = model.tokenizer(tiny_facts()[0].prompt, return_tensors="pt").input_ids
     outputs = {"block_out": atlas.blocks, "attn_out": atlas.attn_out, "mlp_out": atlas.mlp_out}
     inputs = {"block_in": atlas.blocks, "attn_z": atlas.attn_z, "neuron": atlas.neuron_in}
     named_out = [name for names in outputs.values() for name in names]
     named_in = [name for names in inputs.values() for name in names]
     with torch.no_grad():
-        logits, cache = bridge.run_with_cache(ids)
+        logits, cache = twin.run_with_cache(ids)
         with record(model.module, named_out, named_in) as seen:
             ours = model.module(ids).logits
     torch.testing.assert_close(ours, logits, rtol=1e-4, atol=5e-5)
