@@ -23,7 +23,7 @@ from tracing.plain import logits_of
 from tracing.question import Inputs
 from tracing.readout import Readout
 
-Segments = Sequence[tuple[Float[Tensor, "draw head key d_head"], Float[Tensor, "draw head key d_head"]]]
+Segments = Sequence[tuple[Float[Tensor, "_ head _ d_head"], Float[Tensor, "_ head _ d_head"]]]
 """Recorded keys and values to put before the new ones, in order; a single draw serves all."""
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -76,8 +76,8 @@ class Rows:
     """
 
     positions: Int[Tensor, "group n"]
-    key_positions: Int[Tensor, "group key"]
-    visible: Bool[Tensor, "group n key"]
+    key_positions: Int[Tensor, "group _"]
+    visible: Bool[Tensor, "group n _"]
     """Which keys belong to the same patched run; that a key stands before its query is the model's mask's to say."""
     draws: int
     """Batch elements a group; the batch is `group * draws`, draws fastest."""

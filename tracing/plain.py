@@ -19,7 +19,7 @@ from tracing.question import Answers, Inputs, Question
 from tracing.readout import Readout
 from tracing.sites import Cell, Patch, Site, module_of, sources_needed
 
-States = dict[tuple[Site, int], Float[Tensor, "sample pos width"]]
+States = dict[tuple[Site, int], Float[Tensor, "_ pos _"]]
 """(site, layer) -> its values in one run."""
 
 

@@ -23,7 +23,7 @@ class Inputs:
     ids: Int[Tensor, " pos"]
     positions: tuple[int, ...] = ()
     """Where the embeddings are replaced, ascending."""
-    embeddings: Float[Tensor, "sample n d_model"] | None = None
+    embeddings: Float[Tensor, "_ n d_model"] | None = None
     """By what: the embedding module's output is set to these, a row for each draw."""
 
     @property
@@ -100,10 +100,10 @@ def divergence(question: Question) -> int:
 class Answers:
     """What an engine gives back: the scores of every run, and what they took."""
 
-    base: Float[Tensor, "sample score"]
-    other: Float[Tensor, "sample score"]
+    base: Float[Tensor, "_ score"]
+    other: Float[Tensor, "_ score"]
     """One row where the other run has one draw."""
-    cells: Float[Tensor, "cell sample score"]
+    cells: Float[Tensor, "cell _ score"]
     tokens: float
     """Tokens run through the whole model; a token through half of the blocks is half a token."""
     peak_bytes: float = 0.0

@@ -108,7 +108,7 @@ class _Replay:
         tokens = (self.rows_run + self.runs.rows_run) / n_layers
         return Answers(base, other, scores, tokens)
 
-    def _own_scores(self, view: View) -> Float[Tensor, "sample score"]:
+    def _own_scores(self, view: View) -> Float[Tensor, "_ score"]:
         reads = torch.tensor(self.question.reads)
         final = view.hidden(self.model.atlas.n_layers, reads)
         return self.tail.scores(final, self.readout, _LOGIT_ROWS)
@@ -310,7 +310,7 @@ class _Wave:
 
     def _value(
         self, patch: Patch, site: Site, layer: int, positions: Int[Tensor, " k"], draws: slice
-    ) -> Float[Tensor, "draw k width"]:
+    ) -> Float[Tensor, "_ k _"]:
         """What a patch writes at each of these positions."""
         if patch.source in ("other", "base"):
             view = self.replay.other if patch.source == "other" else self.replay.base

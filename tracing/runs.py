@@ -29,11 +29,11 @@ class States:
     """Values of one run from position `start` on."""
 
     start: int
-    hidden: tuple[Float[Tensor, "draw pos d_model"], ...]
+    hidden: tuple[Float[Tensor, "_ pos d_model"], ...]
     """Input of each block, then the output of the last."""
-    keys: tuple[Float[Tensor, "draw head pos d_head"], ...]
-    values: tuple[Float[Tensor, "draw head pos d_head"], ...]
-    sites: Mapping[tuple[Site, int], Float[Tensor, "draw pos width"]]
+    keys: tuple[Float[Tensor, "_ head pos d_head"], ...]
+    values: tuple[Float[Tensor, "_ head pos d_head"], ...]
+    sites: Mapping[tuple[Site, int], Float[Tensor, "_ pos _"]]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class View:
         """Its draws."""
         return 1 if self.own is None else self.own.hidden[0].shape[0]
 
-    def hidden(self, layer: int, positions: Int[Tensor, " k"]) -> Float[Tensor, "draw k d_model"]:
+    def hidden(self, layer: int, positions: Int[Tensor, " k"]) -> Float[Tensor, "_ k d_model"]:
         """Inputs of a block at some positions; past the last block its outputs."""
         own = None if self.own is None else self.own.hidden[layer]
         return self._at(self.whole.hidden[layer], own, positions)
 
     def site(
         self, site: Site, layer: int, positions: Int[Tensor, " k"], draws: slice = slice(None)
-    ) -> Float[Tensor, "draw k width"]:
+    ) -> Float[Tensor, "_ k _"]:
         """Values of a site at some positions."""
         if site in ("block_in", "block_out"):
             found = self.hidden(layer + (site == "block_out"), positions)
@@ -205,7 +205,7 @@ def _branch_draws(
     return States(start, tuple(hidden), tuple(keys), tuple(values), sites)
 
 
-def _first_input(model: Model, inputs: Inputs) -> Float[Tensor, "draw pos d_model"]:
+def _first_input(model: Model, inputs: Inputs) -> Float[Tensor, "_ pos d_model"]:
     """What the first block is called with."""
     caught: list[Tensor] = []
 

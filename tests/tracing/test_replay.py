@@ -1,0 +1,224 @@
+"""The replay engine gives what whole forwards give: every architecture, site, corruption, batch size."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from locus.fact import Fact
+from locus.model import Model
+from locus.tokens import encode
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
+from tracing.blocks import CannotReplay
+from tracing.corruption import CORRUPTIONS, Corrupter, Prepared, prepare
+from tracing.plain import answer_plainly
+from tracing.question import Answers, Inputs, Question
+from tracing.readout import Readout
+from tracing.replay import answer_by_replay
+from tracing.sites import KINDS, Cell, Patch, cells_of
+
+
+def prepared(model: Model, facts: list[Fact] | None = None) -> list[Prepared]:
+    return [prepare(fact, encode(model, fact), model.bos, 0) for fact in facts or tiny_facts()]
+
+
+def question_of(
+    model: Model, facts: list[Prepared], index: int, corruption: str = "gaussian", samples: int = 3
+) -> tuple[Question, Readout]:
+    fact = facts[index]
+    corrupter = Corrupter.of(model, facts, corruption, 3.0)  # type: ignore[arg-type]
+    question = Question(corrupter.inputs(model, fact, samples), Inputs(fact.ids), fact.reads)
+    return question, Readout("logprob", torch.tensor(fact.encoded.target_ids))
+
+
+def grid(model: Model, fact: Prepared, kinds: tuple[str, ...] = (*KINDS, "head:1"), window: int = 2) -> list[Cell]:
+    positions = range(fact.encoded.target_start)
+    return [c for kind in kinds for row in cells_of(kind, model.atlas, positions, window) for c in row]
+
+
+def assert_same(got: Answers, expected: Answers, atol: float = 2e-5) -> None:
+    """Log-probabilities agree: relative differences of the probabilities are below `atol`."""
+    for a, b in ((got.base, expected.base), (got.other, expected.other), (got.cells, expected.cells)):
+        torch.testing.assert_close(a[..., 0], b[..., 0].expand_as(a[..., 0]), atol=atol, rtol=0)
+        torch.testing.assert_close(a[..., 1], b[..., 1].expand_as(a[..., 1]), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kind_both_directions(arch: str) -> None:
+    model = tiny_model(arch)
+    facts = prepared(model)
+    for index in (0, 1):  # a subject in the middle; at the end, before a target of several tokens
+        question, readout = question_of(model, facts, index, samples=2)
+        cells = grid(model, facts[index])
+        for asked in (question, question.reversed()):
+            expected = answer_plainly(model, asked, cells, readout)
+            got = answer_by_replay(model, asked, cells, readout)
+            assert_same(got, expected)
+            assert got.tokens < expected.tokens / 2
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("falcon", {"alibi": True}),
+        ("falcon", {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("neox", {"use_parallel_residual": False}),
+        ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
+        ("gemma3", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("llama", {"num_key_value_heads": 1}),
+    ],
+)
+def test_variants_of_attention(arch: str, settings: dict[str, object], attention: str) -> None:
+    if arch == "gemma2" and attention == "sdpa":
+        pytest.skip("Gemma-2 has no sdpa")
+    model = tiny_model(arch, attn_implementation=attention, **settings)
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0, samples=2)
+    cells = grid(model, facts[0], ("block", "mlp", "block-no-attn"))
+    assert_same(
+        answer_by_replay(model, question, cells, readout), answer_plainly(model, question, cells, readout)
+    )
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_every_corruption(corruption: str) -> None:
+    model = tiny_model("qwen3")
+    facts = tiny_facts()
+    twin = replace(facts[0], id="twin", prompt=facts[0].prompt.replace("city of", "city in"))
+    known = prepared(model, [*facts, twin])
+    question, readout = question_of(model, known, 0, corruption)
+    cells = grid(model, known[0])
+    assert_same(
+        answer_by_replay(model, question, cells, readout), answer_plainly(model, question, cells, readout)
+    )
+
+
+def odd_cells(model: Model, n_pos: int) -> list[Cell]:
+    """Patches that no grid makes: several positions and layers at once, neurons, zeros and means, mixtures."""
+    last, end = n_pos - 1, model.atlas.n_layers
+    return [
+        Cell((Patch("block_out", (0, 1), (2, 3, 5)),)),
+        Cell((Patch("block_out", (0, 2), (4, last)),)),
+        Cell((Patch("block_in", (0, 1), (3,)),)),
+        Cell((Patch("block_in", (1, 2), (last,)),)),
+        Cell((Patch("neuron", (1, 2), (3, 4), columns=(0, 7, 31)),)),
+        Cell((Patch("attn_z", (0, end), (5,), columns=(0, 1, 2)),)),
+        Cell((Patch("mlp_out", (1, 2), (1, 4), "zero"),)),
+        Cell((Patch("mlp_out", (0, 1), (0,), "zero"),)),
+        Cell((Patch("attn_out", (1, 3), (last,), "mean"),)),
+        Cell((Patch("block_out", (end - 1, end), (last,)),)),
+        Cell((Patch("block_out", (end - 1, end), (2,)),)),
+        Cell((Patch("mlp_out", (0, 1), (4,)), Patch("attn_out", (1, 2), (6,)), Patch("block_out", (1, 2), (5,)))),
+        Cell((Patch("block_out", (0, 1), (3,)), Patch("neuron", (1, 2), (last,), "zero", columns=(3,)))),
+        Cell((Patch("mlp_out", (1, 1), (4,)),)),
+        Cell(()),
+    ]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "falcon", "olmo2"])
+def test_sets_of_positions_neurons_zeros_and_means(arch: str) -> None:
+    model = tiny_model(arch)
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    generator = torch.Generator().manual_seed(1)
+    mean = {("attn_out", layer): torch.randn(model.atlas.d_model, generator=generator) for layer in range(3)}
+    question = replace(question, means=mean)  # type: ignore[arg-type]
+    cells = odd_cells(model, question.reads[0] + 1)
+    assert_same(
+        answer_by_replay(model, question, cells, readout), answer_plainly(model, question, cells, readout)
+    )
+
+
+def test_ablation_without_a_second_run() -> None:
+    """Zero ablation of the clean run: base and other are the same, and nothing diverges."""
+    model = tiny_model("smollm")
+    fact = prepared(model)[0]
+    clean = Inputs(fact.ids)
+    question = Question(clean, clean, fact.reads)
+    readout = Readout("logprob", torch.tensor(fact.encoded.target_ids))
+    cells = [Cell((Patch("mlp_out", (layer, layer + 1), (p,), "zero"),)) for layer in range(3) for p in (0, 3, 8)]
+    assert_same(
+        answer_by_replay(model, question, cells, readout), answer_plainly(model, question, cells, readout)
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 7, 40, 100000])
+def test_results_do_not_depend_on_the_budget(budget: int) -> None:
+    model = tiny_model("llama")
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0, samples=3)
+    cells = grid(model, facts[0])
+    expected = answer_by_replay(model, question, cells, readout)
+    got = answer_by_replay(model, question, cells, readout, batch_tokens=budget)
+    assert_same(got, expected, atol=1e-5)
+
+
+def test_rows_before_the_corruption_are_exactly_the_corrupted_run() -> None:
+    model = tiny_model("llama")
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    start = facts[0].positions[0]
+    cells = [c for row in cells_of("block", model.atlas, range(start), 1) for c in row]
+    got = answer_by_replay(model, question, cells, readout)
+    assert torch.equal(got.cells, got.base.expand(len(cells), -1, -1))
+
+
+def test_all_restored_is_exactly_the_clean_run() -> None:
+    """Restoring every corrupted position at the first block's input leaves nothing of the corruption."""
+    model = tiny_model("llama")
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    whole = Cell((Patch("block_in", (0, 1), facts[0].positions),))
+    got = answer_by_replay(model, question, [whole], readout)
+    torch.testing.assert_close(got.cells[0], got.other.expand(3, -1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.25), (torch.float16, 0.05), (torch.float64, 1e-9)])
+def test_other_precisions(dtype: torch.dtype, atol: float) -> None:
+    model = tiny_model("llama")
+    model.module.to(dtype)
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    cells = grid(model, facts[0])
+    expected = answer_plainly(model, question, cells, readout)
+    got = answer_by_replay(model, question, cells, readout)
+    torch.testing.assert_close(got.cells[..., 0], expected.cells[..., 0], atol=atol, rtol=0)
+
+
+def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracing.replay
+
+    model = tiny_model("llama")
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    cells = grid(model, facts[0], ("block",))
+    expected = answer_by_replay(model, question, cells, readout)
+    real, budgets = tracing.replay._Replay.run, []
+
+    def run(self: tracing.replay._Replay) -> Answers:
+        budgets.append(self.budget)
+        if self.budget > 100:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self)
+
+    monkeypatch.setattr(tracing.replay._Replay, "run", run)
+    assert_same(answer_by_replay(model, question, cells, readout, batch_tokens=300), expected)
+    assert budgets == [300, 150, 75]
+
+
+def test_an_argument_that_is_not_understood_is_refused() -> None:
+    model = tiny_model("llama")
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    handle = model.module.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "per_layer_input": torch.zeros(1)}), with_kwargs=True
+    )
+    with contextlib.closing(contextlib.ExitStack()) as undo:
+        undo.callback(handle.remove)
+        with pytest.raises(CannotReplay, match="per_layer_input"):
+            answer_by_replay(model, question, grid(model, facts[0], ("block",)), readout)
