@@ -205,6 +205,18 @@ def test_reading_leaves_the_model_as_it_was() -> None:
 
 # Variants of the families, each of which moves a name or a number.
 
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 @pytest.mark.parametrize(
     ("arch", "settings", "activation", "expected"),
@@ -233,6 +245,45 @@ def test_variants(arch: str, settings: dict, activation: str, expected: dict) ->
     assert {name: getattr(model.atlas, name) for name in expected} == expected
     assert_adds_up(model)
     assert_activations_follow(model, activation)
+
+
+_VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+OTHERS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("GlmConfig", "GlmForCausalLM", {**_SMALL, "head_dim": 8}, {"n_kv_heads": 2}),
+    (
+        "BloomConfig",  # adds the residual inside its attention and MLP modules
+        "BloomForCausalLM",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97},
+        {"attn_out": tuple(f"transformer.h.{i}.self_attention.dense" for i in range(2))},
+    ),
+    ("CohereConfig", "CohereForCausalLM", _SMALL, {"parallel": True}),
+    ("StableLmConfig", "StableLmForCausalLM", {**_SMALL, "use_parallel_residual": True}, {"parallel": True}),
+    ("Starcoder2Config", "Starcoder2ForCausalLM", _SMALL, {"parallel": False}),
+    (
+        "Gemma3Config",  # the text model inside an image-and-text one
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**_SMALL, "head_dim": 8}, "vision_config": _VISION, "mm_tokens_per_image": 4},
+        {"blocks": tuple(f"model.language_model.layers.{i}" for i in range(2)), "unembed": "lm_head"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "model", "settings", "expected"), OTHERS)
+def test_other_architectures_are_named_and_proved(
+    config: str, model: str, settings: dict, expected: dict
+) -> None:
+    """Beyond the zoo, whatever TransformerLens names and the proof in `read_atlas` holds for."""
+    module = getattr(transformers, model)(getattr(transformers, config)(**settings))
+    tiny.randomize_(module, seed=0)
+    atlas = read_atlas(module)
+    assert {name: getattr(atlas, name) for name in expected} == expected
 
 
 def test_biases_belong_to_their_neuron() -> None:
@@ -271,17 +322,6 @@ def test_opt_has_no_mlp_module() -> None:
 
 # What has no exact name is refused.
 
-_SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _OPT = {**tiny._ZOO["opt"][2], "vocab_size": 97}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, "state_size": 4}
