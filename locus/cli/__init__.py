@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 the input was wrong, 1 anything else, 3 a release gate failed."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    sys.exit(execute(sys.argv[1:] if argv is None else argv))
 
 
-def run(argv: Sequence[str]) -> int:
+def execute(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr unless --debug is given."""
     from cyclopts import CycloptsError
 

@@ -8,6 +8,7 @@ from locus import __version__
 
 app = App(
     name="locus",
+    suppress_keyboard_interrupt=False,
     version=f"locus {__version__}",
     help="Find where a language model keeps the knowledge that must go, change only those weights, and prove it.",
     help_epilogue=(
