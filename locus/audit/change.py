@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from locus.delta import WeightDelta
 from locus.mask import WeightMask
 from locus.model import Model
-from locus.selection import Selection
+from locus.naming import canonical
+from locus.selection import Selection, same_bits
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _N_SINGULAR = 8
 
 
@@ -49,6 +49,8 @@ class Change:
     tensors: tuple[TensorChange, ...]
     n_parameters: int
     """Of the whole model."""
+    lost_cast: float | None = None
+    """Share of the entries the edit changed that its cast to the checkpoint's dtype took back; None where unknown."""
 
     @property
     def n_changed(self) -> int:
@@ -59,7 +61,8 @@ class Change:
     def off_mask(self) -> int | None:
         """Changed entries outside the mask; None where no mask was given."""
         counts = [t.off_mask for t in self.tensors]
-        return None if any(c is None for c in counts) else sum(c for c in counts if c is not None)
+        known = [c for c in counts if c is not None]
+        return sum(known) if counts and len(known) == len(counts) else None
 
     def to_json(self) -> dict[str, Any]:
         """Totals and one record a tensor."""
@@ -72,6 +75,7 @@ class Change:
             "share": changed / max(1, self.n_parameters),
             "norm": float(sum(t.norm**2 for t in self.tensors) ** 0.5),
             "lost_bfloat16": lost / changed if changed else 0.0,
+            "lost_cast": self.lost_cast,
             "off_mask": self.off_mask,
             "tensors": [
                 asdict(t) | {"shape": list(t.shape), "singular_values": list(t.singular_values)} for t in self.tensors
@@ -82,8 +86,10 @@ class Change:
 def change_of(base: Model, edit: WeightDelta | Model, mask: WeightMask | None = None) -> Change:
     """What an edit changed, from its delta or from a second checkpoint in memory."""
     pieces = _of_delta(edit) if isinstance(edit, WeightDelta) else _of_models(base, edit)
-    tensors = tuple(_one(name, selection, old, new, mask) for name, selection, old, new in pieces)
-    return Change(tensors, sum(p.numel() for p in base.module.parameters()))
+    allowed = None if mask is None else {canonical(name): chosen for name, chosen in mask.entries.items()}
+    tensors = tuple(_one(name, selection, old, new, allowed) for name, selection, old, new in pieces)
+    cast = edit.rounding.fraction_vanished if isinstance(edit, WeightDelta) else None
+    return Change(tensors, sum(p.numel() for p in base.module.parameters()), cast)
 
 
 def _of_delta(delta: WeightDelta) -> Iterator[tuple[str, Selection, Tensor, Tensor]]:
@@ -95,17 +101,15 @@ def _of_models(base: Model, other: Model) -> Iterator[tuple[str, Selection, Tens
     theirs = dict(other.module.named_parameters())
     for name, old in base.module.named_parameters():
         new = theirs[name].detach().to(old.device, old.dtype)
-        if not torch.equal(_bits(old), _bits(new)):
-            selection = Selection("all", None, tuple(old.shape))
-            yield name, selection, old.detach(), new
+        if bool((changed := ~same_bits(old.detach(), new)).any()):
+            selection = Selection.covering(changed, old.element_size())
+            yield name, selection, selection.take(old), selection.take(new)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(_BITS[tensor.element_size()])
-
-
-def _one(name: str, selection: Selection, old: Tensor, new: Tensor, mask: WeightMask | None) -> TensorChange:
-    moved = _bits(old) != _bits(new)
+def _one(
+    name: str, selection: Selection, old: Tensor, new: Tensor, allowed: Mapping[str, Selection] | None
+) -> TensorChange:
+    moved = ~same_bits(old, new)
     step = new.float() - old.float()
     n = int(moved.sum())
     lost = moved & (old.to(torch.bfloat16) == new.to(torch.bfloat16))
@@ -120,18 +124,16 @@ def _one(name: str, selection: Selection, old: Tensor, new: Tensor, mask: Weight
         largest=float(step.abs().max()) if step.numel() else 0.0,
         singular_values=_singular_values(step),
         lost_bfloat16=int(lost.sum()) / n if n else 0.0,
-        off_mask=None if mask is None else _off_mask(selection, moved, mask.entries.get(name)),
+        off_mask=None if allowed is None else _off_mask(selection, moved, allowed.get(canonical(name))),
     )
 
 
 def _off_mask(selection: Selection, moved: Tensor, allowed: Selection | None) -> int:
     if allowed is None:
         return int(moved.sum())
-    if (selection - allowed).n == 0:
-        return 0
-    flags = torch.zeros(selection.shape, dtype=torch.uint8)
-    selection.put_(flags, moved.cpu().to(torch.uint8))
-    return int((flags.bool() & ~allowed.dense()).sum())
+    everywhere = torch.zeros(selection.shape, dtype=torch.bool)
+    selection.put_(everywhere, moved.cpu())
+    return int((everywhere & ~allowed.dense()).sum())
 
 
 def _singular_values(step: Tensor) -> tuple[float, ...]:

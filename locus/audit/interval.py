@@ -139,12 +139,13 @@ def gain(edit: Items, controls: Sequence[Items], seed: int = 0) -> Interval | No
     return Interval(float(sums.mean(0).sum() / counts.sum()), *_ends(means), n, len(edit.values))
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+def wilson(successes: float | int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion (1927)."""
     p = successes / n
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
 def _minus(after: Tensor, before: Tensor) -> Tensor:

@@ -118,10 +118,10 @@ def _forgotten(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
     assert drop is not None
     if drop.n < s.min_facts:
         return Verdict("forgotten", "unclear", f"Too few facts for a verdict on forgetting: {told}.", keys)
-    if _mean(before) == 0:
+    if _mean(was_right) == 0:
         return Verdict("forgotten", "unclear", f"The base does not know these facts: {told}.", keys)
     remaining = _mean(after) / _mean(before)
-    answered = _mean(right) / _mean(was_right) if _mean(was_right) else 0.0
+    answered = _mean(right) / _mean(was_right)
     if drop.high >= 0 or remaining > 0.5:
         return Verdict("forgotten", "no", f"Not forgotten: {told}.", keys)
     if remaining <= s.forgotten and answered <= s.forgotten:
@@ -200,26 +200,28 @@ def _hidden(edit: Measurement, s: Standards) -> Verdict:
 
 
 def _returns(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
-    keys = ["relearn.prob"]
-    told, worst, few = [], 0.0, False
-    if edit.relearning is not None and (share := recovered(edit, base)) is not None:
-        few = share.n < 4
-        worst = share.mean
-        told.append(f"relearning half of the facts brings back {_pct(max(0.0, share.mean))} of the other half")
-    for fmt in ("bfloat16", "int8", "int4"):
-        back = _rounding_return(edit, base, f"{fmt}.forget.prob")
-        if back is not None:
-            keys.append(f"{fmt}.forget.prob")
-            worst = max(worst, back)
-            told.append(f"{fmt} {_pct(max(0.0, back))}")
-    if not told:
-        return _unmeasured("returns", "Relearning and rounding: not measured.", tuple(keys))
-    sentence = "; ".join(told) + "."
-    if few:
-        return Verdict("returns", "unclear", f"Too few facts to say whether it comes back: {sentence}", tuple(keys))
-    if worst <= s.recovered:
-        return Verdict("returns", "yes", f"It does not come back: {sentence}", tuple(keys))
-    return Verdict("returns", "no" if worst > 0.5 else "partly", f"It comes back under attack: {sentence}", tuple(keys))
+    found = {"relearn.prob": recovered(edit, base)}
+    found |= {f"{fmt}.forget.prob": _rounding_return(edit, base, fmt) for fmt in ("bfloat16", "int8", "int4")}
+    attacks = {key: share for key, share in found.items() if share is not None}
+    keys = tuple(key for key in found if edit.items(key) is not None)
+    if not keys:
+        return _unmeasured("returns", "Relearning and rounding: not measured.", tuple(found))
+    if not attacks:
+        return Verdict("returns", "unclear", "Nothing was removed, so nothing can come back.", keys)
+    names = {"relearn.prob": "relearning half of the facts brings back {} of the other half"}
+    told = "; ".join(
+        names.get(key, f"{key.split('.')[0]} rounding {{}}").format(_pct(max(0.0, share.mean)))
+        for key, share in attacks.items()
+    )
+    if min(share.n for share in attacks.values()) < min(4, s.min_facts):
+        return Verdict("returns", "unclear", f"Too few facts to say whether it comes back: {told}.", keys)
+    back = [share.mean for share in attacks.values() if share.mean > s.recovered and share.low > 0]
+    if back:
+        answer: Answer = "no" if max(back) > 0.5 else "partly"
+        return Verdict("returns", answer, f"It comes back under attack: {told}.", keys)
+    if all(share.mean <= s.recovered for share in attacks.values()):
+        return Verdict("returns", "yes", f"It does not come back: {told}.", keys)
+    return Verdict("returns", "unclear", f"The intervals are too wide to say whether it comes back: {told}.", keys)
 
 
 def recovered(edit: Measurement, base: Measurement) -> Interval | None:
@@ -233,18 +235,18 @@ def recovered(edit: Measurement, base: Measurement) -> Interval | None:
     return ratio(Items(curve.tested, curve.tested_prob[-1] - start), lost)
 
 
-def _rounding_return(edit: Measurement, base: Measurement, key: str) -> float | None:
+def _rounding_return(edit: Measurement, base: Measurement, fmt: str) -> Interval | None:
     """Share of the removed p(target) that rounding gives back, beside the equally rounded base."""
-    rounded, rounded_base = edit.items(key), base.items(key)
-    plain, plain_base = edit.items("forget.prob"), base.items("forget.prob")
-    if rounded is None or rounded_base is None or plain is None or plain_base is None:
+    wanted = ((edit, f"{fmt}.forget.prob"), (edit, "forget.prob"), (base, f"{fmt}.forget.prob"), (base, "forget.prob"))
+    items = [m.items(key) for m, key in wanted]
+    if any(one is None for one in items):
         return None
-    removed = _mean(plain_base) - _mean(plain)
-    if _mean(rounded_base) <= 0 or removed <= 0:
+    rounded, plain, rounded_base, plain_base = (one.values.double() for one in items if one is not None)
+    if plain_base.mean() <= 0 or rounded_base.mean() <= 0:
         return None
-    now = _mean(rounded) / _mean(rounded_base)
-    was = _mean(plain) / _mean(plain_base)
-    return (now - was) / (1 - was)
+    harm = rounded_base.mean() / plain_base.mean()
+    groups = edit.answers["forget"].facts
+    return ratio(Items(groups, rounded - harm * plain), Items(groups, harm * (plain_base - plain)))
 
 
 def _localized(edit: Measurement, controls: Sequence[Measurement], s: Standards) -> Verdict:

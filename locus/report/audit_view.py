@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from locus.report.chart import Chart, Series
-from locus.report.page import number, percent
+from locus.report.page import number, percent, span
 
 QUESTIONS = {
     "forgotten": "Forgotten?",
@@ -128,7 +128,7 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
         return Cell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
     if key == "text.kl" and state["role"] == "base":
         return Cell("0", "", "The base beside itself.", css)
-    ends = f"{shown(doc, key, figure['low'])} to {shown(doc, key, figure['high'])}" if "finite" not in figure else ""
+    ends = "" if "finite" in figure else span(*(shown(doc, key, figure[end]) for end in ("low", "high")))
     metric = doc["metrics"][key]
     facts = "paragraphs" if key.startswith("text.") else "facts"
     hover = f"{metric['definition']} 95 % interval {ends}; n = {figure['n']} {facts}"
@@ -148,20 +148,26 @@ def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
     sign = 1 if doc["metrics"][key]["better"] == "higher" else -1
     ends = [None if c[end] is None else sign * c[end] for end in ("mean", "low", "high")]
     mean, low, high = (_points(doc, key, v) for v in ends)
-    low, high = (low, high) if sign > 0 else (high, low)
+    ends_text = span(low, high) if sign > 0 else span(high, low)
     hover = (
         f"{edit} against the mean of the controls on the same items, positive is better: {mean}, 95 % interval "
-        f"{low} to {high}, n = {c['n']}. A verdict only where the interval excludes zero: {c['outcome']}."
+        f"{ends_text}, n = {c['n']}. A verdict only where the interval excludes zero: {c['outcome']}."
     )
-    return Cell(f"{mark} {mean}", f"{low} to {high}", hover, tone)
+    return Cell(f"{mark} {mean}", ends_text, hover, tone)
 
 
 def _points(doc: Mapping[str, Any], key: str, value: float | None) -> str:
     if value is None:
         return "not finite"
     if doc["metrics"][key]["unit"] == "share":
-        return f"{100 * value:+.1f} pts".replace("-", "−")
-    return f"{value:+.3f}".replace("-", "−")
+        return f"{_signed(100 * value, 1)} pts"
+    return _signed(value, 3)
+
+
+def _signed(value: float, decimals: int) -> str:
+    """With its sign, and zero without one."""
+    rounded = round(value, decimals)
+    return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else "0"
 
 
 def charts(doc: Mapping[str, Any]) -> list[Chart]:

@@ -18,7 +18,7 @@ class Series:
     """One line: a value at each x, with a band where it has one."""
 
     name: str
-    xs: Sequence[float]
+    xs: Sequence[float | int]
     ys: Sequence[float | None]
     css: str
     """Class that gives the colour."""

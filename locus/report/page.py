@@ -44,10 +44,20 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.1f} %".replace("-", "−")
 
 
+def span(low: str, high: str) -> str:
+    """Two ends of an interval, their common unit written once."""
+    for unit in (" %", " pts"):
+        if low.endswith(unit) and high.endswith(unit):
+            low = low.removesuffix(unit)
+    return low if low == high else f"{low} to {high}"
+
+
 def number(value: float | None) -> str:
     """Three significant digits."""
     if value is None:
         return "not finite"
+    if 1000 <= abs(value) < 1e7:
+        return count(round(value))
     return f"{value:.3g}".replace("-", "−")
 
 
