@@ -7,13 +7,17 @@ it as an attack: an edited model may still hold the answer at an inner layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from locus.artefact import load_tensors, save_tensors
+from locus.errors import InputError
 from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
@@ -76,3 +80,153 @@ def _first_target(encoded: Encoded) -> Encoded:
     """The same prompt with only the first token of its target."""
     end = encoded.target_start + 1
     return Encoded(encoded.ids[:end], encoded.target_start, encoded.subject, encoded.tokens[:end])
+
+
+LensSite = Literal["block_out", "block_mid", "attn_out", "mlp_out"]
+LENS_SITES: tuple[LensSite, ...] = ("block_out", "block_mid", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class LensGrid:
+    """One prompt through the lens, after every layer and at every position."""
+
+    fact_id: str
+    site: LensSite
+    """What was read: the residual stream after a block, before its MLP, or what attention or MLP alone write."""
+    tokens: tuple[str, ...]
+    """The prompt's tokens, as text."""
+    target: str
+    """The target's first token, as text."""
+    rank: Int[Tensor, "layer pos"]
+    """Tokens with a higher logit than the target; 0 where it is on top."""
+    prob: Float[Tensor, "layer pos"]
+    """Probability of the target's first token."""
+    entropy: Float[Tensor, "layer pos"]
+    """Of the lens distribution, in nats."""
+    kl: Float[Tensor, "layer pos"]
+    """KL(final distribution || lens distribution), in nats."""
+    top_probs: Float[Tensor, "layer pos k"]
+    """Probabilities of the k likeliest tokens, falling."""
+    top_ids: Int[Tensor, "layer pos k"]
+    """Those tokens."""
+    top_tokens: tuple[tuple[str, ...], ...]
+    """Layer -> position -> the likeliest token, as text."""
+
+    @property
+    def readable_from(self) -> int | None:
+        """First layer from which on the target stays on top at the last position; None if it never does."""
+        wrong = (self.rank[:, -1] > 0).nonzero().flatten()
+        first = int(wrong[-1]) + 1 if len(wrong) else 0
+        return first if first < len(self.rank) else None
+
+
+@torch.no_grad()
+def lens_grid(
+    model: Model,
+    encoded: Encoded,
+    fact_id: str,
+    site: LensSite = "block_out",
+    k: int = 5,
+    max_rows: int = 512,
+) -> LensGrid:
+    """Read every layer and prompt position of one example through the model's own unembedding.
+
+    Args:
+        model: Left as it is.
+        encoded: The example; only its prompt is run.
+        fact_id: Names the grid.
+        site: What is read.
+        k: Likeliest tokens kept in each cell.
+        max_rows: Positions unembedded at once.
+
+    Raises:
+        InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place).
+    """
+    atlas, n = model.atlas, encoded.target_start
+    if site == "block_mid" and atlas.parallel:
+        raise InputError(
+            f"{model.name}: attention and MLP run side by side, there is no residual before the MLP"
+        )
+    outputs = {"block_out": atlas.blocks, "attn_out": atlas.attn_out, "mlp_out": atlas.mlp_out}.get(
+        site, atlas.attn_out
+    )
+    inputs = atlas.blocks if site == "block_mid" else ()
+    with record(model.module, outputs=[*outputs, atlas.blocks[-1]], inputs=inputs) as seen:
+        ids = torch.tensor([encoded.ids[:n]], device=model.device)
+        model.module(input_ids=ids, use_cache=False)
+    states = [seen.outputs[name][0] for name in outputs]
+    if site == "block_mid":
+        states = [state + seen.inputs[name][0] for state, name in zip(states, atlas.blocks, strict=True)]
+    last = seen.outputs[atlas.blocks[-1]][0]
+    label = encoded.ids[n]
+    rows = [
+        [
+            _read_cells(model, state[start : start + max_rows], last[start : start + max_rows], label, k)
+            for start in range(0, n, max_rows)
+        ]
+        for state in states
+    ]
+    rank, prob, entropy, kl, top_probs, top_ids = (
+        torch.stack([torch.cat([piece[i] for piece in row]) for row in rows]) for i in range(6)
+    )
+    words = tuple(tuple(model.tokenizer.decode([int(best)]) for best in row) for row in top_ids[:, :, 0])
+    target = model.tokenizer.decode([label])
+    return LensGrid(
+        fact_id, site, encoded.tokens[:n], target, rank, prob, entropy, kl, top_probs, top_ids, words
+    )
+
+
+def _read_cells(model: Model, states: Tensor, last: Tensor, label: int, k: int) -> tuple[Tensor, ...]:
+    """Rank, probability, entropy, KL, top probabilities and top ids of some states."""
+    logits = lens_logits(model, states).cpu()
+    log_probs = logits.log_softmax(-1)
+    final = lens_logits(model, last).cpu().log_softmax(-1)
+    probs = log_probs.exp()
+    top = probs.topk(k, dim=-1)
+    return (
+        (logits > logits[:, label, None]).sum(-1),
+        probs[:, label],
+        -(probs * log_probs).sum(-1),
+        (final.exp() * (final - log_probs)).sum(-1),
+        top.values,
+        top.indices,
+    )
+
+
+def save_grids(grids: Sequence[LensGrid], path: str | Path, meta: Mapping[str, Any]) -> None:
+    """Write kind "lens": for each fact and site the tensors of its grid; words and settings in the header."""
+    tensors = {
+        f"{grid.fact_id}/{grid.site}/{name}": getattr(grid, name).contiguous()
+        for grid in grids
+        for name in _TENSORS
+    }
+    about = [
+        {
+            "fact_id": grid.fact_id,
+            "site": grid.site,
+            "tokens": list(grid.tokens),
+            "target": grid.target,
+            "top_tokens": [list(row) for row in grid.top_tokens],
+        }
+        for grid in grids
+    ]
+    save_tensors(Path(path), "lens", tensors, {**meta, "grids": about})
+
+
+def load_grids(path: str | Path) -> list[LensGrid]:
+    """Read what `save_grids` wrote. Raises InputError for anything else."""
+    tensors, meta = load_tensors(Path(path), "lens")
+    return [
+        LensGrid(
+            fact_id=one["fact_id"],
+            site=one["site"],
+            tokens=tuple(one["tokens"]),
+            target=one["target"],
+            top_tokens=tuple(tuple(row) for row in one["top_tokens"]),
+            **{name: tensors[f"{one['fact_id']}/{one['site']}/{name}"] for name in _TENSORS},
+        )
+        for one in meta["grids"]
+    ]
+
+
+_TENSORS = ("rank", "prob", "entropy", "kl", "top_probs", "top_ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -33,26 +34,34 @@ def known(
 
     from locus.fact import write_facts
     from locus.known import known as measure_known
+    from locus.known import summarize
 
     loaded = loading.load(model)
     chosen = running.facts(facts)
     with talking.progress():
         rows = measure_known(loaded, chosen)
-    kept = [fact for fact, row in zip(chosen, rows, strict=True) if row.correct and row.prob >= min_prob]
+    kept = [row.fact for row in rows if row.right and row.prob >= min_prob]
     if out is not None:
         write_facts(out, kept)
     table = Table(box=None, pad_edge=False)
-    for heading, justify in (("fact", "left"), ("p(target)", "right"), ("right", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    table.add_column("paraphrases", justify="right")
-    table.add_column("neighbours", justify="right")
+    table.add_column("fact")
+    for heading in ("p(target)", "right", "paraphrases right", "neighbours right"):
+        table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(
-            row.id,
-            f"{row.prob:.3f}",
-            "yes" if row.correct else "no",
-            str(row.paraphrases),
-            str(row.neighbours),
-        )
+        counts = [
+            f"{sum(found)}/{len(found)}" if found else "" for found in (row.paraphrases, row.neighbours)
+        ]
+        table.add_row(row.fact.id, f"{row.prob:.3f}", "yes" if row.right else "no", *counts)
     table.caption = f"{len(kept)} of {len(rows)} facts known" + (f", written to {out}" if out else "")
-    talking.finish({"known": [f.id for f in kept], "facts": [r.to_json() for r in rows]}, table)
+    listed = [
+        {
+            "id": row.fact.id,
+            "prob": row.prob,
+            "right": row.right,
+            "paraphrases": list(row.paraphrases),
+            "neighbours": list(row.neighbours),
+        }
+        for row in rows
+    ]
+    summary = dataclasses.asdict(summarize(rows))
+    talking.finish({"known": [fact.id for fact in kept], "summary": summary, "facts": listed}, table)

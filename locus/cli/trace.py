@@ -67,7 +67,9 @@ def trace_into(
     from locus.report import plot_trace, trace_report
 
     if (folder / "trace.safetensors").exists() and not resume:
-        raise InputError(f"{folder} holds a finished trace: give another folder, or --resume to go on with it")
+        raise InputError(
+            f"{folder} holds a finished trace: give another folder, or --resume to go on with it"
+        )
     traced = tracer.run(model, facts, folder=folder, resume=resume, batch_tokens=batch_tokens)
     for fact in track(traced.facts, "heat maps"):
         plot_trace(fact, folder / f"{fact.fact_id}.png")

@@ -1,0 +1,93 @@
+"""`locus lens`: at which layer the target becomes readable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from locus.cli.options import Loading, Running, Talking
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from locus.lens import LensGrid
+
+
+def lens(
+    model: str,
+    facts: str,
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    sites: Annotated[
+        tuple[Literal["block_out", "block_mid", "attn_out", "mlp_out"], ...], Parameter(consume_multiple=True)
+    ] = ("block_out",),
+    top: int = 5,
+    loading: Loading = Loading(),
+    running: Running = Running(),
+    talking: Talking = Talking(),
+) -> None:
+    """Logit lens: read every layer's states through the model's own unembedding.
+
+    Args:
+        model: Checkpoint folder, hub id, or smollm2.
+        facts: A fact file, or demo-forget.
+        out: Folder for lens.safetensors, lens.json, a picture a fact.
+        sites: What is read: the residual stream after each block, before its MLP, or what attention or the
+            MLP alone write.
+        top: Likeliest tokens kept in each cell.
+    """
+    from locus.artefact import lock, save_json
+    from locus.errors import InputError
+    from locus.lens import lens_grid, save_grids
+    from locus.progress import track
+    from locus.report import plot_lens
+    from locus.tokens import encode
+
+    if (out / "lens.safetensors").exists() and not running.resume:
+        raise InputError(f"{out} holds a finished lens: give another folder, or --resume to write it anew")
+    loaded = loading.load(model)
+    chosen = running.facts(facts)
+    about = {"model": loaded.name, "fingerprint": loaded.fingerprint, "sites": list(sites), "top": top}
+    grids: list[LensGrid] = []
+    with lock(out), talking.progress():
+        for fact in track(chosen, "logit lens"):
+            encoded = encode(loaded, fact)
+            for site in sites:
+                grid = lens_grid(loaded, encoded, fact.id, site, top)
+                grids.append(grid)
+                plot_lens(grid, out / (f"{fact.id}.png" if len(sites) == 1 else f"{fact.id}-{site}.png"))
+        save_grids(grids, out / "lens.safetensors", about)
+        save_json(out / "lens.json", "lens-info", {**about, "facts": [_row(grid) for grid in grids]})
+    talking.finish(
+        {**about, "folder": str(out), "facts": [_row(grid) for grid in grids]}, _summary(grids, out)
+    )
+
+
+def _row(grid: LensGrid) -> dict[str, Any]:
+    """A fact's answer through the lens at its last position."""
+    return {
+        "id": grid.fact_id,
+        "site": grid.site,
+        "target": grid.target,
+        "readable_from": grid.readable_from,
+        "prob": [float(p) for p in grid.prob[:, -1]],
+        "rank": [int(r) for r in grid.rank[:, -1]],
+    }
+
+
+def _summary(grids: Sequence[LensGrid], folder: Path) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("fact")
+    table.add_column("read at")
+    table.add_column("target on top from layer", justify="right")
+    table.add_column("p at the last layer", justify="right")
+    for grid in grids:
+        first = "never" if grid.readable_from is None else str(grid.readable_from)
+        table.add_row(grid.fact_id, grid.site, first, f"{float(grid.prob[-1, -1]):.3f}")
+    table.caption = f"tables of tokens: {folder}"
+    return table
