@@ -233,7 +233,7 @@ def _checked(path: Path, kind: str, meta: Any) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(meta.get("format"), str):
         raise InputError(f"{path}: not written by locus (a {kind} was expected)")
     if meta["format"] != kind:
-        raise InputError(f"{path}: holds a {meta['format']}, a {kind} was expected")
+        raise InputError(f"{path}: holds kind {meta['format']!r}, {kind!r} was expected")
     version = meta.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise InputError(f"{path}: format version {version!r}, this locus reads {VERSION}; upgrade it")

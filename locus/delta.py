@@ -301,7 +301,7 @@ class WeightDelta:
             InputError: says which tensor, and what to do.
         """
         if digest == self.after[name]:
-            raise InputError(f"{name}: {where} already holds what this delta makes of it; nothing to apply")
+            raise InputError(f"{name}: {where} already holds the values that would be written; nothing to do")
         if digest != self.before[name]:
             raise InputError(self._wrong_base(name, where))
 

@@ -104,17 +104,17 @@ class TensorFile:
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[memoryview]:
         """Read one tensor's bytes in pieces of `size`; each piece is overwritten by the next."""
         info = self.tensors[name]
-        buffer = memoryview(bytearray(min(size, info.n_bytes)))
-        for offset in range(info.start, info.stop, size):
-            piece = buffer[: min(size, info.stop - offset)]
-            self._read_into(piece, len(self.header) + offset)
-            yield piece
+        return self.pieces(len(self.header) + info.start, len(self.header) + info.stop, size)
 
     def payload(self, size: int = CHUNK) -> Iterator[memoryview]:
         """Read everything behind the header, in pieces; each piece is overwritten by the next."""
-        buffer = memoryview(bytearray(max(1, min(size, self.size - len(self.header)))))
-        for offset in range(len(self.header), self.size, size):
-            piece = buffer[: min(size, self.size - offset)]
+        return self.pieces(len(self.header), self.size, size)
+
+    def pieces(self, start: int, stop: int, size: int = CHUNK) -> Iterator[memoryview]:
+        """Read bytes `start` to `stop` of the file, in pieces; each piece is overwritten by the next."""
+        buffer = memoryview(bytearray(max(0, min(size, stop - start))))
+        for offset in range(start, stop, size):
+            piece = buffer[: min(size, stop - offset)]
             self._read_into(piece, offset)
             yield piece
 
