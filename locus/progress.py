@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
+_WORTH_A_LINE = 3.0
+"""Seconds: what took less leaves no line behind."""
+
 _active: ContextVar[Progress | None] = ContextVar("locus_progress", default=None)
 
 
@@ -71,9 +74,11 @@ def task(description: str, total: float | int | None = None) -> Iterator[Task]:
         return
     task_id = progress.add_task(description, total=total, note="", rate="")
     yield Task(progress, task_id)
-    if all(other.finished or other.id == task_id for other in progress.tasks):
+    line = next(one for one in progress.tasks if one.id == task_id)
+    outermost = all(other.finished or other.id == task_id for other in progress.tasks)
+    if outermost and (line.elapsed or 0) > _WORTH_A_LINE:
         progress.stop_task(task_id)
-    else:  # a line inside another: gone when it is done, so that a thousand facts do not leave a thousand lines
+    else:  # short work, or a line inside another: gone when done, so that a thousand facts leave no thousand lines
         progress.remove_task(task_id)
 
 
