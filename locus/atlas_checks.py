@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -132,13 +132,10 @@ def _check_neurons(atlas: Atlas, module: nn.Module, part: NeuronPart, run: Calla
         run(atlas.blocks[0])
     before, after = plain.inputs[down], doubled.inputs[down]
     gated = any(other.role == "gate" for other in atlas.neurons[0])
-    moved: Any = after[..., chosen] != before[..., chosen]
-    if part.role == "up" and gated:
-        moved = after[..., chosen] == 2 * before[..., chosen]
-        right = bool(moved.all())
-    else:
-        right = bool(moved.any())
-    if not right or not torch.equal(after[..., others], before[..., others]):
+    linear = part.role == "up" and gated  # what the activation function does not see
+    moved = not _same(after[..., chosen], before[..., chosen])
+    right = _same(after[..., chosen], 2 * before[..., chosen]) if linear else moved
+    if not right or not _same(after[..., others], before[..., others]):
         raise InputError(
             f"{atlas.architecture}: {part.param} ({part.role}) does not hold one row a neuron of {down}'s "
             f"input: neurons that are normalized or mixed together have no exact names; {STILL}"
@@ -146,10 +143,22 @@ def _check_neurons(atlas: Atlas, module: nn.Module, part: NeuronPart, run: Calla
 
 
 def _is_parallel(atlas: Atlas, module: nn.Module, run: Callable[[str], None]) -> bool:
-    """Whether block 0's MLP gives the same when its attention adds nothing."""
-    attn, mlp = atlas.attn_out[0], atlas.mlp_out[0]
-    with record(module, [mlp]) as plain:
-        run(atlas.blocks[0])
-    with patched(module, {attn: torch.zeros_like}), record(module, [mlp]) as without:
-        run(atlas.blocks[0])
-    return torch.equal(plain.outputs[mlp], without.outputs[mlp])
+    """Whether block 0's MLP gives the same when its attention adds something else, as large as the input."""
+    block, attn, mlp = atlas.blocks[0], atlas.attn_out[0], atlas.mlp_out[0]
+    with record(module, [mlp], [block]) as plain:
+        run(block)
+    size = plain.inputs[block].abs().max()
+
+    def ramp(output: Tensor) -> Tensor:
+        slope = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
+        return (slope * size.to(output)).expand_as(output)
+
+    with patched(module, {attn: ramp}), record(module, [mlp]) as changed:
+        run(block)
+    return _same(changed.outputs[mlp], plain.outputs[mlp])
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """Equal but for what two runs on an accelerator may differ by; a wrong name is off by far more."""
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    return torch.allclose(actual, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
