@@ -33,7 +33,7 @@ def diff(a: str, b: str, /, *, mask: Path | None = None, talking: Talking = Talk
         "relative norm",
         *(("off the mask",) if mask else ()),
     ):
-        table.add_column(name, justify="left" if name == "tensor" else "right")
+        table.add_column(name, justify="left" if name == "tensor" else "right", no_wrap=True)
     for row in report.tensors:
         cells = [
             row.name,
