@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from io import BufferedReader
 
 from locus.errors import InputError
 from locus.records import Record, text_blocks
@@ -103,7 +103,7 @@ def detect(record: Record, in_array: bool, ours: set[str]) -> str:
     return "jsonl"
 
 
-def text_records(stream: BinaryIO, name: str) -> Iterator[Record]:
+def text_records(stream: BufferedReader, name: str) -> Iterator[Record]:
     """Blocks of plain text (blank lines between them): the first word is the prompt, the rest the target.
 
     A block of more than `BLOCK_WORDS` words becomes several; one of a single word has nothing to predict

@@ -94,7 +94,7 @@ def known_facts(found: Sequence[KnownFact], min_prob: float = 0.0) -> list[Fact]
     return [one.fact for one in found if one.right and one.prob >= min_prob]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[bool] | Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 

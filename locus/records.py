@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from locus.errors import InputError
 
@@ -110,7 +110,7 @@ def head(stream: io.BufferedReader) -> str:
     return stream.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:256].decode("utf-8", "replace")
 
 
-def lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+def lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
     """Number (from 1) and text, without its line end, of every line.
 
     Raises:
@@ -137,7 +137,7 @@ def _not_utf8(place: str, raw: bytes, at: int) -> str:
     return f"{place}: not UTF-8 (byte 0x{raw[at]:02x} at column {at + 1}): save the file as UTF-8"
 
 
-def json_lines(stream: BinaryIO, name: str) -> Iterator[Record]:
+def json_lines(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     """The objects of a JSON Lines file; blank lines are skipped."""
     for number, line in lines(stream, name):
         if not line.strip():
@@ -155,7 +155,7 @@ def json_lines(stream: BinaryIO, name: str) -> Iterator[Record]:
         yield _record(place, value)
 
 
-def json_array(stream: BinaryIO, name: str) -> Iterator[Record]:
+def json_array(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     """The objects of one JSON array, read as they are asked for."""
     text = _Window(stream, name)
     text.expect("[")
@@ -173,7 +173,7 @@ def json_array(stream: BinaryIO, name: str) -> Iterator[Record]:
 class _Window:
     """The part of a JSON array that has been read and not yet used."""
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
+    def __init__(self, stream: io.BufferedReader, name: str) -> None:
         self._stream, self._name = stream, name
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._line, self._n_records = "", 1, 0
@@ -223,11 +223,11 @@ class _Window:
                 value, end = _DECODER.raw_decode(self._text)
             except json.JSONDecodeError as error:
                 # Cut off by the window's edge, or wrong: more text tells which.
-                too_long = len(self._text) > MAX_RECORD
-                if not too_long and self._grow(max(_CHUNK, len(self._text))):
+                if len(self._text) <= MAX_RECORD and self._grow(max(_CHUNK, len(self._text))):
                     continue
                 line = self._line + self._text.count("\n", 0, error.pos)
-                raise InputError(f"{self._name}, line {line}: not JSON ({error.msg})") from None
+                long = f", or longer than {MAX_RECORD >> 20} MiB" if len(self._text) > MAX_RECORD else ""
+                raise InputError(f"{self._name}, line {line}: not JSON ({error.msg}){long}") from None
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{self.place}: not usable JSON ({error})") from None
             self._n_records += 1
@@ -236,7 +236,7 @@ class _Window:
             return record
 
 
-def text_blocks(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+def text_blocks(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
     """First line's number and text of every block: lines between blank lines, line ends inside kept."""
     start, block = 0, list[str]()
     for number, line in lines(stream, name):
