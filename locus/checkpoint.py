@@ -26,7 +26,7 @@ from locus.errors import InputError
 from locus.fingerprint import fingerprint_of, tensor_digest
 from locus.folder import INDEX, SINGLE, Checkpoint
 from locus.progress import Task, task
-from locus.tensorfile import CHUNK, TensorFile, tensor_bytes
+from locus.tensorfile import CHUNK, TensorFile, n_threads, tensor_bytes
 
 __all__ = [
     "Checkpoint",
@@ -207,13 +207,12 @@ def _edited(file: TensorFile, plan: Mapping[str, str], delta: WeightDelta) -> It
 
     names = deque((name, info.n_bytes) for name, info in file.tensors.items() if name in plan)
     running: deque[tuple[Future[Tensor], int]] = deque()
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         try:
             while names or running:
                 in_flight = sum(n_bytes for _, n_bytes in running)
                 while names and (
-                    not running or (len(running) <= workers and in_flight + names[0][1] <= _IN_FLIGHT)
+                    not running or (len(running) <= n_threads() and in_flight + names[0][1] <= _IN_FLIGHT)
                 ):
                     name, n_bytes = names.popleft()
                     running.append((pool.submit(edit, name), n_bytes))

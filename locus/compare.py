@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from locus.mask import WeightMask
 from locus.naming import canonical, resolve
 from locus.progress import track
 from locus.selection import Selection, same_bits
-from locus.tensorfile import CHUNK
+from locus.tensorfile import CHUNK, n_threads
 
 _SMALL = 512 << 10  # bytes compared at once where every entry is looked at: float64 copies of it are made
 
@@ -116,8 +115,8 @@ def diff(
     b = b if isinstance(b, Checkpoint) else Checkpoint(b)
     pairs, only_in_a, reshaped = _matched(a, b)
     allowed = _allowed(a, mask)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        work = pool.map(lambda pair: _compared(a, b, *pair, allowed.get(pair[0])), pairs.items())
+    with ThreadPoolExecutor(n_threads()) as pool:
+        work = pool.map(lambda name: _compared(a, b, name, pairs[name], allowed.get(name)), pairs)
         found = [one for one in track(work, "diff", len(pairs)) if one is not None]
     if mask is None:
         found = [TensorDiff(**{**vars(one), "n_on_mask": None, "n_off_mask": None}) for one in found]
@@ -141,7 +140,9 @@ def same_bytes(a: Checkpoint, b: Checkpoint, name: str, other: str | None = None
 def _matched(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, str], tuple[str, ...], dict[str, str]]:
     """Pairs of names to compare, names only in a, and pairs of another shape or dtype."""
     known = {canonical(name) for name in b.shapes}
-    pairs, reshaped, alone = {}, {}, []
+    pairs: dict[str, str] = {}
+    reshaped: dict[str, str] = {}
+    alone: list[str] = []
     for name in sorted(a.shapes):
         if name not in b.shapes and canonical(name) not in known:
             alone.append(name)

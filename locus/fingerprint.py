@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from locus.naming import canonical, is_embedding, is_head
 from locus.progress import track
-from locus.tensorfile import CODES, tensor_bytes
+from locus.tensorfile import CODES, n_threads, tensor_bytes
 
 _CHUNK = 64 << 20
 
@@ -33,7 +32,7 @@ def tensor_digest(tensor: Tensor) -> str:
         digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
     flat = tensor.detach().reshape(-1)
-    for piece in flat.split(max(1, _CHUNK // tensor.element_size())):
+    for piece in torch.split(flat, max(1, _CHUNK // tensor.element_size())):
         digest.update(tensor_bytes(piece))
     return digest.hexdigest()
 
@@ -67,8 +66,7 @@ def fingerprint_of(module: nn.Module) -> str:
 def digests(names: Iterable[str], of: Callable[[str], str]) -> dict[str, str]:
     """Digest many tensors at once in threads (hashing releases the interpreter), in the order given."""
     names = list(names)
-    workers = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         return dict(zip(names, track(pool.map(of, names), "fingerprint", len(names)), strict=True))
 
 

@@ -290,17 +290,18 @@ class Selection:
         if self.kind == "all":
             return np.ones(len(flat), np.bool_)
         if self._bits is not None:
-            return (self._bits[flat >> 3] >> (7 - (flat & 7)).astype(np.uint8) & 1).view(np.bool_)
+            bits: NDArray[np.uint8] = self._bits[flat >> 3] >> (7 - (flat & 7)).astype(np.uint8) & 1
+            return bits.view(np.bool_)
         if self.kind == "elements":
             at = np.searchsorted(self._index, flat)
-            found = np.zeros(len(flat), np.bool_)
-            inside = at < len(self._index)
-            found[inside] = self._index[at[inside]] == flat[inside]
-            return found
+            inside: NDArray[np.bool_] = at < len(self._index)
+            inside[inside] = self._index[at[inside]] == flat[inside]
+            return inside
         axis = int(self.kind == "columns")
         table = np.zeros(self.shape[axis], np.bool_)
         table[self._index] = True
-        return table[flat // math.prod(self.shape[axis + 1 :]) % self.shape[axis]]
+        inside = table[flat // math.prod(self.shape[axis + 1 :]) % self.shape[axis]]
+        return inside
 
     def _kept(
         self,

@@ -193,6 +193,12 @@ class TensorFile:
         return InputError(f"{self.path}: damaged, or not safetensors: {what}; fetch it again")
 
 
+def n_threads() -> int:
+    """Threads worth reading and hashing with: the processors this process may use, at most 8."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, available)
+
+
 def header_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The header of a file that holds `tensors` in the order of the mapping; always the same bytes."""
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
