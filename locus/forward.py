@@ -45,11 +45,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = (
-            t.to(device)
-            for t in (self.ids, self.attention_mask, self.rows, self.cols, self.labels, self.example)
+        return Batch(
+            ids=self.ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            rows=self.rows.to(device),
+            cols=self.cols.to(device),
+            labels=self.labels.to(device),
+            example=self.example.to(device),
+            examples=self.examples,
         )
-        return Batch(*moved, examples=self.examples)
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,15 @@ def collate(encoded: Sequence[Encoded], examples: Sequence[int]) -> Batch:
             cols.append(position - 1)
             labels.append(one.ids[position])
             owner.append(index)
-    index_tensors = (torch.tensor(x, dtype=torch.long) for x in (rows, cols, labels, owner))
-    return Batch(ids, mask, *index_tensors, examples=tuple(examples))
+    return Batch(
+        ids=ids,
+        attention_mask=mask,
+        rows=torch.tensor(rows, dtype=torch.long),
+        cols=torch.tensor(cols, dtype=torch.long),
+        labels=torch.tensor(labels, dtype=torch.long),
+        example=torch.tensor(owner, dtype=torch.long),
+        examples=tuple(examples),
+    )
 
 
 def batches(encoded: Sequence[Encoded], max_tokens: int = 4096) -> list[Batch]:
@@ -120,7 +131,8 @@ def label_logits(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:
         logits = model.module(
             input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
-    return logits[0].float()
+    chosen: Tensor = logits[0].float()
+    return chosen
 
 
 def label_nll(logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:

@@ -169,8 +169,8 @@ def lens_grid(
     rank, prob, entropy, kl, top_probs, top_ids = (
         torch.stack([torch.cat([piece[i] for piece in row]) for row in rows]) for i in range(6)
     )
-    words = tuple(tuple(model.tokenizer.decode([int(best)]) for best in row) for row in top_ids[:, :, 0])
-    target = model.tokenizer.decode([label])
+    words = tuple(tuple(str(model.tokenizer.decode([int(best)])) for best in row) for row in top_ids[:, :, 0])
+    target = str(model.tokenizer.decode([label]))
     return LensGrid(
         fact_id, site, encoded.tokens[:n], target, rank, prob, entropy, kl, top_probs, top_ids, words
     )

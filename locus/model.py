@@ -51,12 +51,17 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return self.module.get_submodule(self.atlas.embed).weight.device  # type: ignore[union-attr, return-value]
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the token embedding."""
-        return self.module.get_submodule(self.atlas.embed).weight.dtype  # type: ignore[union-attr, return-value]
+        return self._embedding.dtype
+
+    @property
+    def _embedding(self) -> torch.Tensor:
+        weight: torch.Tensor = self.module.get_submodule(self.atlas.embed).weight  # type: ignore[assignment]
+        return weight
 
     @property
     def context_length(self) -> int | None:
@@ -126,7 +131,7 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if device_map is None:
-            module.to(device)
+            torch.nn.Module.to(module, device)
     _refuse_nonfinite(module, str(name))
     return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder)
 

@@ -56,7 +56,7 @@ def edit(
     from locus.mask import WeightMask
 
     command = f"locus edit --method {method}"
-    editor = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
+    editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
     located = WeightMask.load(mask)
     loaded = loading.load(model)
     forget = running.facts(facts)
@@ -113,7 +113,7 @@ def edit_into(
             f"{folder} holds an edit with other settings: give another folder, or delete it first"
         )
     history: list[Mapping[str, Any]] = []
-    delta = editor.run(
+    delta: WeightDelta = editor.run(
         model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=history.append
     )
     delta.save(folder / DELTA)

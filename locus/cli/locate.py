@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
 
-PARTS = ("gate", "up", "down")
+Part = Literal["gate", "up", "down"]
+PARTS: tuple[Part, ...] = ("gate", "up", "down")
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,7 @@ def locate(
     retain: str | None = None,
     budget: str = "1%",
     per_layer: Annotated[bool, Parameter(negative="")] = False,
-    parts: Annotated[tuple[Literal["gate", "up", "down"], ...], Parameter(consume_multiple=True)] = PARTS,
+    parts: Annotated[tuple[Part, ...], Parameter(consume_multiple=True)] = PARTS,
     scores: Path | None = None,
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -52,7 +53,7 @@ def locate(
     """
     from tracing import LOCALIZERS
 
-    chosen = settings_of(
+    chosen: Any = settings_of(
         f"locus locate --method {method}",
         method_class(LOCALIZERS, method, "localizer"),
         tokens,
