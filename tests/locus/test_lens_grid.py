@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from locus.errors import InputError
+from locus.hooks import record
 from locus.lens import lens_grid, lens_logits, load_grids, save_grids
 from locus.tokens import encode
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
@@ -30,9 +31,10 @@ def test_entropy_and_kl_are_what_their_names_say():
     model = tiny_model("llama")
     encoded = encode(model, tiny_facts()[0])
     grid = lens_grid(model, encoded, "tower", "block_out")
-    states = model.module(torch.tensor([encoded.prompt_ids]), output_hidden_states=True).hidden_states
-    lens = lens_logits(model, states[1][0]).softmax(-1)
-    final = model.module(torch.tensor([encoded.prompt_ids])).logits[0].softmax(-1)
+    first = model.atlas.blocks[0]
+    with record(model.module, outputs=[first]) as seen:
+        final = model.module(torch.tensor([encoded.prompt_ids])).logits[0].softmax(-1)
+    lens = lens_logits(model, seen.outputs[first][0]).softmax(-1)
     position = 2
     entropy = -sum(float(p) * float(p.log()) for p in lens[position] if p > 0)
     divergence = sum(float(f) * float((f / p).log()) for f, p in zip(final[position], lens[position], strict=True) if f > 0)
