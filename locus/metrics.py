@@ -211,7 +211,9 @@ def min_k(values: Float[Tensor, " token"], fraction: float) -> float:
         ValueError: the fraction is not in (0, 1], or there are no values.
     """
     if not 0 < fraction <= 1 or values.numel() == 0:
-        raise ValueError(f"min-k of {values.numel()} values at fraction {fraction}: needs values, and 0 < fraction <= 1")
+        raise ValueError(
+            f"min-k of {values.numel()} values at fraction {fraction}: needs values, and 0 < fraction <= 1"
+        )
     n = max(1, int(values.numel() * fraction))
     return values.double().sort().values[:n].mean().item()
 
@@ -230,7 +232,7 @@ def standardized_logprobs(
 
 
 def reference_score(logprobs: Float[Tensor, " token"], reference: Float[Tensor, " token"]) -> float:
-    """How much likelier, per token, the text is than under a reference model (Carlini et al. 2022, arXiv:2112.03570)."""
+    """How much likelier the text is, per token, than under a reference model (Carlini et al. 2021, arXiv:2012.07805)."""
     return (logprobs.double() - reference.double()).mean().item()
 
 
@@ -278,7 +280,9 @@ def privleak(value: float, retrained: float) -> float:
 # Rounding -----------------------------------------------------------------------------------------
 
 
-def round_to_nearest(weight: Float[Tensor, "out in"], bits: int, group: int | None = None) -> Float[Tensor, "out in"]:
+def round_to_nearest(
+    weight: Float[Tensor, "out in"], bits: int, group: int | None = None
+) -> Float[Tensor, "out in"]:
     """Symmetric round-to-nearest of a matrix to `bits` bits, one scale a row, or one for `group` entries of a row.
 
     Plain RTN, as int8 and int4 loaders without calibration do; values come back in the weight's dtype.

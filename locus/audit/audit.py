@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from locus.artefact import load_json, save_json
 from locus.audit.answers import Questions, ask, questions_of, split_facts, subset
 from locus.audit.change import Change, change_of
@@ -26,7 +28,7 @@ from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.progress import task
-from locus.tokens import encode_text
+from locus.tokens import Encoded, encode_text
 
 KIND = "audit"
 
@@ -45,6 +47,8 @@ class AuditSettings:
     """Weight formats to round to; empty leaves it out."""
     text_block: int = 256
     """Longest piece of neutral text, in tokens."""
+    text_tokens: int = 2048
+    """Neutral text is read up to about so many tokens; whole paragraphs, spread over what was given."""
     max_tokens: int = 4096
     """Batch size in tokens."""
     max_bytes: int = 1 << 30
@@ -122,7 +126,9 @@ def measure_model(
     forget, budget = questions["forget"], settings.max_tokens
     with state.active() as model:
         answers = {kind: ask(model, q, budget) for kind, q in questions.items() if kind not in _PARTS}
-        answers |= {kind: subset(answers["held_out"], questions, kind) for kind in _PARTS if kind in questions}
+        answers |= {
+            kind: subset(answers["held_out"], questions, kind) for kind in _PARTS if kind in questions
+        }
         leak = look_inside(model, forget, budget) if settings.lens else None
         held_out = questions.get("held_out", Questions((), (), ()))
         survived = survive_rounding(model, forget, held_out, settings.rounding, budget)
@@ -179,14 +185,17 @@ def audit(
     if unknown := sorted(set(masks) - {state.name for state in states[1:]}):
         raise InputError(f"audit: a mask for {unknown[0]!r}, which is neither an edit nor a control")
     questions = ask_about(base, facts, retain)
-    encoded = [piece for paragraph in text for piece in encode_text(base, paragraph, settings.text_block)]
+    encoded = _pieces(base, text, settings)
     texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
     measured = []
     with task("audit", total=len(states)) as line:
         for state in states:
             measured.append(measure_model(state, questions, settings, texts.get(state.name)))
             line.advance(note=state.name)
-    changes = {s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name)) for s in states[1:]}
+    changes = {
+        s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name))
+        for s in states[1:]
+    }
     return Audit(
         base=measured[0],
         edits=tuple(m for m in measured if m.role == "edit"),
@@ -199,6 +208,18 @@ def audit(
         versions=_versions(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[Encoded]:
+    """Neutral text as encoded pieces, up to the settings' number of tokens."""
+    pieces = [piece for paragraph in text for piece in encode_text(base, paragraph, settings.text_block)]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
+    kept, n = set(), 0
+    for i in order:
+        if n < settings.text_tokens:
+            kept.add(i)
+            n += pieces[i].n_target
+    return [piece for i, piece in enumerate(pieces) if i in kept]
 
 
 def with_extra(audit_: Audit, name: str, extra: Mapping[str, Any]) -> Audit:
@@ -222,7 +243,10 @@ def _missing(
         "paraphrases": ("paraphrase" in questions, "no forget fact has paraphrases"),
         "neighbours": ("neighbour" in questions, "no forget fact has neighbours"),
         "held-out facts": ("held_out" in questions, "no retain fact is marked held_out"),
-        "near held-out facts": ("held_out_near" in questions, "no held-out fact shares a relation with a forget fact"),
+        "near held-out facts": (
+            "held_out_near" in questions,
+            "no held-out fact shares a relation with a forget fact",
+        ),
         "retained facts": ("retained" in questions, "no retain facts to train on were given"),
         "neutral text": (text, "no text was given"),
         "controls": (controls, "no control edits with random masks of equal size were given"),

@@ -78,7 +78,8 @@ class Change:
             "lost_cast": self.lost_cast,
             "off_mask": self.off_mask,
             "tensors": [
-                asdict(t) | {"shape": list(t.shape), "singular_values": list(t.singular_values)} for t in self.tensors
+                asdict(t) | {"shape": list(t.shape), "singular_values": list(t.singular_values)}
+                for t in self.tensors
             ],
         }
 

@@ -50,15 +50,24 @@ def document(audit: Audit) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": dict(audit.model),
         "settings": audit.settings.to_json(),
-        "data": {kind: len(asked) for kind, asked in audit.questions.items()} | {"text_tokens": _tokens(base)},
+        "data": {kind: len(asked) for kind, asked in audit.questions.items()}
+        | {"text_tokens": _tokens(base)},
         "metrics": _metrics(audit.measurements),
         "states": [_state(one, audit) for one in audit.measurements],
         "comparisons": [
-            {"edit": edit.name, "key": c.key, "against": c.against, "outcome": c.outcome, **interval_json(c.difference)}
+            {
+                "edit": edit.name,
+                "key": c.key,
+                "against": c.against,
+                "outcome": c.outcome,
+                **interval_json(c.difference),
+            }
             for edit in audit.edits
             for c in compare_states(edit, base, controls, standards)
         ],
-        "verdicts": {name: [asdict(v) | {"evidence": list(v.evidence)} for v in vs] for name, vs in verdicts.items()},
+        "verdicts": {
+            name: [asdict(v) | {"evidence": list(v.evidence)} for v in vs] for name, vs in verdicts.items()
+        },
         "headline": {name: headline(vs) for name, vs in verdicts.items()},
         "facts": _facts(audit),
         "missing": [dict(one) for one in audit.missing],
@@ -72,15 +81,33 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     said = {v.question: v.answer for v in verdicts}
     words = {
         "forgotten": {"yes": "Forgotten", "partly": "Only partly forgotten", "no": "Not forgotten"},
-        "general": {"yes": "in other wordings too", "partly": "some wordings still get it", "no": "other wordings still get it"},
-        "spared": {"yes": "other facts survive", "partly": "some other facts are lost", "no": "other facts are lost"},
-        "intact": {"yes": "neutral text reads as before", "partly": "neutral text reads differently", "no": "the model is broken"},
+        "general": {
+            "yes": "in other wordings too",
+            "partly": "some wordings still get it",
+            "no": "other wordings still get it",
+        },
+        "spared": {
+            "yes": "other facts survive",
+            "partly": "some other facts are lost",
+            "no": "other facts are lost",
+        },
+        "intact": {
+            "yes": "neutral text reads as before",
+            "partly": "neutral text reads differently",
+            "no": "the model is broken",
+        },
         "hidden": {"no": "still readable in inner layers", "partly": "partly readable in inner layers"},
         "returns": {"no": "comes back under attack", "partly": "partly comes back under attack"},
-    }  # fmt: skip
+    }
     missing = {"unclear": "no verdict on {}", "not measured": "{} not measured"}
-    names = {"forgotten": "forgetting", "general": "other wordings", "spared": "other facts", "intact": "neutral text",
-             "hidden": "inner layers", "returns": "attacks"}  # fmt: skip
+    names = {
+        "forgotten": "forgetting",
+        "general": "other wordings",
+        "spared": "other facts",
+        "intact": "neutral text",
+        "hidden": "inner layers",
+        "returns": "attacks",
+    }
     parts = []
     for question, answers in words.items():
         answer = said.get(question, "not measured")
@@ -99,7 +126,10 @@ def interval_json(interval: Interval | None) -> dict[str, Any] | None:
     if interval is None:
         return None
     numbers = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    out: dict[str, Any] = {k: rounded(v) for k, v in numbers.items()} | {"n": interval.n, "n_items": interval.n_items}
+    out: dict[str, Any] = {k: rounded(v) for k, v in numbers.items()} | {
+        "n": interval.n,
+        "n_items": interval.n_items,
+    }
     return out if all(math.isfinite(v) for v in numbers.values()) else out | {"finite": False}
 
 
@@ -115,11 +145,18 @@ def _tokens(base: Measurement) -> int:
 def _metrics(measurements: Sequence[Measurement]) -> dict[str, Any]:
     extra = {key for m in measurements for key in m.extra if key not in FIGURES}
     table = {
-        f.key: {"label": f.label, "section": f.section, "better": f.better, "unit": f.unit, "definition": f.definition}
+        f.key: {
+            "label": f.label,
+            "section": f.section,
+            "better": f.better,
+            "unit": f.unit,
+            "definition": f.definition,
+        }
         for f in FIGURES.values()
     }
     return table | {
-        key: {"label": key, "section": "further", "better": "lower", "unit": "share", "definition": ""} for key in extra
+        key: {"label": key, "section": "further", "better": "lower", "unit": "share", "definition": ""}
+        for key in extra
     }
 
 
@@ -155,7 +192,10 @@ def _ratios(one: Measurement, base: Measurement) -> dict[str, Any]:
 
         rise = difference(one.text.nll_items, base.text.nll_items)
         if rise is not None:
-            ends = (math.exp(min(x, 700.0)) if math.isfinite(x) else math.inf for x in (rise.mean, rise.low, rise.high))
+            ends = (
+                math.exp(min(x, 700.0)) if math.isfinite(x) else math.inf
+                for x in (rise.mean, rise.low, rise.high)
+            )
             perplexity = Interval(*ends, rise.n, rise.n_items)
     found = {
         "remaining": beside("forget.prob"),
@@ -173,7 +213,10 @@ def _curves(one: Measurement, ks: Sequence[int]) -> dict[str, Any]:
             "n": len(leak.facts),
             "prob": _list(leak.prob.double().mean(0)),
             "k": {
-                str(k): {"top": _list(leak.top(k).double().mean(0)), "bottom": _list(leak.bottom(k).double().mean(0))}
+                str(k): {
+                    "top": _list(leak.top(k).double().mean(0)),
+                    "bottom": _list(leak.bottom(k).double().mean(0)),
+                }
                 for k in ks
             },
         }

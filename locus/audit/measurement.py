@@ -79,111 +79,183 @@ def _rounded(fmt: Format, kind: Literal["forget", "held_out"]) -> Callable[[Meas
 def _table() -> tuple[Figure, ...]:
     figures = [
         Figure(
-            "forget.prob", "p(target)", "forgotten", "lower", "share",
+            "forget.prob",
+            "p(target)",
+            "forgotten",
+            "lower",
+            "share",
             "Probability of the whole target after its prompt, teacher-forced; mean over forget facts.",
             _of("forget", "prob"),
         ),
         Figure(
-            "forget.top1", "answered right", "forgotten", "lower", "share",
+            "forget.top1",
+            "answered right",
+            "forgotten",
+            "lower",
+            "share",
             "Share of forget facts whose every target token is the model's first choice.",
             _of("forget", "top1"),
         ),
         Figure(
-            "forget.nll", "NLL of the target", "forgotten", "higher", "nats",
+            "forget.nll",
+            "NLL of the target",
+            "forgotten",
+            "higher",
+            "nats",
             "Negative log-likelihood of the whole target; mean over forget facts.",
             _of("forget", "surprise"),
         ),
         Figure(
-            "paraphrase.prob", "p(target), paraphrased", "general", "lower", "share",
+            "paraphrase.prob",
+            "p(target), paraphrased",
+            "general",
+            "lower",
+            "share",
             "Probability of the whole target after other wordings of the prompt, which the edit did not see.",
             _of("paraphrase", "prob"),
         ),
         Figure(
-            "paraphrase.top1", "paraphrases right", "general", "lower", "share",
+            "paraphrase.top1",
+            "paraphrases right",
+            "general",
+            "lower",
+            "share",
             "Share of paraphrased prompts still answered right.",
             _of("paraphrase", "top1"),
         ),
         Figure(
-            "held_out.top1", "held-out facts right", "spared", "higher", "share",
+            "held_out.top1",
+            "held-out facts right",
+            "spared",
+            "higher",
+            "share",
             "Share of facts answered right that were neither forgotten nor trained on.",
             _of("held_out", "top1"),
         ),
         Figure(
-            "held_out.prob", "p(target), held-out facts", "spared", "higher", "share",
+            "held_out.prob",
+            "p(target), held-out facts",
+            "spared",
+            "higher",
+            "share",
             "Probability of the whole target of facts that were neither forgotten nor trained on.",
             _of("held_out", "prob"),
         ),
         Figure(
-            "held_out_near.top1", "near: same relation", "spared", "higher", "share",
+            "held_out_near.top1",
+            "near: same relation",
+            "spared",
+            "higher",
+            "share",
             "Held-out facts that share a relation with a forgotten fact, answered right.",
             _of("held_out_near", "top1"),
         ),
         Figure(
-            "held_out_far.top1", "far: other relations", "spared", "higher", "share",
+            "held_out_far.top1",
+            "far: other relations",
+            "spared",
+            "higher",
+            "share",
             "Held-out facts of relations that no forgotten fact has, answered right.",
             _of("held_out_far", "top1"),
         ),
         Figure(
-            "neighbour.top1", "neighbours right", "spared", "higher", "share",
+            "neighbour.top1",
+            "neighbours right",
+            "spared",
+            "higher",
+            "share",
             "Share of neighbour prompts (similar subjects, other answers) answered right.",
             _of("neighbour", "top1"),
         ),
         Figure(
-            "retained.top1", "retained facts right", "spared", "higher", "share",
+            "retained.top1",
+            "retained facts right",
+            "spared",
+            "higher",
+            "share",
             "Share answered right of the retain facts that an edit was free to train on: a floor, not a test.",
             _of("retained", "top1"),
         ),
         Figure(
-            "text.kl", "KL on neutral text", "intact", "lower", "nats",
+            "text.kl",
+            "KL on neutral text",
+            "intact",
+            "lower",
+            "nats",
             "KL(base || edited) per token over the whole vocabulary, on neutral paragraphs.",
             lambda m: None if m.text is None else m.text.kl_items,
         ),
         Figure(
-            "text.nll", "NLL on neutral text", "intact", "lower", "nats",
+            "text.nll",
+            "NLL on neutral text",
+            "intact",
+            "lower",
+            "nats",
             "Negative log-likelihood per token on neutral paragraphs; its exponential is the perplexity.",
             lambda m: None if m.text is None else m.text.nll_items,
         ),
-    ]  # fmt: skip
+    ]
     for k in (4, 10):
         figures.append(
             Figure(
-                f"lens.top{k}", f"lens: in some layer's top {k}", "hidden", "lower", "share",
+                f"lens.top{k}",
+                f"lens: in some layer's top {k}",
+                "hidden",
+                "lower",
+                "share",
                 f"Share of forget facts whose first target token is among the {k} likeliest at one layer at least, "
                 "read through the logit lens at the last prompt position.",
                 _lens(k, "top"),
-            )  # fmt: skip
+            )
         )
     for k in (4, 10):
         figures.append(
             Figure(
-                f"lens.bottom{k}", f"lens: in some layer's bottom {k}", "hidden", "lower", "share",
+                f"lens.bottom{k}",
+                f"lens: in some layer's bottom {k}",
+                "hidden",
+                "lower",
+                "share",
                 f"Share of forget facts whose first target token is among the {k} least likely at one layer at least: "
                 "pushed so far down that it shows.",
                 _lens(k, "bottom"),
-            )  # fmt: skip
+            )
         )
     figures.append(
         Figure(
-            "relearn.prob", "p(target) after relearning", "returns", "lower", "share",
+            "relearn.prob",
+            "p(target) after relearning",
+            "returns",
+            "lower",
+            "share",
             "Probability of the targets of one half of the forget facts after fine-tuning on the other half.",
             lambda m: None if m.relearning is None else m.relearning.tested_items(),
-        )  # fmt: skip
+        )
     )
     for fmt in ("bfloat16", "int8", "int4"):
         figures.append(
             Figure(
-                f"{fmt}.forget.prob", f"p(target) in {fmt}", "returns", "lower", "share",
+                f"{fmt}.forget.prob",
+                f"p(target) in {fmt}",
+                "returns",
+                "lower",
+                "share",
                 f"Probability of the forget targets after rounding the weights to {fmt} (nearest, uncalibrated).",
                 _rounded(fmt, "forget"),  # type: ignore[arg-type]
-            )  # fmt: skip
+            )
         )
-        figures.append(
-            Figure(
-                f"{fmt}.held_out.top1", f"held-out right in {fmt}", "returns", "higher", "share",
-                f"Held-out facts right after the same rounding to {fmt}: read it beside the rounded base.",
-                _rounded(fmt, "held_out"),  # type: ignore[arg-type]
-            )  # fmt: skip
+    figures.append(
+        Figure(
+            "int4.held_out.top1",
+            "held-out right in int4",
+            "returns",
+            "higher",
+            "share",
+            "Held-out facts right after the same rounding to int4: read it beside the rounded base.",
+            _rounded("int4", "held_out"),
         )
+    )
     return tuple(figures)
 
 

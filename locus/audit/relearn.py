@@ -80,7 +80,9 @@ def relearn(model: Model, forget: Questions, attack: RelearnAttack, max_tokens: 
         InputError: fewer than two facts.
     """
     if len(forget) < 2:
-        raise InputError("relearn: half of one fact cannot be taught; the attack needs at least two forget facts")
+        raise InputError(
+            "relearn: half of one fact cannot be taught; the attack needs at least two forget facts"
+        )
     taught, tested = (_take(forget, half) for half in halves(forget.facts, attack.seed))
     curve: list[tuple[Answers, Answers]] = [(ask(model, taught, max_tokens), ask(model, tested, max_tokens))]
     training = _full(model) if attack.method == "full" else _adapters(model, attack)
@@ -106,7 +108,10 @@ def relearn(model: Model, forget: Questions, attack: RelearnAttack, max_tokens: 
 
 def _take(questions: Questions, indices: Sequence[int]) -> Questions:
     return Questions(
-        *(tuple(column[i] for i in indices) for column in (questions.facts, questions.examples, questions.encoded))
+        *(
+            tuple(column[i] for i in indices)
+            for column in (questions.facts, questions.examples, questions.encoded)
+        )
     )
 
 

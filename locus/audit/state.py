@@ -49,7 +49,9 @@ def states_of(
         raise InputError("audit: there is no edit to audit; give at least one delta or checkpoint")
     names = ["base", *edits, *controls]
     if twice := sorted({name for name in names if names.count(name) > 1 or not name.strip()}):
-        raise InputError(f"audit: the name {twice[0]!r} is given twice or empty; base, edits and controls need their own")
+        raise InputError(
+            f"audit: the name {twice[0]!r} is given twice or empty; base, edits and controls need their own"
+        )
     states = [State("base", "base", base)]
     for role, group in (("edit", edits), ("control", controls)):
         for name, what in group.items():

@@ -176,7 +176,9 @@ def _intact(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
         return _unmeasured("intact", "Neutral text: not measured, no text was given.", keys)
     kl = float(edit.text.kl.double().mean())
     rise = float((edit.text.nll.double().mean() - base.text.nll.double().mean()).clamp(max=700).exp())
-    told = f"KL {kl:.3f} nats a token, perplexity ×{rise:.2f}" if kl < 1e3 else "its output is no longer finite"
+    told = (
+        f"KL {kl:.3f} nats a token, perplexity ×{rise:.2f}" if kl < 1e3 else "its output is no longer finite"
+    )
     if not rise <= s.broken:
         return Verdict("intact", "no", f"The model is broken on neutral text: {told}.", keys)
     if kl <= s.kl and rise <= s.perplexity:
@@ -221,7 +223,9 @@ def _returns(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
         return Verdict("returns", answer, f"It comes back under attack: {told}.", keys)
     if all(share.mean <= s.recovered for share in attacks.values()):
         return Verdict("returns", "yes", f"It does not come back: {told}.", keys)
-    return Verdict("returns", "unclear", f"The intervals are too wide to say whether it comes back: {told}.", keys)
+    return Verdict(
+        "returns", "unclear", f"The intervals are too wide to say whether it comes back: {told}.", keys
+    )
 
 
 def recovered(edit: Measurement, base: Measurement) -> Interval | None:
@@ -237,7 +241,12 @@ def recovered(edit: Measurement, base: Measurement) -> Interval | None:
 
 def _rounding_return(edit: Measurement, base: Measurement, fmt: str) -> Interval | None:
     """Share of the removed p(target) that rounding gives back, beside the equally rounded base."""
-    wanted = ((edit, f"{fmt}.forget.prob"), (edit, "forget.prob"), (base, f"{fmt}.forget.prob"), (base, "forget.prob"))
+    wanted = (
+        (edit, f"{fmt}.forget.prob"),
+        (edit, "forget.prob"),
+        (base, f"{fmt}.forget.prob"),
+        (base, "forget.prob"),
+    )
     items = [m.items(key) for m, key in wanted]
     if any(one is None for one in items):
         return None
@@ -276,7 +285,12 @@ def _localized(edit: Measurement, controls: Sequence[Measurement], s: Standards)
     if wins and losses:
         sentence = f"Beside {masks}: better on {', '.join(wins)}, worse on {', '.join(losses)}."
         return Verdict("localized", "partly", sentence, keys)
-    return Verdict("localized", "unclear", f"No difference from {masks} is shown: where it was edited did not matter.", keys)
+    return Verdict(
+        "localized",
+        "unclear",
+        f"No difference from {masks} is shown: where it was edited did not matter.",
+        keys,
+    )
 
 
 def _pair(edit: Measurement, base: Measurement, key: str) -> tuple[Items | None, Items | None]:

@@ -59,10 +59,14 @@ def terminal_table(audit: Audit | Mapping[str, Any]) -> Table:
     out.caption_justify = "left"
     out.add_column("")
     for state in doc["states"]:
-        out.add_column(escape(state["name"]), justify="right", style="bold" if state["role"] == "edit" else "")
+        out.add_column(
+            escape(state["name"]), justify="right", style="bold" if state["role"] == "edit" else ""
+        )
     with_gain = any(s["role"] == "control" for s in doc["states"])
     for edit in edits if with_gain else []:
-        out.add_column(escape(f"{edit} − controls" if len(edits) > 1 else "against controls"), justify="right")
+        out.add_column(
+            escape(f"{edit} − controls" if len(edits) > 1 else "against controls"), justify="right"
+        )
     colours = {"good": "green", "bad": "red", "none": "dim", "": ""}
     for section in table(doc):
         out.add_section()
@@ -70,7 +74,9 @@ def terminal_table(audit: Audit | Mapping[str, Any]) -> Table:
             cells = [escape(cell.value or cell.range or "–") for cell in row.cells]
             for cell in row.gains if with_gain else []:
                 style = colours.get(cell.css, "")
-                cells.append(f"[{style}]{escape(cell.value)}[/]" if style and cell.value else escape(cell.value))
+                cells.append(
+                    f"[{style}]{escape(cell.value)}[/]" if style and cell.value else escape(cell.value)
+                )
             out.add_row(escape(row.label), *cells)
     return out
 

@@ -31,10 +31,22 @@ SECTIONS = {
     "further": "Further figures",
 }
 _MAIN = (
-    "forget.prob", "forget.top1", "paraphrase.top1", "held_out.top1", "held_out_near.top1", "held_out_far.top1",
-    "neighbour.top1", "retained.top1", "text.kl", "text.nll", "lens.top10", "lens.bottom10", "relearn.prob",
-    "int8.forget.prob", "int4.forget.prob",
-)  # fmt: skip
+    "forget.prob",
+    "forget.top1",
+    "paraphrase.top1",
+    "held_out.top1",
+    "held_out_near.top1",
+    "held_out_far.top1",
+    "neighbour.top1",
+    "retained.top1",
+    "text.kl",
+    "text.nll",
+    "lens.top10",
+    "lens.bottom10",
+    "relearn.prob",
+    "int8.forget.prob",
+    "int4.forget.prob",
+)
 _OUTCOMES = {"better": ("good", "▲"), "worse": ("bad", "▼"), "no difference shown": ("none", "≈")}
 
 
@@ -100,7 +112,11 @@ def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
     sections: dict[str, list[Row]] = {}
     for key, metric in doc["metrics"].items():
         measured = any(state["figures"].get(key) is not None for state in doc["states"])
-        if not measured if everything else (key not in _MAIN or (not measured and key.endswith(("_near.top1", "_far.top1")))):
+        if (
+            not measured
+            if everything
+            else (key not in _MAIN or (not measured and key.endswith(("_near.top1", "_far.top1"))))
+        ):
             continue
         cells = [_cell(doc, state, key) for state in doc["states"]]
         gains = [_gain(doc, edit, key) for edit in edits]
@@ -133,7 +149,9 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
     facts = "paragraphs" if key.startswith("text.") else "facts"
     hover = f"{metric['definition']} 95 % interval {ends}; n = {figure['n']} {facts}"
     hover += f", {figure['n_items']} items." if figure["n_items"] != figure["n"] else "."
-    return Cell(shown(doc, key, figure["mean"]), f"{ends} · n {figure['n']}", f"{state['name']}: {hover}", css)
+    return Cell(
+        shown(doc, key, figure["mean"]), f"{ends} · n {figure['n']}", f"{state['name']}: {hover}", css
+    )
 
 
 def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
@@ -188,9 +206,16 @@ def _lens_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | None:
             continue
         k = max(curve["k"], key=int)
         ys, n = curve["k"][k]["top"], curve["n"]
-        hover = [f"{state['name']}, layer {i}: {percent(y)} of {n} answers in the top {k}" for i, y in enumerate(ys)]
+        hover = [
+            f"{state['name']}, layer {i}: {percent(y)} of {n} answers in the top {k}"
+            for i, y in enumerate(ys)
+        ]
         role = state["role"]
-        series.append(Series(state["name"], range(len(ys)), ys, css[state["name"]], dashed=role == "control", hover=hover))
+        series.append(
+            Series(
+                state["name"], range(len(ys)), ys, css[state["name"]], dashed=role == "control", hover=hover
+            )
+        )
     if not series:
         return None
     caption = (
@@ -211,7 +236,10 @@ def _relearn_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | No
         main = state["role"] == "edit"
         series.append(
             Series(
-                state["name"], curve["steps"], ys, css[state["name"]],
+                state["name"],
+                curve["steps"],
+                ys,
+                css[state["name"]],
                 low=[one["low"] for one in tested] if main else (),
                 high=[one["high"] for one in tested] if main else (),
                 dashed=not main,
@@ -220,7 +248,7 @@ def _relearn_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | No
                     f"({percent(one['low'])} to {percent(one['high'])}), n = {n}"
                     for step, one in zip(curve["steps"], tested, strict=True)
                 ],
-            )  # fmt: skip
+            )
         )
     if not series:
         return None

@@ -50,18 +50,24 @@ def plot_trace(trace: FactTrace, path: str | Path) -> Path:
     for axis, kind in zip(axes, kinds, strict=True):
         grid = trace.scores[kind].T.float().numpy()
         top = max(float(grid.max()), trace.corrupted_score + 1e-9)
-        drawn = axis.pcolormesh(grid, cmap=_COLOURS.get(kind.split("_")[0], "Blues"), vmin=trace.corrupted_score, vmax=top)
+        drawn = axis.pcolormesh(
+            grid, cmap=_COLOURS.get(kind.split("_")[0], "Blues"), vmin=trace.corrupted_score, vmax=top
+        )
         axis.invert_yaxis()
         axis.set_title(KIND_NAMES.get(kind, kind), fontsize=10)
         axis.set_xlabel("layer")
-        axis.set_yticks([0.5 + i for i in range(len(labels))], [_plain(label) for label in labels], fontsize=8)
+        axis.set_yticks(
+            [0.5 + i for i in range(len(labels))], [_plain(label) for label in labels], fontsize=8
+        )
         step = max(1, math.ceil(grid.shape[1] / 7 / 5) * 5 if grid.shape[1] > 8 else 1)
         marks = range(0, grid.shape[1], step)
         axis.set_xticks([0.5 + i for i in marks], [str(i) for i in marks], fontsize=8)
         bar = figure.colorbar(drawn, ax=axis, shrink=0.8, aspect=28)
         bar.ax.tick_params(labelsize=7)
         bar.ax.set_title("p", fontsize=8)
-    title = f"p({_plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
+    title = (
+        f"p({_plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
+    )
     figure.suptitle(f"{title}corrupted {trace.corrupted_prob:.3f}", fontsize=10)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +119,8 @@ def headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapp
     effect, kind, name, layer = best
     share = effect / total["total_effect"]
     return (
-        f"Restoring the {KIND_NAMES.get(kind, kind)} around layer {layer} at the {_CLASS_NAMES[name]} brings back most: "
-        f"{percent(share)} of what the corruption took."
+        f"Restoring the {KIND_NAMES.get(kind, kind)} around layer {layer} at the {_CLASS_NAMES[name]} "
+        f"brings back most: {percent(share)} of what the corruption took."
     )
 
 
@@ -148,7 +154,17 @@ def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]]) -> Chart
         ]
         low = [e - b for e, b in zip(effect, band, strict=True)]
         high = [e + b for e, b in zip(effect, band, strict=True)]
-        series.append(Series(f"{label} (n {curve['n']})", range(len(effect)), effect, _CLASS_CSS[name], low, high, hover=hover))
+        series.append(
+            Series(
+                f"{label} (n {curve['n']})",
+                range(len(effect)),
+                effect,
+                _CLASS_CSS[name],
+                low,
+                high,
+                hover=hover,
+            )
+        )
     caption = (
         "Average indirect effect: metric with that state restored minus the corrupted run's, mean over facts. "
         "Bands: 95 %, 1.96 standard errors over facts."

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locus.audit.interval import Items, difference, gain, mean_interval, ratio, wilson
@@ -36,7 +36,9 @@ def test_items_of_one_fact_are_resampled_together() -> None:
     """Four copies of each value say no more than one: the interval must not shrink by half."""
     values = torch.rand(12, generator=torch.Generator().manual_seed(1)).tolist()
     once = mean_interval(_items(values))
-    copied = mean_interval(_items([v for v in values for _ in range(4)], [str(i) for i in range(12) for _ in range(4)]))
+    copied = mean_interval(
+        _items([v for v in values for _ in range(4)], [str(i) for i in range(12) for _ in range(4)])
+    )
     assert once is not None and copied is not None
     assert (copied.mean, copied.low, copied.high) == pytest.approx((once.mean, once.low, once.high))
     assert (copied.n, copied.n_items) == (12, 48)
@@ -47,7 +49,9 @@ def test_bootstrap_agrees_with_scipy() -> None:
 
     values = torch.rand(30, generator=torch.Generator().manual_seed(0))
     ours = mean_interval(_items(values.tolist()))
-    theirs = bootstrap((values.numpy(),), np.mean, method="percentile", n_resamples=9999, rng=0).confidence_interval
+    theirs = bootstrap(
+        (values.numpy(),), np.mean, method="percentile", n_resamples=9999, rng=0
+    ).confidence_interval
     assert ours is not None
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.012)
 
@@ -97,6 +101,7 @@ def test_only_the_same_items_can_be_paired() -> None:
         Items(("a", "b"), torch.zeros(1))
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=20))
 def test_the_mean_lies_in_its_interval(values: list[float]) -> None:
     interval = mean_interval(_items(values))

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locus import metrics
@@ -65,6 +65,7 @@ def test_extraction_strength_counts_the_suffix_and_only_openunlearning_never_say
     assert metrics.extraction_strength(flags, "openunlearning") == theirs
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_extraction_strength_is_that_of_the_definition(correct: list[bool]) -> None:
     n = len(correct)
@@ -74,7 +75,7 @@ def test_extraction_strength_is_that_of_the_definition(correct: list[bool]) -> N
 
 
 def test_rouge_stems_and_measures_the_longest_common_subsequence() -> None:
-    """"the cat sat" and "a cat sat" share "cat sat" after stemming: recall 2/5, precision 2/3."""
+    """ "the cat sat" and "a cat sat" share "cat sat" after stemming: recall 2/5, precision 2/3."""
     assert metrics.rouge_l("the cats sat on mats", "a cat sat") == pytest.approx((0.4, 0.5))
     assert metrics.rouge_l("the cat", "") == (0.0, 0.0)
 
@@ -87,7 +88,11 @@ def _lcs(a: list[str], b: list[str]) -> int:
     return max(_lcs(a[1:], b), _lcs(a, b[1:]))
 
 
-@given(st.lists(st.sampled_from("xyz"), min_size=1, max_size=6), st.lists(st.sampled_from("xyz"), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from("xyz"), min_size=1, max_size=6),
+    st.lists(st.sampled_from("xyz"), min_size=1, max_size=6),
+)
 def test_rouge_is_that_of_the_recursive_definition(reference: list[str], candidate: list[str]) -> None:
     common = _lcs(reference, candidate)
     recall, f = metrics.rouge_l(" ".join(reference), " ".join(candidate))
@@ -100,7 +105,9 @@ def test_truth_ratio_modes() -> None:
     right = torch.tensor([-math.log(0.5)])
     wrong = torch.tensor([[-math.log(0.4), -math.log(0.1)]])
     ratios = {mode: metrics.truth_ratio(right, wrong, mode).item() for mode in metrics.TRUTH_RATIO_MODES}
-    assert ratios == pytest.approx({"locus": 0.4, "tofu-original": 2.5, "openunlearning": 0.4, "tofu-paper": 0.5})
+    assert ratios == pytest.approx(
+        {"locus": 0.4, "tofu-original": 2.5, "openunlearning": 0.4, "tofu-paper": 0.5}
+    )
     for mode in ("locus", "tofu-original", "openunlearning"):
         ratio = metrics.truth_ratio(right, wrong, mode)
         assert metrics.truth_ratio_score(ratio, True, mode).item() == pytest.approx(0.4)
@@ -125,7 +132,9 @@ def test_forget_quality_is_scipys_ks_and_does_not_depend_on_the_mode() -> None:
 
 def test_ks_by_hand() -> None:
     """Two samples of 3 that do not overlap: D = 1, p = 2 / C(6, 3) = 0.1."""
-    assert metrics.forget_quality(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])) == pytest.approx(0.1)
+    assert metrics.forget_quality(
+        torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
+    ) == pytest.approx(0.1)
 
 
 def test_model_utility_is_the_harmonic_mean_of_nine() -> None:
@@ -157,7 +166,11 @@ def test_min_k_plus_plus_standardizes_by_the_distribution_itself() -> None:
     assert z == pytest.approx((math.log(0.25) - mean) / math.sqrt(variance), rel=1e-5)
 
 
-@given(st.lists(st.integers(0, 5).map(float), min_size=1, max_size=8), st.lists(st.integers(0, 5).map(float), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 5).map(float), min_size=1, max_size=8),
+    st.lists(st.integers(0, 5).map(float), min_size=1, max_size=8),
+)
 def test_auc_is_the_share_of_pairs_won(positive: list[int], negative: list[int]) -> None:
     pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
     assert metrics.auc(positive, negative) == pytest.approx(sum(pairs) / len(pairs))
@@ -182,8 +195,11 @@ def test_rounding_by_hand() -> None:
     torch.testing.assert_close(pairs, torch.tensor([[7.0, 3.0, -0.7, 0.0]]))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(2, 8), st.integers(1, 7))
-def test_rounding_twice_is_rounding_once_and_never_off_by_more_than_half_a_step(bits: int, group: int) -> None:
+def test_rounding_twice_is_rounding_once_and_never_off_by_more_than_half_a_step(
+    bits: int, group: int
+) -> None:
     weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(bits * 10 + group))
     once = metrics.round_to_nearest(weight, bits, group)
     torch.testing.assert_close(metrics.round_to_nearest(once, bits, group), once)
