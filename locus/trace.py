@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Trace:
     def __len__(self) -> int:
         return len(self.facts)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[FactTrace]:
         return iter(self.facts)
 
     def __getitem__(self, fact_id: str) -> FactTrace:
@@ -163,7 +163,9 @@ class Trace:
         total: dict[str, float] = {}
         for fact in self.facts:
             for key, value in fact.work.items():
-                total[key] = max(total.get(key, 0.0), value) if key == "peak_bytes" else total.get(key, 0.0) + value
+                total[key] = (
+                    max(total.get(key, 0.0), value) if key == "peak_bytes" else total.get(key, 0.0) + value
+                )
         return total
 
     def average(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -266,7 +268,12 @@ class Trace:
             facts.append(_decode(about, own, work.get(about["fact_id"], {})))
         atlas = Atlas.from_json(meta["atlas"])
         return cls(
-            tuple(facts), meta["settings"], meta["fingerprint"], atlas, meta["model"], meta.get("versions", {})
+            tuple(facts),
+            meta["settings"],
+            meta["fingerprint"],
+            atlas,
+            meta["model"],
+            meta.get("versions", {}),
         )
 
     def _about(self) -> dict[str, Any]:
@@ -281,7 +288,9 @@ class Trace:
     @staticmethod
     def _timing(work: Mapping[str, float]) -> dict[str, float]:
         seconds = work.get("seconds", 0.0)
-        rates = {f"{k}_per_second": work[k] / seconds for k in ("tokens", "flops") if k in work and seconds > 0}
+        rates = {
+            f"{k}_per_second": work[k] / seconds for k in ("tokens", "flops") if k in work and seconds > 0
+        }
         return {**work, **rates}
 
 
@@ -321,17 +330,26 @@ def _encode(fact: FactTrace) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _decode(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], work: Mapping[str, float]) -> FactTrace:
-    kinds: Sequence[str] = meta["kinds"]
-    grids = {name: {kind: tensors[f"{kind}/{name}"] for kind in kinds} for name in _GRIDS}
-    scalars = {name: float(tensors[name]) for name in _SCALARS}
+    def grids(name: str) -> dict[str, Tensor]:
+        return {kind: tensors[f"{kind}/{name}"] for kind in meta["kinds"]}
+
     subject = None if meta["subject"] is None else (meta["subject"][0], meta["subject"][1])
-    plain = {key: meta[key] for key in ("fact_id", "prompt", "target", "seed", "samples", "patched_forwards", "engine")}
     return FactTrace(
+        fact_id=meta["fact_id"],
+        prompt=meta["prompt"],
+        target=meta["target"],
         tokens=tuple(meta["tokens"]),
         subject=subject,
         corrupted=tuple(meta["corrupted"]),
+        scores=grids("scores"),
+        standard_error=grids("standard_error"),
+        clean_prob=float(tensors["clean_prob"]),
+        corrupted_prob=float(tensors["corrupted_prob"]),
+        clean_score=float(tensors["clean_score"]),
+        corrupted_score=float(tensors["corrupted_score"]),
+        seed=meta["seed"],
+        samples=meta["samples"],
+        patched_forwards=meta["patched_forwards"],
+        engine=meta["engine"],
         work=work,
-        **plain,
-        **grids,
-        **scalars,
     )

@@ -8,6 +8,7 @@ these is not understood, and the model is not replayed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +31,11 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _HIDDEN = "hidden_states"
 
 
-class CannotReplay(Exception):  # noqa: N818  (a reason, not a failure: the plain engine takes over)
+class CannotReplay(Exception):
     """Why this model, or this question, needs whole forwards."""
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """The keys and values are made; nothing else was wanted of the block."""
 
 
@@ -127,10 +128,8 @@ class Blocks:
     ) -> tuple[Tensor, Tensor]:
         """The rows' keys and values; the block stops as soon as it has them."""
         cache = PrefixCache((), stop=True)
-        try:
+        with contextlib.suppress(_Reached):
             self.modules[layer](**self._arguments(layer, hidden, rows, cache))
-        except _Reached:
-            pass
         if cache.new is None:
             raise CannotReplay(f"block {layer} makes no keys and values of its own")
         return cache.new
@@ -169,7 +168,9 @@ class Blocks:
         def gather(table: Tensor) -> Tensor:
             return rows.once("rotary", table, lambda: rows.spread(table[0][rows.positions]))
 
-        return gather(recorded) if isinstance(recorded, Tensor) else tuple(gather(table) for table in recorded)
+        return (
+            gather(recorded) if isinstance(recorded, Tensor) else tuple(gather(table) for table in recorded)
+        )
 
 
 def _alibi(recorded: Tensor, rows: Rows) -> Tensor:
@@ -241,7 +242,9 @@ def _understood(call: Mapping[str, Any], model: Model, n_pos: int) -> dict[str, 
             continue
         if name == "attention_mask":
             if attention not in ("sdpa", "eager"):
-                raise CannotReplay(f"attention implementation {attention!r} takes no mask of ours; use sdpa or eager")
+                raise CannotReplay(
+                    f"attention implementation {attention!r} takes no mask of ours; use sdpa or eager"
+                )
             if value is None and attention == "sdpa":
                 continue
             square = isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] == (n_pos, n_pos)

@@ -27,8 +27,8 @@ from locus.model import Model
 from locus.progress import track
 from locus.tokens import encode
 from locus.trace import FactTrace, Trace, part_name
-from tracing.cost import Cost
 from tracing.corruption import Corrupter, Corruption, Prepared, prepare
+from tracing.cost import Cost
 from tracing.engine import Engine, EngineName
 from tracing.plain import logits_of
 from tracing.question import Answers, Inputs, Question, divergence
@@ -114,7 +114,9 @@ class CausalTrace:
         traces = []
         with lock(parts) if parts is not None else nullcontext():
             for one in track(prepared, "tracing facts"):
-                trace = _same(done.get(one.fact.id), one) or self._resumed(one, parts, settings, model, resume)
+                trace = _same(done.get(one.fact.id), one) or self._resumed(
+                    one, parts, settings, model, resume
+                )
                 if trace is None:
                     trace = self._trace(model, one, corrupter, engine)
                     if parts is not None:
@@ -139,7 +141,8 @@ class CausalTrace:
         whole = [p.fact.id for p in prepared if p.encoded.subject is None]
         if whole:
             warnings.warn(
-                f"{len(whole)} of {len(facts)} facts have no subject ({whole[0]!r}, …): their whole prompt is corrupted",
+                f"{len(whole)} of {len(facts)} facts have no subject ({whole[0]!r}, …): "
+                "their whole prompt is corrupted",
                 stacklevel=3,
             )
         return prepared
@@ -148,7 +151,12 @@ class CausalTrace:
         """The hyperparameters, and what they came to on these facts; the engine gives the same numbers anyway."""
         fields = {name: value for name, value in asdict(self).items() if name != "engine"}
         fields["kinds"] = list(self.kinds)
-        return {**fields, "pooled_subject_sd": corrupter.sd, "noise": corrupter.amplitude, **corrupter.provenance()}
+        return {
+            **fields,
+            "pooled_subject_sd": corrupter.sd,
+            "noise": corrupter.amplitude,
+            **corrupter.provenance(),
+        }
 
     def _resumed(
         self, one: Prepared, parts: Path | None, settings: Mapping[str, Any], model: Model, resume: bool
@@ -181,14 +189,15 @@ class CausalTrace:
         for kind in self.kinds:
             rows = cells_of(kind, model.atlas, range(n_pos), self.window)
             grids[kind] = [
-                [None if pos < diverges else index.setdefault(cell, len(index)) for pos, cell in enumerate(row)]
+                [
+                    None if pos < diverges else index.setdefault(cell, len(index))
+                    for pos, cell in enumerate(row)
+                ]
                 for row in rows
             ]
         return grids, list(index)
 
-    def _answer(
-        self, engine: Engine, question: Question, cells: Sequence[Cell], readout: Readout
-    ) -> Answers:
+    def _answer(self, engine: Engine, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
         """All draws, or as many as the tolerance asks for."""
         total = question.samples
         answers = engine.answer(question.draws(slice(0, min(self.samples, total))), cells, readout)
@@ -291,7 +300,12 @@ def _standard_error(draws: Float[Tensor, "cell sample"]) -> Float[Tensor, " cell
 
 
 def _part(one: Prepared, settings: Mapping[str, Any], model: Model) -> str:
-    about = {**settings, "prompt": one.fact.prompt, "target": one.fact.target, "corrupted": list(one.positions)}
+    about = {
+        **settings,
+        "prompt": one.fact.prompt,
+        "target": one.fact.target,
+        "corrupted": list(one.positions),
+    }
     return part_name(one.fact.id, about, model.fingerprint)
 
 

@@ -59,7 +59,9 @@ class Engine:
             answers = answer_by_replay(self.model, question, cells, readout, batch_tokens=self.batch_tokens)
         except CannotReplay as reason:
             if self.wanted == "replay":
-                raise InputError(f"{self.model.name} cannot be replayed: {reason}; use the plain engine") from None
+                raise InputError(
+                    f"{self.model.name} cannot be replayed: {reason}; use the plain engine"
+                ) from None
             warnings.warn(
                 f"{self.model.name}: tracing with whole forwards, many times slower: {reason}", stacklevel=2
             )
@@ -87,6 +89,7 @@ class Engine:
         allowed = _TOLERANCE.get(self.model.dtype, 1e-4)
         if worst > allowed:
             raise CannotReplay(
-                f"replayed forwards differ from whole ones by {worst:.2g} nats on this architecture (allowed {allowed:g})"
+                f"replayed forwards differ from whole ones by {worst:.2g} nats on this architecture "
+                f"(allowed {allowed:g})"
             )
         self._checked = True

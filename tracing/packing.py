@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Int
@@ -48,7 +49,12 @@ class Track:
 
     def positions_in(self, layer: int, sites: Sequence[str] = _INNER) -> tuple[int, ...]:
         """Positions that some patch changes at these sites of one layer."""
-        found = {q for p in self.patches if p.site in sites and p.layers[0] <= layer < p.layers[1] for q in p.positions}
+        found = {
+            q
+            for p in self.patches
+            if p.site in sites and p.layers[0] <= layer < p.layers[1]
+            for q in p.positions
+        }
         return tuple(sorted(found))
 
 
@@ -94,7 +100,11 @@ def _effective(patches: Sequence[Patch], diverges: int) -> tuple[Patch, ...]:
 def _restored_until(patches: tuple[Patch, ...], diverges: int) -> int | None:
     """End of a stretch, from the divergence on, that is the other run's from the first patch on."""
     first = patches[0]
-    if len(patches) > 1 or first.site not in ("block_in", "block_out") or first.layers[1] - first.layers[0] > 1:
+    if (
+        len(patches) > 1
+        or first.site not in ("block_in", "block_out")
+        or first.layers[1] - first.layers[0] > 1
+    ):
         return None
     whole = first.source == "other" and first.columns is None
     stretch = tuple(range(diverges, diverges + len(first.positions)))
@@ -148,7 +158,7 @@ class Packed:
         at_once = max(1, per_call // max(piece.stop - piece.start for piece in pieces))
         n_calls = math.ceil(len(pieces) / at_once)
         edges = [i * len(pieces) // n_calls for i in range(n_calls + 1)]
-        return [pieces[lo:hi] for lo, hi in zip(edges, edges[1:], strict=False)]
+        return [pieces[lo:hi] for lo, hi in pairwise(edges)]
 
     def _pieces(self, size: int) -> list[slice]:
         """Sequences of about equal length, at most `size` rows unless one track is longer."""
@@ -209,7 +219,11 @@ def rows_of(
     base = torch.arange(n_base)
     other = torch.arange(diverges, diverges + n_other)
     groups, n = chunk.track.shape
-    sees_base = (base < n_base).expand(groups, n, -1) if inside else (base < start) & ((base < diverges) | (base >= until))
+    sees_base = (
+        (base < n_base).expand(groups, n, -1)
+        if inside
+        else (base < start) & ((base < diverges) | (base >= until))
+    )
     parts = [sees_base, other < until]
     places = [base.expand(groups, -1), other.expand(groups, -1)]
     for keys in ([before] if before is not None else []) + [chunk]:

@@ -55,7 +55,11 @@ def run(
     model: Model, inputs: Inputs, reads: Sequence[int], readout: Readout, sites: Iterable[Site] = ()
 ) -> tuple[Float[Tensor, "sample score"], States]:
     """One unpatched run: its scores, and the values of some sites in every layer."""
-    names = {(site, layer): module_of(model.atlas, site, layer) for site in sites for layer in range(model.atlas.n_layers)}
+    names = {
+        (site, layer): module_of(model.atlas, site, layer)
+        for site in sites
+        for layer in range(model.atlas.n_layers)
+    }
     outputs = {name for name, side in names.values() if side == "output"}
     entries = {name for name, side in names.values() if side == "input"}
     with record(model.module, outputs=outputs, inputs=entries) as seen:

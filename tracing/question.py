@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -60,9 +59,13 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.base.ids.shape != self.other.ids.shape:
-            raise ValueError(f"runs of {len(self.base.ids)} and {len(self.other.ids)} tokens cannot be patched into each other")
+            raise ValueError(
+                f"runs of {len(self.base.ids)} and {len(self.other.ids)} tokens cannot be patched into each other"
+            )
         if len({self.base.samples, self.other.samples, 1}) > 2:
-            raise ValueError(f"{self.base.samples} and {self.other.samples} draws: one run has 1 or both have the same")
+            raise ValueError(
+                f"{self.base.samples} and {self.other.samples} draws: one run has 1 or both have the same"
+            )
 
     @property
     def samples(self) -> int:
@@ -112,18 +115,3 @@ class Answers:
     def cell_mean(self) -> Float[Tensor, "cell score"]:
         """Mean over the draws."""
         return self.cells.mean(dim=1)
-
-
-def sample_of(values: Float[Tensor, "sample *rest"], index: int) -> Float[Tensor, "*rest"]:
-    """A draw's values, of a run that may have only one."""
-    return values[index if values.shape[0] > 1 else 0]
-
-
-def expand_samples(values: Float[Tensor, "one *rest"], samples: int) -> Float[Tensor, "sample *rest"]:
-    """The values for every draw, without copying."""
-    return values if values.shape[0] == samples else values.expand(samples, *values.shape[1:])
-
-
-def no_grad_float64(values: Tensor) -> Tensor:
-    """Detached, in float64, on the CPU: how scores are averaged."""
-    return values.detach().to("cpu", torch.float64)

@@ -14,8 +14,8 @@ right here, and the same code serves every decoder whose blocks exchange informa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from locus.hooks import patched
 from locus.model import Model
 from locus.progress import task
-from tracing.blocks import CannotReplay, Segments, Tail
+from tracing.blocks import CannotReplay, Tail
 from tracing.packing import _INNER, Chunk, Packed, Track, rows_of, track_of
 from tracing.question import Answers, Question
 from tracing.readout import Readout
@@ -36,12 +36,17 @@ __all__ = ["CannotReplay", "answer_by_replay"]
 
 _CPU_ROWS = 400
 """Rows that keep a core's caches warm while its matrix products stay large."""
-_LOGIT_ROWS = 512
+_LOGIT_ROWS = 256
 
 
 @torch.no_grad()
 def answer_by_replay(
-    model: Model, question: Question, cells: Sequence[Cell], readout: Readout, *, batch_tokens: int | None = None
+    model: Model,
+    question: Question,
+    cells: Sequence[Cell],
+    readout: Readout,
+    *,
+    batch_tokens: int | None = None,
 ) -> Answers:
     """Answer every cell, exactly as whole forwards would.
 
@@ -161,10 +166,13 @@ class _Wave:
         model = replay.model
         self.device = replay.runs.recorded.hidden[0].device
         self.states = torch.empty(
-            len(self.packed.positions), replay.samples, model.atlas.d_model, dtype=model.dtype, device=self.device
+            len(self.packed.positions),
+            replay.samples,
+            model.atlas.d_model,
+            dtype=model.dtype,
+            device=self.device,
         )
         self.is_read = torch.isin(self.packed.positions, torch.tensor(replay.question.reads))
-        self._rows: dict[tuple[object, ...], tuple[Chunk, object]] = {}
 
     def admit(self, layer: int) -> None:
         """Put in the inputs of block `layer` of the tracks that enter there."""
@@ -235,7 +243,12 @@ class _Wave:
         return [slice(i, min(i + at_once, samples)) for i in range(0, samples, at_once)]
 
     def _block(
-        self, layer: int, chunk: Chunk, draws: slice, before: Chunk | None = None, inside: bool = False,
+        self,
+        layer: int,
+        chunk: Chunk,
+        draws: slice,
+        before: Chunk | None = None,
+        inside: bool = False,
         states: Tensor | None = None,
     ) -> Float[Tensor, "batch n d_model"]:
         """One call of a block."""
@@ -250,7 +263,9 @@ class _Wave:
         ]
         states = self.states if states is None else states
         if before is not None:
-            early, _, _ = rows_of(before, self.starts, self.restored, runs.diverges, n_draws, None, False, self.device)
+            early, _, _ = rows_of(
+                before, self.starts, self.restored, runs.diverges, n_draws, None, False, self.device
+            )
             prefix.append(blocks.keys_only(layer, _take(states, before, draws), early))
             self.replay.rows_run += len(before.source) * n_draws
         self.replay.rows_run += len(chunk.source) * n_draws
@@ -278,7 +293,9 @@ class _Wave:
         if replay.model.atlas.n_layers > layer + 1:
             self.states[offsets + packed.positions - first] = states
         else:
-            for row, (track, position) in enumerate(zip(of_wave.tolist(), packed.positions.tolist(), strict=True)):
+            for row, (track, position) in enumerate(
+                zip(of_wave.tolist(), packed.positions.tolist(), strict=True)
+            ):
                 self.states[self._row(track, position)] = states[row]
 
     def _row(self, track: int, position: int) -> int:
@@ -320,7 +337,7 @@ class _Wave:
         width = self.replay.runs.width(site)
         return torch.zeros(1, len(positions), width, device=self.device)
 
-    def _patches_inside(self, layer: int, chunk: Chunk, draws: slice) -> object:
+    def _patches_inside(self, layer: int, chunk: Chunk, draws: slice) -> AbstractContextManager[None]:
         """The hooks that patch attention, MLP, heads or neurons of one block for the rows of one call."""
         wanted: dict[Site, list[tuple[Patch, int, int]]] = {}
         flat_track, flat_position = chunk.track.flatten().tolist(), chunk.positions.flatten().tolist()
@@ -328,7 +345,11 @@ class _Wave:
             if track < 0:
                 continue
             for patch in self.tracks[track].patches:
-                if patch.site in _INNER and patch.layers[0] <= layer < patch.layers[1] and position in patch.positions:
+                if (
+                    patch.site in _INNER
+                    and patch.layers[0] <= layer < patch.layers[1]
+                    and position in patch.positions
+                ):
                     wanted.setdefault(patch.site, []).append((patch, row, position))
         if not wanted:
             return nullcontext()

@@ -5,6 +5,7 @@ What stands before the divergence is the same in both and is kept once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from tracing.question import Inputs, Question, divergence
 from tracing.sites import Site, module_of
 
 
-class _Embedded(Exception):  # noqa: N818
+class _Embedded(Exception):
     """The first block has been reached."""
 
 
@@ -123,7 +124,9 @@ def record_runs(
         raise CannotReplay("both runs have several draws")
     sites = sorted((set(other_sites) | set(base_sites)) - {"block_in", "block_out"})
     atlas = model.atlas
-    names = {(site, layer): module_of(atlas, site, layer) for site in sites for layer in range(atlas.n_layers)}
+    names = {
+        (site, layer): module_of(atlas, site, layer) for site in sites for layer in range(atlas.n_layers)
+    }
     outputs = [name for name, side in names.values() if side == "output"]
     inputs = [name for name, side in names.values() if side == "input"]
     recorded = record_whole(model, whole, question.reads, outputs, inputs)
@@ -182,7 +185,11 @@ def _branch_draws(
     names: Mapping[tuple[Site, int], tuple[str, str]],
     draws: slice,
 ) -> States:
-    some = inputs if inputs.embeddings is None else Inputs(inputs.ids, inputs.positions, inputs.embeddings[draws])
+    some = (
+        inputs
+        if inputs.embeddings is None
+        else Inputs(inputs.ids, inputs.positions, inputs.embeddings[draws])
+    )
     hidden = [_first_input(model, some)[:, start:].contiguous()]
     n_pos = len(inputs.ids)
     own = torch.arange(start, n_pos, device=hidden[0].device)[None]
@@ -213,9 +220,6 @@ def _first_input(model: Model, inputs: Inputs) -> Float[Tensor, "_ pos d_model"]
         caught.append(hidden.clone())
         raise _Embedded
 
-    with patched(model.module, inputs={model.atlas.blocks[0]: catch}):
-        try:
-            logits_of(model, inputs, (0,), inputs.samples)
-        except _Embedded:
-            pass
+    with contextlib.suppress(_Embedded), patched(model.module, inputs={model.atlas.blocks[0]: catch}):
+        logits_of(model, inputs, (0,), inputs.samples)
     return caught[0]

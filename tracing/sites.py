@@ -67,7 +67,9 @@ def cells_of(
         InputError: an unknown kind or head.
     """
     columns = [(p,) if isinstance(p, int) else tuple(sorted(p)) for p in positions]
-    return [[_cell(kind, atlas, layer, where, window) for where in columns] for layer in range(atlas.n_layers)]
+    return [
+        [_cell(kind, atlas, layer, where, window) for where in columns] for layer in range(atlas.n_layers)
+    ]
 
 
 def _cell(kind: Kind, atlas: Atlas, layer: int, positions: tuple[int, ...], window: int) -> Cell:
@@ -82,9 +84,13 @@ def _cell(kind: Kind, atlas: Atlas, layer: int, positions: tuple[int, ...], wind
         case "attn":
             return Cell((Patch("attn_out", around, positions),))
         case "block-no-mlp":
-            return Cell((Patch("block_out", one, positions), Patch("mlp_out", (layer + 1, last), positions, "base")))
+            return Cell(
+                (Patch("block_out", one, positions), Patch("mlp_out", (layer + 1, last), positions, "base"))
+            )
         case "block-no-attn":
-            return Cell((Patch("block_out", one, positions), Patch("attn_out", (layer + 1, last), positions, "base")))
+            return Cell(
+                (Patch("block_out", one, positions), Patch("attn_out", (layer + 1, last), positions, "base"))
+            )
     head = _head(kind, atlas)
     entries = tuple(range(head * atlas.d_head, (head + 1) * atlas.d_head))
     return Cell((Patch("attn_z", one, positions, columns=entries),))

@@ -50,7 +50,11 @@ def test_every_position_is_in_one_class() -> None:
         "before_subject", "first_subject", "middle_subject", "last_subject", "first_subsequent", "further", "last_token"
     )  # fmt: skip
     assert fact_trace(seven, (0, 1)).token_classes()[:3] == ("last_subject", "first_subsequent", "further")
-    assert fact_trace(seven, (5, 7)).token_classes()[4:] == ("before_subject", "first_subject", "last_subject")
+    assert fact_trace(seven, (5, 7)).token_classes()[4:] == (
+        "before_subject",
+        "first_subject",
+        "last_subject",
+    )
     assert fact_trace(seven, (5, 6)).token_classes()[5:] == ("last_subject", "last_token")
     assert fact_trace(seven, None).token_classes() == ("further",) * 6 + ("last_token",)
     assert set(fact_trace(seven, (1, 4)).token_classes()) == set(TOKEN_CLASSES)
@@ -81,7 +85,9 @@ def test_a_fact_counts_once_however_many_positions_a_class_has() -> None:
 
 def test_total_effect() -> None:
     grid = torch.zeros(3, 4)
-    total = trace_of(fact_trace(grid, corrupted=0.1), fact_trace(grid, fact_id="b", corrupted=0.3)).average_total()
+    total = trace_of(
+        fact_trace(grid, corrupted=0.1), fact_trace(grid, fact_id="b", corrupted=0.3)
+    ).average_total()
     assert total["total_effect"] == pytest.approx(0.7)
     assert total["corrupted_score"] == pytest.approx(0.2)
 
@@ -108,9 +114,15 @@ def test_round_trip(tmp_path: Path) -> None:
     again = Trace.load(tmp_path)
     assert [f.fact_id for f in again] == ["a/0", "a/1"]
     assert torch.equal(again["a/1"].scores["block"], facts[1].scores["block"])
-    assert replace(again["a/0"], scores={}, standard_error={}) == replace(facts[0], scores={}, standard_error={})
+    assert replace(again["a/0"], scores={}, standard_error={}) == replace(
+        facts[0], scores={}, standard_error={}
+    )
     assert again.work == {"seconds": 4.0, "tokens": 20.0}
-    assert (again.settings, again.fingerprint, again.atlas) == (trace.settings, trace.fingerprint, trace.atlas)
+    assert (again.settings, again.fingerprint, again.atlas) == (
+        trace.settings,
+        trace.fingerprint,
+        trace.atlas,
+    )
     assert json.loads((tmp_path / "average.json").read_text())["kinds"]["block"]["last_subject"]["n"] == 2
 
 

@@ -121,7 +121,9 @@ def test_noise_is_three_pooled_standard_deviations(model: Model) -> None:
     assert float((noisy - embed(model, torch.tensor(one.subject_ids))).std()) == pytest.approx(2.0, rel=0.05)
     flat = Corrupter.of(model, [one], "uniform", 3.0, 2.0).inputs(model, one, 400).embeddings
     assert flat is not None
-    assert float((flat - embed(model, torch.tensor(one.subject_ids))).abs().max()) == pytest.approx(2.0, rel=0.01)
+    assert float((flat - embed(model, torch.tensor(one.subject_ids))).abs().max()) == pytest.approx(
+        2.0, rel=0.01
+    )
 
 
 def test_without_a_subject_the_whole_prompt_but_bos_is_corrupted(model: Model) -> None:
@@ -139,7 +141,9 @@ def test_draws_until_the_error_is_small(model: Model) -> None:
     fixed = replace(settings, samples=7).run(model, tiny_facts()[:1])["tower"]
     assert (loose.samples, tight.samples) == (2, 7)
     same_scores(tight, fixed, atol=1e-6)
-    torch.testing.assert_close(tight.standard_error["block"], fixed.standard_error["block"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        tight.standard_error["block"], fixed.standard_error["block"], atol=1e-6, rtol=0
+    )
     assert float(fixed.standard_error["block"].max()) > 0
 
 

@@ -34,7 +34,9 @@ def question_of(
     return question, Readout("logprob", torch.tensor(fact.encoded.target_ids))
 
 
-def grid(model: Model, fact: Prepared, kinds: tuple[str, ...] = (*KINDS, "head:1"), window: int = 2) -> list[Cell]:
+def grid(
+    model: Model, fact: Prepared, kinds: tuple[str, ...] = (*KINDS, "head:1"), window: int = 2
+) -> list[Cell]:
     positions = range(fact.encoded.target_start)
     return [c for kind in kinds for row in cells_of(kind, model.atlas, positions, window) for c in row]
 
@@ -113,7 +115,13 @@ def odd_cells(model: Model, n_pos: int) -> list[Cell]:
         Cell((Patch("attn_out", (1, 3), (last,), "mean"),)),
         Cell((Patch("block_out", (end - 1, end), (last,)),)),
         Cell((Patch("block_out", (end - 1, end), (2,)),)),
-        Cell((Patch("mlp_out", (0, 1), (4,)), Patch("attn_out", (1, 2), (6,)), Patch("block_out", (1, 2), (5,)))),
+        Cell(
+            (
+                Patch("mlp_out", (0, 1), (4,)),
+                Patch("attn_out", (1, 2), (6,)),
+                Patch("block_out", (1, 2), (5,)),
+            )
+        ),
         Cell((Patch("block_out", (0, 1), (3,)), Patch("neuron", (1, 2), (last,), "zero", columns=(3,)))),
         Cell((Patch("mlp_out", (1, 1), (4,)),)),
         Cell(()),
@@ -141,7 +149,9 @@ def test_ablation_without_a_second_run() -> None:
     clean = Inputs(fact.ids)
     question = Question(clean, clean, fact.reads)
     readout = Readout("logprob", torch.tensor(fact.encoded.target_ids))
-    cells = [Cell((Patch("mlp_out", (layer, layer + 1), (p,), "zero"),)) for layer in range(3) for p in (0, 3, 8)]
+    cells = [
+        Cell((Patch("mlp_out", (layer, layer + 1), (p,), "zero"),)) for layer in range(3) for p in (0, 3, 8)
+    ]
     assert_same(
         answer_by_replay(model, question, cells, readout), answer_plainly(model, question, cells, readout)
     )
@@ -178,7 +188,9 @@ def test_all_restored_is_exactly_the_clean_run() -> None:
     torch.testing.assert_close(got.cells[0], got.other.expand(3, -1), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.25), (torch.float16, 0.05), (torch.float64, 1e-9)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.bfloat16, 0.25), (torch.float16, 0.05), (torch.float64, 1e-9)]
+)
 def test_other_precisions(dtype: torch.dtype, atol: float) -> None:
     model = tiny_model("llama")
     model.module.to(dtype)
