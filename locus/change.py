@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -87,13 +88,24 @@ class StoredChanges(Mapping[str, Change]):
         self._file, self._entries = file, entries
 
     def __getitem__(self, name: str) -> Change:
+        selection = self.selection(name)
+        return Change(selection, self.half(name, selection, "old"), self.half(name, selection, "new"))
+
+    def selection(self, name: str) -> Selection:
+        """Where the change is, without its values."""
         form, shape = self._entries[name]
         index = self._file.read(f"{name}:index") if f"{name}:index" in self._file.tensors else None
-        selection = Selection.restored(form, index, shape)
-        old, new = self._file.read(f"{name}:old"), self._file.read(f"{name}:new")
-        if old.dtype != new.dtype or not tuple(old.shape) == tuple(new.shape) == selection.compact_shape:
+        return Selection.restored(form, index, shape)
+
+    def half(self, name: str, selection: Selection, side: Literal["old", "new"]) -> Tensor:
+        """The old or the new values."""
+        values = [self._file.tensors[f"{name}:{both}"] for both in ("old", "new")]
+        if (
+            len({(info.dtype, info.shape) for info in values} | {(values[0].dtype, selection.compact_shape)})
+            > 1
+        ):
             raise ValueError(f"{name}: values do not fit its selection")
-        return Change(selection, old, new)
+        return self._file.read(f"{name}:{side}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -106,16 +118,28 @@ class InvertedChanges(Mapping[str, Change]):
     """Changes turned round when they are asked for."""
 
     def __init__(self, changes: Mapping[str, Change]) -> None:
-        self._changes = changes
+        self.changes = changes
 
     def __getitem__(self, name: str) -> Change:
-        return self._changes[name].inverse()
+        return self.changes[name].inverse()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._changes)
+        return iter(self.changes)
 
     def __len__(self) -> int:
-        return len(self._changes)
+        return len(self.changes)
+
+
+def new_values(changes: Mapping[str, Change], name: str) -> tuple[Selection, Tensor]:
+    """Where a change is and what it writes, without reading what it overwrites where that is on the disk."""
+    side: Literal["old", "new"] = "new"
+    while isinstance(changes, InvertedChanges):
+        changes, side = changes.changes, "old" if side == "new" else "new"
+    if isinstance(changes, StoredChanges):
+        selection = changes.selection(name)
+        return selection, changes.half(name, selection, side)
+    change = changes[name]
+    return change.selection, change.new if side == "new" else change.old
 
 
 def composed(first: Change, second: Change) -> Change:

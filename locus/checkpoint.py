@@ -1,7 +1,7 @@
 """Checkpoint folders: read in a stream, written whole or not at all, compared bit by bit.
 
-Export streams: it rewrites the files that hold a touched tensor, tensor by tensor, and copies the others byte
-for byte. Its memory is the largest touched tensor's, whatever the size of the model.
+Export streams: it rewrites the files that hold a touched tensor, piece by piece, and copies the others byte
+for byte. Its memory is the new values of the few tensors in work, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import contextlib
 import errno
 import filecmp
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from locus.artefact import atomic_folder, load_json, save_json
+from locus.change import new_values
 from locus.compare import DiffReport, TensorDiff, diff, same_bytes
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fingerprint import fingerprint_of, tensor_digest
+from locus.fingerprint import fingerprint_of, started
 from locus.folder import INDEX, SINGLE, Checkpoint
 from locus.progress import Task, task
-from locus.tensorfile import CHUNK, TensorFile, n_threads, tensor_bytes
+from locus.tensorfile import TensorFile, n_threads
 
 __all__ = [
     "Checkpoint",
@@ -43,7 +43,7 @@ RECORD = "locus.json"
 """What an export leaves in its folder beside the model: which delta it applied, and what came out."""
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken", ".spm")
 _NOT_CARRIED = (RECORD, INDEX, "trainer_state.json")
-_IN_FLIGHT = 256 << 20  # bytes of tensors worked on at once, where the largest tensor is smaller
+_PIECE = 2 << 20  # bytes of a tensor edited at once: they stay in the cache while they are hashed twice
 
 
 @dataclass(frozen=True)
@@ -176,51 +176,56 @@ def _plan(base: Checkpoint, delta: WeightDelta) -> dict[str, str]:
 def _rewrite(
     file: TensorFile, path: Path, plan: Mapping[str, str], delta: WeightDelta, progress: Task
 ) -> None:
-    """Write one file anew: same header, touched tensors edited, everything between them copied."""
-    edited = _edited(file, plan, delta)
-    with open(path, "wb", buffering=0) as target:
-        _write(target.fileno(), memoryview(file.header))
-        offset = done = len(file.header)
+    """Write one file anew: same header, touched tensors edited, everything between them copied.
+
+    Every touched tensor and every gap is a job of its own; threads write to their places in the new file.
+    """
+    with open(path, "wb", buffering=0) as target, ThreadPoolExecutor(n_threads()) as pool:
+        os.truncate(target.fileno(), file.size)
+        jobs: list[Future[int]] = []
+        done = 0
         for name, info in file.tensors.items():
-            if name not in plan:
-                continue
-            start, stop = len(file.header) + info.start, len(file.header) + info.stop
-            _copy_range(file, target.fileno(), offset, start)
-            _write(target.fileno(), tensor_bytes(next(edited)))
-            progress.advance(stop - done, name)
-            offset = done = stop
-        _copy_range(file, target.fileno(), offset, file.size)
-        progress.advance(file.size - done)
-
-
-def _edited(file: TensorFile, plan: Mapping[str, str], delta: WeightDelta) -> Iterator[Tensor]:
-    """The touched tensors of a file in its order, edited and checked; a few small ones at once, in threads."""
-
-    def edit(name: str) -> Tensor:
-        tensor, known = file.read(name), plan[name]
-        delta.check_digest(known, tensor_digest(tensor), str(file.path))
-        change = delta.changes[known]
-        change.selection.put_(tensor, change.new)
-        if tensor_digest(tensor) != delta.after[known]:
-            raise InputError(f"{known}: the delta does not make the tensor it promises; it is damaged")
-        return tensor
-
-    names = deque((name, info.n_bytes) for name, info in file.tensors.items() if name in plan)
-    running: deque[tuple[Future[Tensor], int]] = deque()
-    with ThreadPoolExecutor(n_threads()) as pool:
+            if name in plan:
+                start = len(file.header) + info.start
+                jobs.append(pool.submit(_copy_range, file, target.fileno(), done, start))
+                jobs.append(pool.submit(_edit, file, target.fileno(), name, plan[name], delta))
+                done = start + info.n_bytes
+        jobs.append(pool.submit(_copy_range, file, target.fileno(), done, file.size))
         try:
-            while names or running:
-                in_flight = sum(n_bytes for _, n_bytes in running)
-                while names and (
-                    not running or (len(running) <= n_threads() and in_flight + names[0][1] <= _IN_FLIGHT)
-                ):
-                    name, n_bytes = names.popleft()
-                    running.append((pool.submit(edit, name), n_bytes))
-                    in_flight += n_bytes
-                yield running.popleft()[0].result()
+            for job in as_completed(jobs):
+                progress.advance(job.result())
         finally:
-            for future, _ in running:
-                future.cancel()
+            for job in jobs:
+                job.cancel()
+
+
+def _edit(file: TensorFile, target: int, name: str, known: str, delta: WeightDelta) -> int:
+    """Write one tensor, edited, piece by piece, hashing what was and what comes; the bytes written.
+
+    Raises:
+        InputError: the tensor was not the delta's base, or the delta does not make what it promises.
+    """
+    info = file.tensors[name]
+    selection, values = new_values(delta.changes, known)
+    values = values.reshape(-1)
+    before, after = started(info.dtype, info.shape), started(info.dtype, info.shape)
+    # A tensor of no dimension is one row; of a row's bytes, as many as come near the size of a piece.
+    n_rows = info.shape[0] if info.shape else 1
+    at_once = max(1, _PIECE * n_rows // info.n_bytes)
+    row, taken, place = 0, 0, len(file.header) + info.start
+    for piece in file.chunks(name, at_once * (info.n_bytes // n_rows)):
+        before.update(piece)
+        rows = min(at_once, n_rows - row)
+        window = selection.window(row, row + rows) if info.shape else selection
+        part = torch.frombuffer(piece, dtype=info.dtype).view(window.shape)
+        window.put_(part, values[taken : taken + window.n].view(window.compact_shape))
+        after.update(piece)
+        _write(target, piece, place)
+        row, taken, place = row + rows, taken + window.n, place + len(piece)
+    delta.check_digest(known, before.hexdigest(), str(file.path))
+    if after.hexdigest() != delta.after[known]:
+        raise InputError(f"{known}: the delta does not make the tensor it promises; it is damaged")
+    return info.n_bytes
 
 
 def _copy(file: TensorFile, path: Path, link: bool) -> None:
@@ -233,25 +238,29 @@ def _copy(file: TensorFile, path: Path, link: bool) -> None:
         _copy_range(file, target.fileno(), 0, file.size)
 
 
-def _copy_range(file: TensorFile, target: int, start: int, stop: int) -> None:
-    """Append bytes `start` to `stop` of a file to another, inside the kernel where it can."""
-    while start < stop and hasattr(os, "copy_file_range"):
+def _copy_range(file: TensorFile, target: int, start: int, stop: int) -> int:
+    """Copy bytes `start` to `stop` of a file to the same place in another, inside the kernel where it can."""
+    done = start
+    while done < stop and hasattr(os, "copy_file_range"):
         try:
-            n = os.copy_file_range(file.fileno(), target, min(stop - start, 1 << 30), offset_src=start)
+            n = os.copy_file_range(file.fileno(), target, min(stop - done, 1 << 30), done, done)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 break
             raise
         if n == 0:
             break
-        start += n
-    for piece in file.pieces(start, stop, CHUNK):
-        _write(target, piece)
+        done += n
+    for piece in file.pieces(done, stop):
+        _write(target, piece, done)
+        done += len(piece)
+    return stop - start
 
 
-def _write(target: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(target, data[: 1 << 30]) :]
+def _write(target: int, data: memoryview, place: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(target, data[done:], place + done)
 
 
 def _carry(source: Path, target: Path) -> None:

@@ -18,9 +18,9 @@ from locus.mask import WeightMask
 from locus.naming import canonical, resolve
 from locus.progress import track
 from locus.selection import Selection, same_bits
-from locus.tensorfile import CHUNK, n_threads
+from locus.tensorfile import n_threads
 
-_SMALL = 512 << 10  # bytes compared at once where every entry is looked at: float64 copies of it are made
+_PIECE = 1 << 20  # bytes compared at once
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def diff(
 
 def same_bytes(a: Checkpoint, b: Checkpoint, name: str, other: str | None = None) -> bool:
     """Whether a tensor's bytes are the same in both; its name in `b` may be another."""
-    pieces = _pieces(a, b, name, other or name, torch.uint8, CHUNK)
+    pieces = _pieces(a, b, name, other or name, torch.uint8)
     return all(torch.equal(one, two) for one, two in pieces)
 
 
@@ -169,17 +169,12 @@ def _allowed(a: Checkpoint, mask: WeightMask | None) -> dict[str, Selection]:
 def _compared(
     a: Checkpoint, b: Checkpoint, name: str, other: str, allowed: Selection | None
 ) -> TensorDiff | None:
-    if same_bytes(a, b, name, other):
-        return None
     n_changed = n_nonfinite = n_on = offset = 0
-    max_abs = norm_a = norm_step = 0.0
-    for one, two in _pieces(a, b, name, other, a.dtypes[name], _SMALL):
-        moved = (~same_bits(one, two)).nonzero().flatten()
-        wide = one.double()
-        square = float(torch.linalg.vector_norm(wide)) ** 2
-        norm_a += square if math.isfinite(square) else float(wide[wide.isfinite()].square().sum())
-        if len(moved):
-            step = two[moved].double() - wide[moved]
+    max_abs = norm_step = 0.0
+    for one, two in _pieces(a, b, name, other, a.dtypes[name]):
+        if not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
+            moved = (~same_bits(one, two)).nonzero().flatten()
+            step = two[moved].double() - one[moved].double()
             finite = step[step.isfinite()].abs()
             n_changed += len(moved)
             n_nonfinite += len(moved) - len(finite)
@@ -187,15 +182,32 @@ def _compared(
             norm_step += float(finite.square().sum())
             n_on += int(allowed.contains(moved + offset).sum()) if allowed is not None else 0
         offset += len(one)
+    if n_changed == 0:
+        return None
+    norm_a = _square_norm(a, name)
     relative = math.sqrt(norm_step / norm_a) if norm_a else float(bool(norm_step))
     n_entries = math.prod(a.shapes[name])
     return TensorDiff(name, n_entries, n_changed, max_abs, relative, n_nonfinite, n_on, n_changed - n_on)
 
 
+def _square_norm(a: Checkpoint, name: str) -> float:
+    """Sum of the squares of a tensor's finite entries."""
+    total = 0.0
+    for piece in a.files[a.file_of(name)].chunks(name, _PIECE):
+        values = torch.frombuffer(piece, dtype=a.dtypes[name])
+        narrow = values.float() if values.element_size() < 4 else values.double()
+        square = float(torch.linalg.vector_norm(narrow)) ** 2
+        if not math.isfinite(square):
+            wide = values.double()
+            square = float(wide[wide.isfinite()].square().sum())
+        total += square
+    return total
+
+
 def _pieces(
-    a: Checkpoint, b: Checkpoint, name: str, other: str, dtype: torch.dtype, size: int
+    a: Checkpoint, b: Checkpoint, name: str, other: str, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both tensors' bytes in pieces of the same length, as flat tensors of `dtype`; overwritten by the next."""
     files = a.files[a.file_of(name)], b.files[b.file_of(other)]
-    for one, two in zip(files[0].chunks(name, size), files[1].chunks(other, size), strict=True):
+    for one, two in zip(files[0].chunks(name, _PIECE), files[1].chunks(other, _PIECE), strict=True):
         yield torch.frombuffer(one, dtype=dtype), torch.frombuffer(two, dtype=dtype)

@@ -263,7 +263,7 @@ class WeightDelta:
                 file, {name: (e["form"], tuple(e["shape"])) for name, e in entries.items()}
             )
             for name in changes:
-                changes[name]  # every entry once, so that a bad one is told now
+                changes.half(name, changes.selection(name), "new")  # so that a bad one is told now
             before = {name: str(entry["before"]) for name, entry in entries.items()}
             after = {name: str(entry["after"]) for name, entry in entries.items()}
             rounding = Rounding(**meta["rounding"])

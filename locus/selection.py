@@ -134,6 +134,25 @@ class Selection:
             out[torch.from_numpy(np.unravel_index(self._index, self.shape)[axis])] = True
         return out
 
+    def window(self, start: int, stop: int) -> Selection:
+        """The part of the set in rows `start` to `stop`, as a set of a tensor of those rows alone.
+
+        Values that `take` gave, flattened, fall apart into those of consecutive windows in order.
+        """
+        shape = (stop - start, *self.shape[1:])
+        if self.kind in ("all", "columns"):
+            return self._with(self._index, shape)
+        if self.kind == "rows":
+            low, high = np.searchsorted(self._index, (start, stop))
+            return self._with(self._index[low:high] - start, shape)
+        a_row = math.prod(self.shape[1:])
+        first, last = start * a_row, stop * a_row
+        if self._bits is None:
+            low, high = np.searchsorted(self._index, (first, last))
+            return self._with(self._index[low:high] - first, shape)
+        bits = np.unpackbits(self._bits[first >> 3 : -(-last >> 3)])[first & 7 :][: last - first]
+        return self._of_array(bits.view(np.bool_).reshape(shape))
+
     def take(self, tensor: Tensor) -> Tensor:
         """The selected entries, bit for bit: rows `[n, …]`, columns `[:, n, …]`, else `[n]` or all."""
         self._same_shape(tensor)
@@ -326,9 +345,9 @@ class Selection:
     def _alike(self, other: Selection) -> bool:
         return self.kind == other.kind != "all" and self._bits is None and other._bits is None
 
-    def _with(self, values: NDArray[Any]) -> Selection:
+    def _with(self, values: NDArray[Any], shape: tuple[int, ...] | None = None) -> Selection:
         new = Selection.__new__(Selection)
-        new.shape, new._bits = self.shape, None
+        new.shape, new._bits = self.shape if shape is None else shape, None
         new._become(self.kind, values)
         return new
 

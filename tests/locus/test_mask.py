@@ -79,6 +79,21 @@ def test_form_take_put_contains_touched_and_storage(pair: tuple[Selection, Selec
         assert torch.equal(target, torch.where(where, tensor, torch.zeros(())))
 
 
+@settings(max_examples=300, deadline=None)
+@given(pairs, st.integers(1, 9))
+def test_windows_of_rows_tile_a_selection_and_its_values(pair: tuple[Selection, Selection], n: int) -> None:
+    a, _ = pair
+    tensor, out, taken = torch.randn(a.shape), torch.zeros(a.shape), 0
+    values = a.take(tensor).flatten()
+    for start in range(0, a.shape[0], n):
+        stop = min(start + n, a.shape[0])
+        window = a.window(start, stop)
+        assert window == Selection.of(a.dense()[start:stop])
+        window.put_(out[start:stop], values[taken : taken + window.n].view(window.compact_shape))
+        taken += window.n
+    assert torch.equal(out, torch.where(a.dense(), tensor, 0.0))
+
+
 def test_take_and_put_keep_every_bit_pattern() -> None:
     """All 65536 bfloat16 patterns, signalling NaNs and -0.0 among them, survive every kind of selection."""
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(256, 256)
