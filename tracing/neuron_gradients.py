@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,12 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None, None
 
 
+def show_gradient(tensor: Tensor, layer: int, visit: Visit) -> Tensor:
+    """The tensor itself; when it is differentiated, `visit` is shown it and its gradient."""
+    start = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    return _Tap.apply(start, layer, visit)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def tapped(model: Model, visit: Visit) -> AbstractContextManager[object]:
     """Show every neuron's activation and gradient to `visit` when forwards run inside are differentiated.
 
@@ -86,16 +93,11 @@ def tapped(model: Model, visit: Visit) -> AbstractContextManager[object]:
         visit: See `Visit`.
     """
 
-    def tap(layer: int) -> Callable[[Tensor], Tensor]:
-        def run(h: Tensor) -> Tensor:
-            start = h if h.requires_grad else h.detach().requires_grad_()
-            return _Tap.apply(start, layer, visit)  # type: ignore[no-any-return, no-untyped-call]
-
-        return run
-
-    return patched(
-        model.module, inputs={name: tap(layer) for layer, name in enumerate(model.atlas.neuron_in)}
-    )
+    taps: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(show_gradient, layer=layer, visit=visit)
+        for layer, name in enumerate(model.atlas.neuron_in)
+    }
+    return patched(model.module, inputs=taps)
 
 
 def visit_neurons(
@@ -118,7 +120,7 @@ def visit_neurons(
     """
     with torch.enable_grad(), tapped(model, visit):
         value = objective(label_logprobs(model, batch))
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
     return float(value.detach())
 
 

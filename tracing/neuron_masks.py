@@ -63,7 +63,7 @@ def gated_nll(
         with torch.enable_grad(), gated(model, gates):
             logprobs = label_logprobs(model, batch)
             nll = -(logprobs * weights.to(logprobs.device)).sum() / n_examples
-        nll.backward()  # type: ignore[no-untyped-call]
+        nll.backward()
         total += float(nll.detach())
     return total
 
@@ -95,7 +95,7 @@ class Slimming:
 
         def step(accumulate: Callable[[Tensor], float]) -> float:
             nll = accumulate(gates)
-            (self.penalty * gates.mean()).backward()  # type: ignore[no-untyped-call]
+            (self.penalty * gates.mean()).backward()
             return nll
 
         def clip() -> None:
