@@ -19,7 +19,7 @@ from torch import Tensor
 from tracing.blocks import Rows
 from tracing.sites import Cell, Patch
 
-_INNER = ("attn_out", "mlp_out", "attn_z", "neuron")
+INNER = ("attn_out", "mlp_out", "attn_z", "neuron")
 
 _MIN_SEQUENCE = 64
 """Rows of one packed sequence: more make attention over each other's masked keys dear, fewer copy the prefix
@@ -45,9 +45,9 @@ class Track:
     @property
     def enters_inside(self) -> bool:
         """Whether the first patch lies inside a block, whose changed rows are run before the others join."""
-        return any(p.site in _INNER and p.layers[0] == self.entry - 1 for p in self.patches)
+        return any(p.site in INNER and p.layers[0] == self.entry - 1 for p in self.patches)
 
-    def positions_in(self, layer: int, sites: Sequence[str] = _INNER) -> tuple[int, ...]:
+    def positions_in(self, layer: int, sites: Sequence[str] = INNER) -> tuple[int, ...]:
         """Positions that some patch changes at these sites of one layer."""
         found = {
             q

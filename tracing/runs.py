@@ -104,9 +104,14 @@ class Runs:
     rows_run: int
     """Rows times blocks that recording took."""
 
+    @property
+    def model(self) -> Model:
+        """Whose runs they are."""
+        return self.recorded.blocks.model
+
     def width(self, site: Site) -> int:
         """Width of a site's vector."""
-        atlas = self.recorded.blocks.model.atlas
+        atlas = self.model.atlas
         return {"attn_z": atlas.n_heads * atlas.d_head, "neuron": atlas.d_mlp}.get(site, atlas.d_model)
 
 

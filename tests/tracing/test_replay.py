@@ -210,15 +210,15 @@ def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch
     question, readout = question_of(model, facts, 0)
     cells = grid(model, facts[0], ("block",))
     expected = answer_by_replay(model, question, cells, readout)
-    real, budgets = tracing.replay._Replay.run, []
+    real, budgets = tracing.replay._answer, []
 
-    def run(self: tracing.replay._Replay) -> Answers:
-        budgets.append(self.budget)
-        if self.budget > 100:
+    def answer(model: Model, question: Question, cells: list[Cell], readout: Readout, budget: int) -> Answers:
+        budgets.append(budget)
+        if budget > 100:
             raise torch.OutOfMemoryError("no memory")
-        return real(self)
+        return real(model, question, cells, readout, budget)
 
-    monkeypatch.setattr(tracing.replay._Replay, "run", run)
+    monkeypatch.setattr(tracing.replay, "_answer", answer)
     assert_same(answer_by_replay(model, question, cells, readout, batch_tokens=300), expected)
     assert budgets == [300, 150, 75]
 
