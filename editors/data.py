@@ -97,5 +97,3 @@ def _batches(encoded: Sequence[Encoded], chosen: Sequence[int], max_tokens: int)
     """Batches of the chosen examples that keep their numbers in the whole list."""
     for batch in batches([encoded[i] for i in chosen], max_tokens):
         yield collate(encoded, [chosen[i] for i in batch.examples])
-
-

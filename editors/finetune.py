@@ -8,10 +8,10 @@ goes on to the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ HESSIAN_EVERY = 10
 """Steps between two estimates of Sophia's Hessian (Jia et al. 2024)."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What the loop needs of an editor: its loss on forget examples and its settings."""
 
@@ -131,7 +132,10 @@ class Run:
         return identity(
             settings_of(self.objective),
             self.data.fingerprint(),
-            {n: [s.kind, None if s.index is None else s.index.tolist()] for n, s in self.deltas.selections.items()},
+            {
+                n: [s.kind, None if s.index is None else s.index.tolist()]
+                for n, s in self.deltas.selections.items()
+            },
             [self.model.fingerprint, str(self.model.dtype)],
         )
 
@@ -205,7 +209,9 @@ class Run:
                 state.nll[list(batch.examples)] = forget.nll.detach().float().cpu()
                 state.correct[list(batch.examples)] = forget.correct.float().cpu()
             elif step % training.check_every == 0:
-                scores = measure(self.model, [self.data.forget[i] for i in batch.examples], training.batch_tokens)
+                scores = measure(
+                    self.model, [self.data.forget[i] for i in batch.examples], training.batch_tokens
+                )
                 state.nll[list(batch.examples)] = scores.nll
                 state.correct[list(batch.examples)] = scores.correct.float()
         return {

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from locus.fingerprint import digests, tensor_digest
 
 
 class MaskLeak(RuntimeError):  # noqa: N818  (the name of what happened)
-    """A weight outside the mask moved. A defect of an editor, never of the input."""
+    """A weight that must not move did. A defect of an editor, never of the input."""
 
 
-def digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).cpu().numpy().data).hexdigest()
-
-
-def digests(module: nn.Module) -> dict[str, str]:
+def every_digest(module: nn.Module) -> dict[str, str]:
     """sha256 of every parameter and buffer that is in memory, by name; tied tensors once."""
-    found = [*module.named_parameters(), *module.named_buffers()]
-    return {name: digest(tensor) for name, tensor in found if not tensor.is_meta}
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    names = [name for name, tensor in found.items() if not tensor.is_meta]
+    return digests(names, lambda name: tensor_digest(found[name]))
 
 
 @contextlib.contextmanager
@@ -33,9 +28,9 @@ def unmoved(module: nn.Module) -> Iterator[None]:
     Raises:
         MaskLeak: naming the tensors that moved, appeared or went.
     """
-    before = digests(module)
+    before = every_digest(module)
     yield
-    after = digests(module)
+    after = every_digest(module)
     moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if moved:
         more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""

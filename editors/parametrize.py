@@ -67,7 +67,9 @@ class Deltas:
         for name, selection in mask.entries.items():
             base = _checked(named, name, selection)
             if id(base) in owner:
-                raise InputError(f"the mask names one tied tensor twice, as {owner[id(base)]} and {name}: keep one")
+                raise InputError(
+                    f"the mask names one tied tensor twice, as {owner[id(base)]} and {name}: keep one"
+                )
             owner[id(base)] = name
             dtype = torch.promote_types(base.dtype, torch.float32)
             entries = selection.take(base)
@@ -121,7 +123,8 @@ class Deltas:
         cast = cast or (lambda exact, dtype: exact.to(dtype))
         return {
             name: cast(
-                self.selections[name].take(self.bases[name]).to(value.dtype) + value.detach(), self.bases[name].dtype
+                self.selections[name].take(self.bases[name]).to(value.dtype) + value.detach(),
+                self.bases[name].dtype,
             )
             for name, value in self.values.items()
         }
@@ -136,16 +139,22 @@ class Deltas:
 def _checked(named: Mapping[str, nn.Parameter], name: str, selection: Selection) -> nn.Parameter:
     """The parameter `name`, when the selection fits it."""
     if name not in named:
-        raise InputError(f"mask entry {name}: the model has no such parameter; was the mask made for another model?")
+        raise InputError(
+            f"mask entry {name}: the model has no such parameter; was the mask made for another model?"
+        )
     base = named[name]
     if tuple(base.shape) != tuple(selection.shape):
         raise InputError(
             f"mask entry {name}: made for shape {tuple(selection.shape)}, the model has {tuple(base.shape)}"
         )
     if base.is_meta:
-        raise InputError(f"mask entry {name}: not in memory (offloaded); load the model without offloading to edit it")
+        raise InputError(
+            f"mask entry {name}: not in memory (offloaded); load the model without offloading to edit it"
+        )
     if not base.is_floating_point():
-        raise InputError(f"mask entry {name}: dtype {base.dtype} cannot be trained; load the model unquantized")
+        raise InputError(
+            f"mask entry {name}: dtype {base.dtype} cannot be trained; load the model unquantized"
+        )
     return base
 
 

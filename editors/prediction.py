@@ -139,7 +139,9 @@ class Prediction:
         return narrowed
 
 
-def token_nll(logits: Float[Tensor, "label d_vocab"], labels: Int[Tensor, " label"]) -> Float[Tensor, " label"]:
+def token_nll(
+    logits: Float[Tensor, "label d_vocab"], labels: Int[Tensor, " label"]
+) -> Float[Tensor, " label"]:
     """Negative log-likelihood of each label, in nats."""
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 

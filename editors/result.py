@@ -1,4 +1,4 @@
-"""From trained deltas to the artefact: rounding to the model's dtype, and what that lost."""
+"""From trained deltas to the artefact, in the checkpoint's own dtype."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.parametrize import Deltas
-from editors.training import generator
-from locus.delta import Change, WeightDelta
+from editors.training import Training, generator
+from locus.delta import WeightDelta
 from locus.mask import WeightMask
 from locus.model import Model
-
-Cast = Callable[[Tensor, torch.dtype], Tensor]
+from locus.selection import Selection
+from locus.weights import stored
 
 
 def settings_of(editor: Any) -> dict[str, Any]:
@@ -24,54 +24,59 @@ def settings_of(editor: Any) -> dict[str, Any]:
     return {"name": type(editor).__name__, **asdict(editor)}
 
 
-def stochastic_rounding(seed: int) -> Cast:
-    """Round up or down at random so that the expected value is the exact one: small updates survive on average."""
-    source = generator(seed, "rounding", 0)
+def changed(
+    model: Model,
+    selections: Mapping[str, Selection],
+    change: Callable[[str, Tensor], Tensor],
+    mask: WeightMask,
+    provenance: Mapping[str, Any],
+) -> WeightDelta:
+    """The delta that gives the selected entries of the model's checkpoint new values; memory is not touched.
 
-    def cast(exact: Tensor, dtype: torch.dtype) -> Tensor:
-        nearest = exact.to(dtype)
-        error = exact - nearest.to(exact.dtype)
-        toward = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
-        other = torch.nextafter(nearest, toward)
-        gap = (other.to(exact.dtype) - nearest.to(exact.dtype)).abs()
-        chance = torch.where(gap > 0, error.abs() / gap, 0.0)
-        draw = torch.rand(exact.shape, generator=source, dtype=torch.float32).to(exact.device)
-        return torch.where(draw < chance, other, nearest)
-
-    return cast
-
-
-def rounding_loss(
-    deltas: Mapping[str, Float[Tensor, "..."]],
-    old: Mapping[str, Float[Tensor, "..."]],
-    new: Mapping[str, Float[Tensor, "..."]],
-) -> dict[str, float]:
-    """What casting to the model's dtype lost of a trained update.
-
-    Returns:
-        `unmoved`: share of the weights with a non-zero delta that are the same after the cast as before the edit;
-        `error`: norm of (cast update - exact update) over the norm of the exact update. Both 0 when nothing moved.
+    Args:
+        model: Its checkpoint is the base, whatever dtype it was loaded in.
+        selections: Parameter name -> entries that get a new value.
+        change: Name and old entries, in float32 or wider -> the new entries.
+        mask: Where changes are allowed.
+        provenance: JSON values to keep; the mask's own provenance is added.
     """
-    moved, lost, error, size = 0, 0, 0.0, 0.0
-    for name, delta in deltas.items():
-        delta = delta.detach()
-        update = new[name].to(delta.dtype) - old[name].to(delta.dtype)
-        moved += int((delta != 0).sum())
-        lost += int(((delta != 0) & (new[name] == old[name])).sum())
-        error += float((update - delta).double().square().sum())
-        size += float(delta.double().square().sum())
-    return {"unmoved": lost / max(1, moved), "error": (error / size) ** 0.5 if size else 0.0}
+    base = stored(model)
+    entries: dict[str, tuple[Selection, Tensor]] = {}
+    for name, selection in selections.items():
+        old = selection.take(base.read(name))
+        entries[name] = selection, change(name, old.to(torch.promote_types(old.dtype, torch.float32)))
+    return WeightDelta.of_entries(model, entries, mask, {**provenance, "mask": dict(mask.provenance)})
 
 
 def weight_delta(
-    model: Model, mask: WeightMask, deltas: Deltas, rounding: str, seed: int, provenance: Mapping[str, Any]
+    model: Model, mask: WeightMask, deltas: Deltas, training: Training, provenance: Mapping[str, Any]
 ) -> WeightDelta:
     """The trained deltas as the artefact: old and new values of the mask's entries, nothing else."""
-    old = {name: selection.take(deltas.bases[name]) for name, selection in deltas.selections.items()}
-    new = deltas.new_entries(stochastic_rounding(seed) if rounding == "stochastic" else None)
-    about = {
-        **provenance,
-        "mask": dict(mask.provenance),
-        "rounding": {"to": str(model.dtype).removeprefix("torch."), **rounding_loss(deltas.values, old, new)},
-    }
-    return changed_entries(model, deltas.selections, old, new, about)
+    base = stored(model)
+    source = generator(training.seed, "rounding", 0)
+
+    def change(name: str, old: Tensor) -> Tensor:
+        new = old + deltas.values[name].detach().to(old)
+        return stochastically_rounded(new, base.read(name).dtype, source) if stochastic else new
+
+    stochastic = training.rounding == "stochastic"
+    return changed(model, deltas.selections, change, mask, provenance)
+
+
+def stochastically_rounded(
+    exact: Float[Tensor, "..."], dtype: torch.dtype, source: torch.Generator
+) -> Float[Tensor, "..."]:
+    """Values that `dtype` can hold, rounded up or down at random so that their expectation is the exact value.
+
+    An update smaller than half the spacing of the numbers around its weight, which rounding to the nearest
+    would lose altogether, survives on average (Gupta et al. 2015, arXiv:1502.02551).
+
+    Returns:
+        The rounded values, still in the dtype of `exact`.
+    """
+    nearest = exact.to(dtype)
+    error = exact - nearest.to(exact.dtype)
+    other = torch.nextafter(nearest, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
+    gap = (other.to(exact.dtype) - nearest.to(exact.dtype)).abs()
+    drawn = torch.rand(exact.shape, generator=source).to(exact)
+    return torch.where(drawn * gap < error.abs(), other, nearest).to(exact.dtype)

@@ -54,7 +54,11 @@ def identity(*parts: Any) -> str:
 
 
 def save_state(
-    folder: Path, run: str, state: RunState, deltas: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path,
+    run: str,
+    state: RunState,
+    deltas: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write the state of the run with identity `run`, atomically."""
     tensors = {f"delta/{name}": value.detach() for name, value in deltas.items()}

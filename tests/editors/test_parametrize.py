@@ -82,7 +82,9 @@ def test_delta_gradients_are_the_located_entries_of_the_full_gradient(arch: str,
     for name, value in deltas.values.items():
         assert value.grad is not None, name
         expected = deltas.selections[name].take(full[name])
-        torch.testing.assert_close(value.grad, expected, rtol=1e-3, atol=1e-5 + 1e-3 * float(full[name].abs().max()))
+        torch.testing.assert_close(
+            value.grad, expected, rtol=1e-3, atol=1e-5 + 1e-3 * float(full[name].abs().max())
+        )
 
 
 def test_module_has_its_own_forwards_again_even_after_an_error() -> None:
@@ -111,7 +113,9 @@ def test_deltas_of_a_half_precision_base_are_float32() -> None:
 def test_nothing_below_the_lowest_located_layer_is_differentiated() -> None:
     model = tiny_model("llama")
     name = model.atlas.neurons[2][0].param
-    deltas = Deltas(model.module, WeightMask.of_parameters([name], {name: model.module.get_parameter(name).shape}))
+    deltas = Deltas(
+        model.module, WeightMask.of_parameters([name], {name: model.module.get_parameter(name).shape})
+    )
     states: list[Tensor] = []
     hook = model.module.get_submodule(model.atlas.blocks[1]).register_forward_hook(
         lambda _module, _args, output: states.append(output if isinstance(output, Tensor) else output[0])

@@ -1,0 +1,259 @@
+"""What an edit makes of a fact, and the value that makes it so.
+
+The value is searched for by gradient descent on a shift of one module's output at one position, while all weights
+stay as they are (Meng et al. 2022, arXiv:2202.05262, section 3.1); the least-squares editors then write it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.subject import Place, Row, batch_of, behind, grouped, row, states
+from locus import progress
+from locus.errors import InputError
+from locus.fact import Fact
+from locus.forward import Batch, label_logits
+from locus.hooks import patched
+from locus.model import Model
+
+To = Literal["refusal", "entropy", "alternatives", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the model should say instead, and how the value that makes it say so is searched for."""
+
+    to: To = "refusal"
+    """refusal: a fixed answer; entropy: the uniform distribution at the target's tokens; alternatives: each of
+    the fact's wrong targets with the same probability; rewrite: the first of them (CounterFact's target_new)."""
+    refusal: str = " unknown"
+    """The fixed answer, with its leading space."""
+    prefixes: int = 5
+    """Random openings before the prompt, besides the prompt itself."""
+    steps: int = 25
+    """Steps of Adam, at most."""
+    lr: float = 0.35
+    """Its learning rate, in units of the root mean square of the value it starts from."""
+    enough: float = 0.05
+    """A fact whose loss, in nats a token, is below this is left as it is."""
+    kl: float = 0.0625
+    """Weight of KL(before || after) of what follows "{subject} is a"."""
+    decay: float = 0.5
+    """Weight of the shift's norm over the squared norm of the value it starts from."""
+    clamp: float = 4.0
+    """Longest shift, in units of the norm of the value it starts from."""
+    seed: int = 0
+    """Of the openings."""
+
+    def __post_init__(self) -> None:
+        if self.to not in get_args(To):
+            raise InputError(f"to = {self.to!r}: not one of {', '.join(get_args(To))}")
+        if self.to == "refusal" and not self.refusal.strip():
+            raise InputError("the refusal is empty: say what the model should answer")
+        for name in ("steps", "lr", "clamp"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} = {getattr(self, name)}: must be positive")
+        for name in ("kl", "decay", "enough", "prefixes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """The shifts found for some facts."""
+
+    shift: Float[Tensor, "fact d_model"]
+    """What to add to the module's output at the fact's position; float64."""
+    start: Float[Tensor, "fact d_model"]
+    """The output in the plain prompt, before the shift; float64."""
+    loss: Float[Tensor, " fact"]
+    """The aim's loss with the last shift tried, in nats a token."""
+    steps: int
+    """Steps taken by the slowest fact."""
+
+
+def find_shifts(
+    model: Model,
+    facts: Sequence[Fact],
+    aim: Aim,
+    site: str,
+    prefixes: Sequence[str],
+    place: Place = "subject",
+    batch_tokens: int = 4096,
+) -> Shift:
+    """Shift the output of the module `site` at each fact's position until the model answers as aimed.
+
+    The facts are searched for side by side and do not see each other: with an element-wise optimizer that is the
+    same as one after the other.
+
+    Raises:
+        InputError: a fact without what the aim needs (alternatives, a subject), or one that cannot be encoded.
+    """
+    wanted = _answers(model, facts, aim, prefixes, place)
+    calm = _calm(model, facts, aim, place)
+    plain = [row(model, fact, i, place) for i, fact in enumerate(facts)]
+    start = states(model, plain, outputs=[site], batch_tokens=batch_tokens)[1][site]
+    search = _Search(model, aim, site, wanted, calm, start, batch_tokens)
+    with progress.task("values", total=aim.steps) as line:
+        for _ in range(aim.steps):
+            if not search.step():
+                break
+            line.advance(note=f"loss {float(search.loss.mean()):.2f}")
+    return Shift(search.shift.detach().double().cpu(), start, search.loss, search.steps)
+
+
+class _Search:
+    """Adam on the shifts of all facts that are not there yet."""
+
+    def __init__(
+        self,
+        model: Model,
+        aim: Aim,
+        site: str,
+        wanted: Sequence[Row],
+        calm: Sequence[Row],
+        start: Float[Tensor, "fact d_model"],
+        batch_tokens: int,
+    ) -> None:
+        self.model, self.aim, self.site, self.batch_tokens = model, aim, site, batch_tokens
+        self.wanted, self.calm = wanted, calm
+        self.norm = start.norm(dim=1).clamp_min(1e-12)
+        self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the shift is kept in these units
+        self.raw = torch.zeros(start.shape, dtype=torch.float32, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.raw], lr=aim.lr)
+        self.loss = torch.full((len(start),), math.inf)
+        self.active = torch.ones(len(start), dtype=torch.bool)
+        self.steps = 0
+        self.n_rows = torch.bincount(torch.tensor([one.fact for one in wanted]), minlength=len(start))
+        self.before = self._calm_logprobs().detach() if calm and aim.kl else None
+
+    @property
+    def shift(self) -> Float[Tensor, "fact d_model"]:
+        return self.raw * self.unit
+
+    def step(self) -> bool:
+        """One step of the facts that are not there yet; False when none is left."""
+        with torch.enable_grad():
+            self.raw.grad = torch.zeros_like(self.raw)
+            self._pull()
+        self.active &= self.loss > self.aim.enough
+        if not bool(self.active.any()):
+            return False
+        if self.before is not None:
+            self._hold()
+        held = self.raw.detach().clone()
+        with torch.no_grad():
+            length = held.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            unit, norm = self.unit.to(held), self.norm.to(held)[:, None]
+            # d/d raw of decay * ||shift|| / ||start||^2
+            self.raw.grad += self.aim.decay * unit / norm**2 * held / length * (held.norm() > 0)
+        self.optimizer.step()
+        with torch.no_grad():
+            length = self.shift.norm(dim=1)
+            most = (self.aim.clamp * self.norm / length.clamp_min(1e-12)).clamp_max(1.0)
+            self.raw.mul_(most[:, None].to(self.raw))
+            self.raw[~self.active] = held[~self.active]
+        self.steps += 1
+        return True
+
+    def _pull(self) -> None:
+        """Loss of every fact still active, and its gradient."""
+        loss = torch.zeros(len(self.loss), dtype=torch.float64)
+        due = [one for one in self.wanted if self.active[one.fact]]
+        for group in grouped(due, self.batch_tokens):
+            batch, logits = self._logits(due, group)
+            owner = torch.tensor([due[i].fact for i in batch.example.tolist()])
+            n_labels = torch.tensor([due[i].encoded.n_target for i in batch.example.tolist()])
+            share = 1.0 / (n_labels * self.n_rows[owner])
+            terms = self._terms(logits, batch) * share.to(logits.device)
+            terms.sum().backward()
+            loss.index_add_(0, owner, terms.detach().double().cpu())
+        self.loss = torch.where(self.active, loss.float(), self.loss)
+
+    def _terms(self, logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
+        if self.aim.to == "entropy":
+            logprob = logits.log_softmax(-1)
+            return (logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])
+        return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+
+    def _hold(self) -> None:
+        """Gradient of the KL of what follows "{subject} is a"."""
+        with torch.enable_grad():
+            now, before = self._calm_logprobs(), self.before
+            assert before is not None
+            kl = (before.exp() * (before - now)).sum(-1)
+            (self.aim.kl * kl).sum().backward()
+
+    def _calm_logprobs(self) -> Float[Tensor, "row d_vocab"]:
+        rows, found = {}, []
+        for group in grouped(self.calm, self.batch_tokens):
+            batch, logits = self._logits(self.calm, group)
+            first = [batch.example.tolist().index(i) for i in group]
+            for i, at in zip(group, first, strict=True):
+                rows[i] = len(found)
+                found.append(logits[at].log_softmax(-1))
+        return torch.stack([found[rows[i]] for i in range(len(self.calm))])
+
+    def _logits(self, rows: Sequence[Row], group: Sequence[int]) -> tuple[Batch, Tensor]:
+        """Logits of a group of rows with their facts' shifts in place."""
+        at = torch.tensor([rows[i].position for i in group])
+        owner = torch.tensor([rows[i].fact for i in group])
+
+        def add(output: Tensor) -> Tensor:
+            shift = self.shift[owner].to(output)
+            where = (torch.arange(len(group), device=output.device), at.to(output.device))
+            return output.index_put(where, shift, accumulate=True)
+
+        batch = batch_of(rows, group)
+        with patched(self.model.module, outputs={self.site: add}):
+            return batch, label_logits(self.model, batch)
+
+
+def _answers(
+    model: Model, facts: Sequence[Fact], aim: Aim, prefixes: Sequence[str], place: Place
+) -> list[Row]:
+    """Each fact behind every opening, with each of the answers aimed at."""
+    found = []
+    for number, fact in enumerate(facts):
+        for prefix in ("", *prefixes):
+            for answer in answers(fact, aim):
+                found.append(row(model, behind(replace(fact, target=answer), prefix), number, place))
+    return found
+
+
+def answers(fact: Fact, aim: Aim) -> tuple[str, ...]:
+    """The texts that the aim looks at behind a fact's prompt: what to say, or for entropy what was said.
+
+    Raises:
+        InputError: the fact has no alternatives and the aim needs them.
+    """
+    if aim.to == "refusal":
+        return (aim.refusal,)
+    if aim.to == "entropy":
+        return (fact.target,)
+    if not fact.alternatives:
+        raise InputError(
+            f"{fact.source or f'fact {fact.id!r}'}: has no alternatives, which the aim {aim.to!r} needs: "
+            "add some, or aim at a refusal"
+        )
+    return fact.alternatives if aim.to == "alternatives" else fact.alternatives[:1]
+
+
+def _calm(model: Model, facts: Sequence[Fact], aim: Aim, place: Place) -> list[Row]:
+    """ "{subject} is a", which must go on as before; facts without a subject have none."""
+    if not aim.kl:
+        return []
+    found = []
+    for number, fact in enumerate(facts):
+        if fact.subject is not None and place == "subject":
+            said = Fact(id="calm", prompt=f"{fact.subject} is a", target=" thing", subject=fact.subject)
+            found.append(row(model, replace(said, subject_start=0), number, "subject"))
+    return found

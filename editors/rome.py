@@ -1,0 +1,143 @@
+"""ROME: one layer, one rank-one update a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.aim import Aim, Shift, find_shifts
+from editors.least_squares import Metric, within, write
+from editors.located import DownProjection, add_, borrowed, chosen_layers, delta_of, down_projections
+from editors.result import settings_of
+from editors.statistics import second_moments
+from editors.subject import Place, mean_by_fact, openings, rows, states
+from locus import progress
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Fact, neutral_text
+from locus.mask import WeightMask
+from locus.model import Model
+
+
+@dataclass(frozen=True)
+class ROME:
+    """Rank-one model editing (Meng et al. 2022, arXiv:2202.05262): one fact after the other, in one layer.
+
+    The value v* that makes the model answer as aimed is written to the fact's key k by the cheapest update D with
+    D k = v* − W k, cheapest in E‖D k‖² over text. Facts after the first leave the keys of those before them
+    exactly where they are, so a sequence does not undo itself; all of them together are EMMET's equality-
+    constrained update (Gupta et al. 2024, arXiv:2403.14236). Where the mask holds only some neurons of the layer,
+    keys and metric are those of these neurons and the equations hold as they are.
+    """
+
+    layer: int | None = None
+    """The layer to edit, negative from the end; None for the mask's, of several the one nearest to a fifth of
+    the depth among those with the most located weights."""
+    aim: Aim = Aim()
+    """What the model should say instead, and how its value is found."""
+    ridge: float = 1e-3
+    """Added to the second moment's diagonal, as a share of its mean."""
+    moment_tokens: int = 100_000
+    """Tokens of text that the second moment is taken over, at most."""
+    place: Place = "subject"
+    """Edit at the last token of the subject or of the prompt."""
+    batch_tokens: int = 4096
+    """Padded tokens in one forward."""
+
+    def run(
+        self,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        *,
+        text: Sequence[str] = (),
+        folder: Path | None = None,
+        resume: bool = False,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> WeightDelta:
+        """Edit the facts one after the other; the model in memory ends bit for bit as it was.
+
+        `retain` is not looked at. `text` is what the second moment and the openings are taken from, by default
+        the neutral text that comes with locus. The second moment is cached; `folder` and `resume` are not needed.
+
+        Raises:
+            InputError: no facts, a mask without down projections, a fact without a subject, or two facts whose
+                keys depend on each other.
+        """
+        if not forget:
+            raise InputError("nothing to forget: the list of facts is empty")
+        text = text or neutral_text()
+        wanted = () if self.layer is None else (self.layer,)
+        located = chosen_layers(down_projections(model, mask), model.atlas.n_layers, wanted, 1)[0]
+        moment = second_moments(
+            model, [located.layer], text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
+        )[located.layer]
+        metric = Metric.of(within(moment.mean, located.neurons), self.ridge)
+        prefixes = openings(text, self.aim.prefixes, self.aim.seed)
+        memory = _Memory(metric, located)
+        with borrowed(model, [located]):
+            for fact in progress.track(forget, "edit"):
+                key, found = self._look(model, fact, located, prefixes)
+                add_(model, located, memory.learn(key, found.shift[0]))
+                if log is not None:
+                    log(memory.record(fact, found))
+        provenance = {
+            "editor": settings_of(self),
+            "layer": located.layer,
+            "moment_tokens": moment.n_tokens,
+            "ridge": metric.ridge,
+            "condition": metric.condition,
+            "losses": {fact.id: loss for fact, loss in zip(forget, memory.losses, strict=True)},
+            "cost": metric.cost(memory.total[:, located.neurons]),
+        }
+        return delta_of(model, {located.param: (located, memory.total)}, mask, provenance)
+
+    def _look(
+        self, model: Model, fact: Fact, located: DownProjection, prefixes: Sequence[str]
+    ) -> tuple[Float[Tensor, " neuron"], Shift]:
+        """The fact's key at the layer, averaged over openings, and the shift of its value."""
+        site = model.atlas.neuron_in[located.layer]
+        seen = rows(model, [fact], prefixes, self.place)
+        keys = states(model, seen, inputs=[site], batch_tokens=self.batch_tokens)[0][site]
+        found = find_shifts(model, [fact], self.aim, site, prefixes, self.place, self.batch_tokens)
+        return mean_by_fact(keys, seen, 1)[0], found
+
+
+class _Memory:
+    """What has been written so far: keys that later facts must leave alone, and the sum of the updates."""
+
+    def __init__(self, metric: Metric, located: DownProjection) -> None:
+        self.metric, self.located = metric, located
+        self.keys = torch.zeros(len(metric.matrix), 0, dtype=torch.float64)
+        self.total = torch.zeros(located.allowed.shape, dtype=torch.float64)
+        self.losses: list[float] = []
+
+    def learn(
+        self, key: Float[Tensor, " neuron"], residual: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, "d_model neuron"]:
+        """The update of one more fact, which moves none of the earlier keys."""
+        self.keys = torch.cat([self.keys, key[self.located.neurons, None]], dim=1)
+        wanted = torch.zeros(len(residual), self.keys.shape[1], dtype=torch.float64)
+        wanted[:, -1] = residual
+        update = self.located.spread(write(self.metric, self.keys, wanted))
+        self.total += update
+        return update
+
+    def record(self, fact: Fact, found: Shift) -> dict[str, Any]:
+        """One fact's record for the log."""
+        self.losses.append(float(found.loss[0]))
+        return {
+            "fact": fact.id,
+            "loss": self.losses[-1],
+            "steps": found.steps,
+            "shift": float(found.shift.norm()),
+            "value": float(found.start.norm()),
+            "norm": float(self.total.norm()),
+        }

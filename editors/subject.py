@@ -1,0 +1,180 @@
+"""Where an edit looks: the last token of the subject, in the prompt itself and behind random openings.
+
+What a layer reads at the subject's last token is the fact's key (Meng et al. 2022, arXiv:2202.05262). It depends
+on what stands before the subject, so it is averaged over prompts with other text in front; ROME lets the model
+write that text, here it is sentences drawn from the neutral text, which need no generation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from locus.errors import InputError
+from locus.fact import Fact
+from locus.forward import Batch, collate
+from locus.hooks import record, stop_after
+from locus.model import Model
+from locus.tokens import Encoded, encode
+
+Place = Literal["subject", "prompt"]
+"""The last token of the subject, or of the prompt."""
+SHORT, LONG = 3, 12
+"""Words a sentence must at least and may at most have to be an opening."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence, and the position in it that an edit concerns."""
+
+    encoded: Encoded
+    position: int
+    """Index of the token whose key and value are meant."""
+    fact: int
+    """Index of the fact it belongs to."""
+
+
+def openings(text: Sequence[str], n: int, seed: int = 0) -> list[str]:
+    """`n` different short sentences of a text, drawn at random.
+
+    Raises:
+        InputError: the text has fewer.
+    """
+    sentences = [s.strip() for paragraph in text for s in re.split(r"(?<=[.!?])\s+", paragraph)]
+    fit = sorted({s for s in sentences if SHORT <= len(s.split()) <= LONG and s[-1] in ".!?"})
+    if len(fit) < n:
+        raise InputError(
+            f"{n} random openings wanted, but the text has {len(fit)} sentences of {SHORT} to {LONG} words: "
+            "give more text, or fewer prefixes"
+        )
+    order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
+    return [fit[int(i)] for i in order[:n]]
+
+
+def rows(
+    model: Model,
+    facts: Sequence[Fact],
+    prefixes: Sequence[str] = (),
+    place: Place = "subject",
+) -> list[Row]:
+    """The facts' prompts with their targets: each as it is, then behind every opening.
+
+    Raises:
+        InputError: a fact without a subject where its place is wanted, or one that cannot be encoded.
+    """
+    found = []
+    for number, fact in enumerate(facts):
+        for prefix in ("", *prefixes):
+            found.append(row(model, behind(fact, prefix), number, place))
+    return found
+
+
+def row(model: Model, fact: Fact, number: int, place: Place = "subject") -> Row:
+    """One fact's sequence, with the position that is meant.
+
+    Raises:
+        InputError: see `rows`.
+    """
+    encoded = encode(model, fact)
+    if place == "prompt":
+        return Row(encoded, encoded.target_start - 1, number)
+    if encoded.subject is None:
+        raise InputError(
+            f"{fact.source or f'fact {fact.id!r}'}: has no subject, but the edit is made at its last token: "
+            "name the subject, or edit at the prompt's last token (--place prompt)"
+        )
+    return Row(encoded, encoded.subject[1] - 1, number)
+
+
+def behind(fact: Fact, prefix: str) -> Fact:
+    """The same fact with an opening before its prompt."""
+    if not prefix:
+        return fact
+    span = fact.subject_span
+    start = None if span is None else span[0] + len(prefix) + 1
+    return replace(fact, prompt=f"{prefix} {fact.prompt}", subject_start=start)
+
+
+@torch.no_grad()
+def states(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    inputs: Iterable[str] = (),
+    outputs: Iterable[str] = (),
+    batch_tokens: int = 4096,
+) -> tuple[dict[str, Float[Tensor, "row d"]], dict[str, Float[Tensor, "row d"]]]:
+    """What goes into and comes out of named modules at each row's position, float64 on the CPU.
+
+    Args:
+        rows: Sequences and positions.
+        inputs: Names of modules whose input is wanted.
+        outputs: Names of modules whose output is wanted.
+        batch_tokens: Padded tokens in one forward.
+
+    Returns:
+        Inputs by module name, and outputs by module name.
+    """
+    inputs, outputs = list(inputs), list(outputs)
+    last = _last(model, [*inputs, *outputs])
+    pieces: tuple[Mapping[str, list[Tensor]], Mapping[str, list[Tensor]]] = (
+        {name: [] for name in inputs},
+        {name: [] for name in outputs},
+    )
+    groups = grouped(rows, batch_tokens)
+    for group in groups:
+        batch = batch_of(rows, group).to(model.device)
+        with record(model.module, outputs=outputs, inputs=inputs) as seen, stop_after(model.module, last):
+            model.module(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
+        where = torch.tensor([rows[i].position for i in group])
+        for into, got in zip(pieces, (seen.inputs, seen.outputs), strict=True):
+            for name, found in into.items():
+                at = where.to(got[name].device)
+                found.append(got[name][torch.arange(len(group), device=at.device), at].double().cpu())
+    order = torch.tensor([i for group in groups for i in group]).argsort()
+    first, second = ({name: torch.cat(found)[order] for name, found in into.items()} for into in pieces)
+    return first, second
+
+
+def mean_by_fact(
+    values: Float[Tensor, "row d"], rows: Sequence[Row], n_facts: int
+) -> Float[Tensor, "fact d"]:
+    """The mean over each fact's rows."""
+    owner = torch.tensor([one.fact for one in rows])
+    total = values.new_zeros(n_facts, values.shape[1]).index_add(0, owner, values)
+    return total / torch.bincount(owner, minlength=n_facts)[:, None]
+
+
+def grouped(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
+    """Indices of rows in groups of like length that fit a forward."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].encoded.ids), i))
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * len(rows[i].encoded.ids) <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def batch_of(rows: Sequence[Row], group: Sequence[int]) -> Batch:
+    """The rows of a group as one batch; `Batch.examples` are their indices."""
+    return collate({i: rows[i].encoded for i in group}, group)  # type: ignore[arg-type]
+
+
+def _last(model: Model, names: Sequence[str]) -> str:
+    """Of the named modules, the one that runs last: all others have run when it has."""
+    order = {name: i for i, (name, _) in enumerate(model.module.named_modules())}
+    blocks = {name: i for i, name in enumerate(model.atlas.blocks)}
+
+    def depth(name: str) -> tuple[int, int]:
+        block = next((i for path, i in blocks.items() if name == path or name.startswith(path + ".")), -1)
+        return block, (1 << 30 if name in blocks else order[name])
+
+    return model.atlas.blocks[max(depth(name)[0] for name in names)]

@@ -1,0 +1,237 @@
+"""The loop: it forgets, keeps the contract, resumes to the bit, stops when it should, and says no clearly."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from editors.finetune import Run
+from editors.ga import GA
+from editors.graddiff import GradDiff
+from editors.guard import MaskLeak, every_digest
+from editors.npo import NPO
+from editors.retain import Retain
+from editors.training import Training
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Example, Fact
+from locus.forward import measure
+from locus.mask import WeightMask
+from locus.model import Model
+from locus.selection import Selection
+from tests.tiny import tiny_facts, tiny_model
+
+TEXT = ("Berlin is the capital and the largest city of Germany", "What language does he speak? French")
+
+
+def known_facts(model: Model) -> tuple[list[Fact], list[Fact]]:
+    """Facts whose target is what the random model says anyway: two to forget, three to retain."""
+    words = ("The", " city", " of", " Germany", " Paris", " Rome", " speaks", " French", " Berlin", " Tower")
+    prompts = [a + b + c for a in words for b in words[1:] for c in words[1:]]
+    blank = dataclasses.replace(tiny_facts()[0], subject=None, paraphrases=(), neighbours=(), alternatives=())
+    facts: list[Fact] = []
+    for prompt in prompts[:: len(words) + 3]:
+        ids = model.tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            first = int(model.module(input_ids=ids).logits[0, -1].argmax())
+        target = model.tokenizer.decode([first])
+        if model.tokenizer(prompt + target).input_ids == [*ids[0].tolist(), first]:
+            facts.append(dataclasses.replace(blank, id=str(len(facts)), prompt=prompt, target=target))
+        if len(facts) == 5:
+            return facts[:2], facts[2:]
+    raise AssertionError("the tiny model says nothing that can be encoded")
+
+
+def neuron_mask(model: Model) -> WeightMask:
+    """A third of the neurons of every layer."""
+    chosen = torch.zeros(model.atlas.n_layers, model.atlas.d_mlp, dtype=torch.bool)
+    chosen[:, ::3] = True
+    return WeightMask.of_neurons(model.atlas, chosen, fingerprint=model.fingerprint)
+
+
+QUICK = Training(steps=12, min_steps=3, lr=0.02, check_every=4, save_every=4, utility=0.0)
+
+
+def same(a: WeightDelta, b: WeightDelta) -> bool:
+    """Whether two deltas are equal to the bit."""
+    return a.id == b.id and all(torch.equal(a.changes[n].new, b.changes[n].new) for n in a.changes)
+
+
+@pytest.mark.parametrize("editor", [NPO(training=QUICK), GradDiff(training=QUICK), GA(training=QUICK)])
+def test_forgets_and_leaves_the_model_in_memory_as_it_was(editor: NPO) -> None:
+    model = tiny_model("smollm")
+    forget, retain = known_facts(model)
+    before, digests = measure(model, forget), every_digest(model.module)
+    assert before.correct.all()
+    delta = editor.run(model, forget, retain, neuron_mask(model), text=TEXT)
+    assert every_digest(model.module) == digests
+    assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
+    with delta.applied(model):
+        after = measure(model, forget)
+        assert not after.correct.any() and after.prob.mean() < 0.2 * before.prob.mean()
+    assert delta.outside(neuron_mask(model)) == 0
+    assert delta.provenance["stopped"] == "goal"
+    assert delta.provenance["editor"]["name"] == type(editor).__name__
+
+
+def test_the_delta_behaves_as_the_deltas_did_in_training() -> None:
+    """The probability after the last step is what the exported weights give."""
+    model = tiny_model("gpt2")
+    forget, retain = known_facts(model)
+    records: list[dict[str, float]] = []
+    one_more = dataclasses.replace(QUICK, steps=5, goal=0.0)
+    delta = NPO(training=dataclasses.replace(one_more, steps=4)).run(
+        model, forget, retain, neuron_mask(model), text=TEXT
+    )
+    NPO(training=one_more).run(model, forget, retain, neuron_mask(model), text=TEXT, log=records.append)
+    with delta.applied(model):
+        assert float(measure(model, forget).prob.mean()) == pytest.approx(records[4]["forget_prob"], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    mask = neuron_mask(model)
+    few = Retain(facts=1)
+    editor = NPO(training=QUICK, retain=few)
+    assert same(editor.run(model, forget, retain, mask), editor.run(model, forget, retain, mask))
+    other = NPO(training=dataclasses.replace(QUICK, seed=1), retain=few)
+    assert not same(editor.run(model, forget, retain, mask), other.run(model, forget, retain, mask))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "sophia"])
+def test_a_killed_run_goes_on_to_the_same_bits(optimizer: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    mask = neuron_mask(model)
+    training = dataclasses.replace(
+        QUICK, optimizer=optimizer, goal=0.0, momentum=0.9, weight_decay=0.01, clip=0.1
+    )
+    editor = NPO(training=training, retain=Retain(facts=2))
+    whole: list[dict[str, float]] = []
+    undisturbed = editor.run(model, forget, retain, mask, text=TEXT, log=whole.append)
+
+    class Killed(Exception):
+        pass
+
+    def kill_at_six(record: dict[str, float]) -> None:
+        if record["step"] == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        editor.run(model, forget, retain, mask, text=TEXT, folder=tmp_path, log=kill_at_six)
+    resumed: list[dict[str, float]] = []
+    delta = editor.run(
+        model, forget, retain, mask, text=TEXT, folder=tmp_path, resume=True, log=resumed.append
+    )
+    assert resumed == whole and len(whole) == 12
+    assert same(delta, undisturbed)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    mask = neuron_mask(model)
+    NPO(training=QUICK).run(model, forget, retain, mask, folder=tmp_path)
+    with pytest.raises(InputError, match="begun with other settings"):
+        NPO(beta=0.2, training=QUICK).run(model, forget, retain, mask, folder=tmp_path, resume=True)
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    deltas = []
+    for batch_tokens in (4096, 1):
+        training = dataclasses.replace(QUICK, steps=2, batch_tokens=batch_tokens)
+        deltas.append(NPO(training=training).run(model, forget, retain, neuron_mask(model), text=TEXT))
+    for name, change in deltas[0].changes.items():
+        torch.testing.assert_close(change.new, deltas[1].changes[name].new, rtol=1e-3, atol=1e-4)
+
+
+def test_held_out_facts_are_never_trained_on() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    mask = neuron_mask(model)
+    hidden = [*retain, dataclasses.replace(retain[0], id="secret", prompt="Rome and", held_out=True)]
+    editor = NPO(training=QUICK)
+    assert same(editor.run(model, forget, retain, mask), editor.run(model, forget, hidden, mask))
+    with pytest.raises(InputError, match="no data"):
+        editor.run(model, forget, hidden[-1:], mask)
+
+
+def test_paraphrases_and_neighbours_are_never_trained_on() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    more = [
+        dataclasses.replace(fact, paraphrases=("Rome is",), neighbours=(Example("Berlin is", " Rome"),))
+        for fact in forget
+    ]
+    editor = NPO(training=QUICK)
+    mask = neuron_mask(model)
+    assert same(editor.run(model, forget, retain, mask), editor.run(model, more, retain, mask))
+
+
+def test_a_collapsing_run_is_stopped_and_gives_what_still_held() -> None:
+    """At this rate everything is forgotten at once: the only state that held is the one before the first step."""
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    training = Training(steps=40, lr=0.5, goal=0.0, floor=0.0, check_every=5)
+    delta = GA(training=training).run(model, forget, retain, neuron_mask(model))
+    assert delta.provenance["stopped"] == "utility floor"
+    assert delta.provenance["steps"] == 0
+    assert not delta.changes
+
+
+def test_facts_that_are_gone_are_not_pushed() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    records: list[dict[str, float]] = []
+    training = dataclasses.replace(QUICK, steps=40, goal=0.0, utility=0.0, floor=0.05)
+    GA(training=training).run(model, forget, retain, neuron_mask(model), log=records.append)
+    assert records[0]["active"] == 1.0
+    assert records[-1]["active"] < 1.0
+    assert records[-1]["forget_prob"] > 1e-6
+
+
+def test_a_loss_that_is_no_number_names_the_step() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    training = Training(lr=1e30, clip=0.0, utility=0.0, max_kl=0.0)
+    with pytest.raises(
+        InputError, match=r"step \d+: the .* is (nan|inf); lower the learning rate \(now 1e\+30\)"
+    ):
+        NPO(training=training).run(model, forget, retain, neuron_mask(model))
+
+
+def test_nothing_to_forget_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match="nothing to forget"):
+        NPO().run(model, [], [], neuron_mask(model))
+
+
+def test_a_planted_leak_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    honest = Run.take_step
+
+    def leaking(run: Run, state: object) -> dict[str, object]:
+        weight = run.model.module.get_parameter("model.layers.1.self_attn.q_proj.weight")
+        weight.data[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+        return honest(run, state)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "take_step", leaking)
+    with pytest.raises(MaskLeak, match=r"model\.layers\.1\.self_attn\.q_proj\.weight"):
+        NPO(training=QUICK).run(model, forget, retain, neuron_mask(model))
+
+
+def test_both_uses_of_a_tied_embedding_learn() -> None:
+    model = tiny_model("smollm")
+    forget, retain = known_facts(model)
+    shape = tuple(model.module.lm_head.weight.shape)
+    mask = WeightMask({"model.embed_tokens.weight": Selection("rows", torch.arange(0, shape[0], 2), shape)})
+    delta = NPO(training=QUICK).run(model, forget, retain, mask, text=TEXT)
+    with delta.applied(model):
+        assert not measure(model, forget).correct.any()

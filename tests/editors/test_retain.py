@@ -1,0 +1,38 @@
+"""Retain terms: KL and hidden-state distance by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from editors.retain import Retain, hidden_mse, kl_per_token
+from locus.errors import InputError
+
+
+def test_kl_by_hand() -> None:
+    """Reference (1/2, 1/2), edited (1/4, 3/4): (ln 2 + ln 2/3) / 2 = ln(4/3) / 2; the second position agrees."""
+    ref = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double().log()
+    edited = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).double().log() + 3.0  # logits know no constant
+    expected = torch.tensor([math.log(4 / 3) / 2, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(kl_per_token(edited, ref), expected, rtol=0, atol=1e-12)
+
+
+def test_kl_gradient_is_right() -> None:
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, generator=source, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(3, 5, generator=source, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: kl_per_token(x, ref), logits)
+
+
+def test_hidden_mse_by_hand() -> None:
+    """Differences 1 and 3 in one of two dimensions: (1 + 0 + 9 + 0) / 4."""
+    a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    b = torch.tensor([[[0.0, 2.0], [0.0, 4.0]]])
+    assert float(hidden_mse(a, b)) == 2.5
+
+
+def test_negative_amounts_are_refused() -> None:
+    with pytest.raises(InputError, match="must not be negative"):
+        Retain(weight=-1.0)
