@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 
 from locus.errors import InputError
-from locus.fact import Example, Fact
+from locus.fact import SHIPPED, Example, Fact, read_facts
 from locus.forward import measure
 from locus.known import KnownFact, known, known_facts, summarize
+from locus.model import load_model
 from tests.tiny import tiny_facts, tiny_model
 
 
@@ -74,3 +75,16 @@ def test_an_error_names_the_text() -> None:
     )
     with pytest.raises(InputError, match=r"^f, line 3, neighbour 2: token ' city' covers"):
         known(tiny_model(), [fact])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_facts_are_known(name: str) -> None:
+    """Every shipped fact, paraphrase and neighbour is answered right, as locus/data/README.md says."""
+    found = known(load_model("smollm2"), read_facts(name))
+    wrong = [one.fact.id for one in found if not (one.right and all(one.paraphrases) and all(one.neighbours))]
+    assert wrong == []
+    assert min(one.prob for one in found) > 0.5
+    assert summarize(found).mean_prob == pytest.approx(
+        {"demo-forget": 0.773, "demo-retain": 0.859}[name], abs=0.001
+    )
