@@ -17,6 +17,18 @@ from locus.model import Model
 from locus.tokens import Encoded, encode
 
 
+KINDS = (
+    "forget",
+    "paraphrase",
+    "neighbour",
+    "held_out",
+    "held_out_near",
+    "held_out_far",
+    "retained",
+)
+"""Kinds of question, see `split_facts`."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """Examples of one kind and the fact each belongs to."""

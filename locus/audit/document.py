@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from locus.audit.interval import Interval, Items, mean_interval, ratio
+from locus.audit.answers import KINDS
+from locus.audit.interval import Interval, Items, difference, mean_interval, ratio
 from locus.audit.measurement import FIGURES, Measurement
 from locus.audit.verdict import Verdict, compare_states, judge, recovered
 
@@ -50,8 +51,7 @@ def document(audit: Audit) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": dict(audit.model),
         "settings": audit.settings.to_json(),
-        "data": {kind: len(asked) for kind, asked in audit.questions.items()}
-        | {"text_tokens": _tokens(base)},
+        "data": {kind: len(audit.questions.get(kind, ())) for kind in KINDS} | {"text_tokens": _tokens(base)},
         "metrics": _metrics(audit.measurements),
         "states": [_state(one, audit) for one in audit.measurements],
         "comparisons": [
@@ -188,8 +188,6 @@ def _ratios(one: Measurement, base: Measurement) -> dict[str, Any]:
 
     perplexity = None
     if one.text is not None and base.text is not None:
-        from locus.audit.interval import difference
-
         rise = difference(one.text.nll_items, base.text.nll_items)
         if rise is not None:
             ends = (

@@ -88,10 +88,10 @@ class Chart:
         y_steps = ticks(bottom, top)
         bottom, top = min(bottom, y_steps[0]), max(top, y_steps[-1] if self.y_max is None else top)
 
-        def px(x: float) -> float:
+        def px(x: float | int) -> float:
             return round(LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
 
-        def py(y: float) -> float:
+        def py(y: float | int) -> float:
             return round(TOP + (top - y) / (top - bottom) * (HEIGHT - TOP - BOTTOM), 1)
 
         def put(name: str, value: object) -> None:
@@ -126,17 +126,17 @@ class Chart:
         return Line(s.name, s.css, s.dashed, path, band, points)
 
 
-def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+def ticks(low: float | int, high: float | int, whole: bool = False) -> list[float]:
     """About five round numbers that span low to high."""
     span = max(high - low, 1e-9)
     raw = span / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
-    step = max(1.0, round(step)) if whole else step
+    step = max(1.0, float(round(step))) if whole else step
     first = math.floor(low / step + 1e-9)
-    out = []
+    out: list[float] = []
     while not out or out[-1] < high - 1e-9 * span:
-        out.append(round((first + len(out)) * step, 12))
+        out.append(float(round((first + len(out)) * step, 12)))
     return out
 
 
@@ -189,7 +189,7 @@ class HeatMap:
                     continue
                 shade = round(max(0.0, value / strongest), 2)
                 text = f"{label.rstrip('*')} · layer {x}: {self.quantity} {value:+.4f}"
-                cells.append(Cell(round(left + x * cell_width, 2), y * self.row_height, shade, text))
+                cells.append(Cell(round(left + x * cell_width, 2), float(y * self.row_height), shade, text))
 
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
@@ -198,6 +198,6 @@ class HeatMap:
         put("left", left)
         put("cell_width", cell_width)
         put("width", left + n_columns * cell_width + 6)
-        put("height", len(self.labels) * self.row_height + 34)
+        put("height", float(len(self.labels) * self.row_height + 34))
         marks = [x for x in ticks(0, max(1, n_columns - 1), whole=True) if x <= n_columns - 1]
         put("x_ticks", [Tick(left + (x + 0.5) * cell_width, f"{x:g}") for x in marks])

@@ -68,13 +68,13 @@ def facts() -> tuple[list[Fact], list[Fact]]:
     return home[:8], home[8:] + birth
 
 
-def taught(learned: list[Fact], steps: int = 90) -> Model:
+def taught(learned: list[Fact], steps: int = 60) -> Model:
     """A tiny model trained on facts (with their paraphrases and neighbours) and on `TEXT`."""
     model = tiny_model("llama", num_hidden_layers=2)
     examples = [e for f in learned for e in (f.example, *f.paraphrase_examples, *f.neighbours)]
     encoded = [encode(model, e) for e in examples] + [e for line in TEXT for e in encode_text(model, line)]
     model.module.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.module.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=1e-2)
     all_batches = batches(encoded, 100_000)
     for _ in range(steps):
         optimizer.zero_grad()
