@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-
 from editors.retain import Retain
 from editors.training import Training, draw
 from locus.errors import InputError

@@ -10,7 +10,7 @@ from torch import nn
 from locus.fingerprint import digests, tensor_digest
 
 
-class MaskLeak(RuntimeError):  # noqa: N818  (the name of what happened)
+class MaskLeak(RuntimeError):
     """A weight that must not move did. A defect of an editor, never of the input."""
 
 

@@ -56,5 +56,5 @@ def test_gradient_is_right() -> None:
 def test_beta_must_be_positive() -> None:
     with pytest.raises(ValueError, match="beta must be positive, got 0"):
         npo_loss(torch.zeros(1), torch.zeros(1), 0.0)
-    with pytest.raises(InputError, match="beta = -1.0: must be positive"):
+    with pytest.raises(InputError, match=r"beta = -1\.0: must be positive"):
         NPO(beta=-1.0)
