@@ -278,7 +278,11 @@ def _check_id(name: str) -> None:
 
 
 def _half_character(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _occurrences(subject: str, prompt: str) -> list[int]:
