@@ -16,7 +16,6 @@ from locus.forward import measure
 from locus.model import Model
 from locus.tokens import Encoded, encode
 
-
 KINDS = (
     "forget",
     "paraphrase",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,7 +66,11 @@ class Change:
         return sum(known) if counts and len(known) == len(counts) else None
 
     def to_json(self) -> dict[str, Any]:
-        """Totals and one record a tensor."""
+        """Totals and one record a tensor; a number that is not finite is None."""
+        totals: dict[str, Any] = _finite(self._to_json())
+        return totals
+
+    def _to_json(self) -> dict[str, Any]:
         changed = self.n_changed
         lost = sum(t.lost_bfloat16 * t.n_changed for t in self.tensors)
         return {
@@ -146,3 +151,11 @@ def _singular_values(step: Tensor) -> tuple[float, ...]:
         torch.manual_seed(0)
         values = torch.svd_lowrank(step.cpu(), q=q, niter=4)[1]
     return tuple(float(v) for v in values)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from locus.audit.answers import KINDS
+from locus.audit.figure import FIGURES
 from locus.audit.interval import Interval, Items, difference, mean_interval, ratio
-from locus.audit.measurement import FIGURES, Measurement
+from locus.audit.measurement import Measurement
 from locus.audit.verdict import Verdict, compare_states, judge, recovered
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def document(audit: Audit) -> dict[str, Any]:
         "model": dict(audit.model),
         "settings": audit.settings.to_json(),
         "data": {kind: len(audit.questions.get(kind, ())) for kind in KINDS} | {"text_tokens": _tokens(base)},
-        "metrics": _metrics(audit.measurements),
+        "metrics": _metrics(),
         "states": [_state(one, audit) for one in audit.measurements],
         "comparisons": [
             {
@@ -142,9 +143,8 @@ def _tokens(base: Measurement) -> int:
     return 0 if base.text is None else len(base.text.paragraphs)
 
 
-def _metrics(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    extra = {key for m in measurements for key in m.extra if key not in FIGURES}
-    table = {
+def _metrics() -> dict[str, Any]:
+    return {
         f.key: {
             "label": f.label,
             "section": f.section,
@@ -154,15 +154,12 @@ def _metrics(measurements: Sequence[Measurement]) -> dict[str, Any]:
         }
         for f in FIGURES.values()
     }
-    return table | {
-        key: {"label": key, "section": "further", "better": "lower", "unit": "share", "definition": ""}
-        for key in extra
-    }
 
 
 def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
-    keys = [*FIGURES, *sorted(k for k in one.extra if k not in FIGURES)]
-    figures = {key: interval_json(_mean(one.items(key))) for key in keys}
+    figures = {key: interval_json(_mean(one.items(key))) for key in FIGURES}
+    for key, value in one.scalars.items():
+        figures[key] = {"mean": rounded(value), "low": None, "high": None, "n": None, "n_items": None}
     change = audit.changes.get(one.name)
     return {
         "name": one.name,

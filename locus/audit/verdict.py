@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from locus.audit.figure import FIGURES
 from locus.audit.interval import Interval, Items, difference, gain, mean_interval, ratio
-from locus.audit.measurement import FIGURES, Measurement
+from locus.audit.measurement import Measurement
 
 Answer = Literal["yes", "partly", "no", "unclear", "not measured"]
 Outcome = Literal["better", "worse", "no difference shown", "too few facts"]
@@ -67,7 +68,7 @@ def compare_states(
 ) -> list[Comparison]:
     """Paired differences of every figure that both sides have."""
     found = []
-    for key in [*FIGURES, *(k for k in edit.extra if k not in FIGURES)]:
+    for key in FIGURES:
         mine, theirs = edit.items(key), base.items(key)
         if mine is None:
             continue
@@ -99,8 +100,7 @@ def _outcome(key: str, d: Interval, standards: Standards) -> Outcome:
         return "too few facts"
     if not d.excludes_zero:
         return "no difference shown"
-    lower_is_better = key not in FIGURES or FIGURES[key].better == "lower"
-    return "better" if (d.high < 0) == lower_is_better else "worse"
+    return "better" if (d.high < 0) == (FIGURES[key].better == "lower") else "worse"
 
 
 def _forgotten(edit: Measurement, base: Measurement, s: Standards) -> Verdict:

@@ -28,25 +28,12 @@ SECTIONS = {
     "intact": "Neutral text (lower is better)",
     "hidden": "Readable in inner layers (lower is better)",
     "returns": "After an attack",
-    "further": "Further figures",
+    "suites": "Benchmark suites",
 }
-_MAIN = (
-    "forget.prob",
-    "forget.top1",
-    "paraphrase.top1",
-    "held_out.top1",
-    "held_out_near.top1",
-    "held_out_far.top1",
-    "neighbour.top1",
-    "retained.top1",
-    "text.kl",
-    "text.nll",
-    "lens.top10",
-    "lens.bottom10",
-    "relearn.prob",
-    "int8.forget.prob",
-    "int4.forget.prob",
-)
+_ALWAYS = ["forget.prob", "forget.top1", "paraphrase.top1", "held_out.top1", "neighbour.top1", "retained.top1", "text.kl", "text.nll", "lens.top10", "lens.bottom10", "relearn.prob", "int8.forget.prob", "int4.forget.prob"]
+"""Figures that the main table shows even where they are missing, as missing."""
+_DETAILS = ["forget.nll", "paraphrase.prob", "held_out.prob", "lens.top4", "lens.bottom4", "bfloat16.forget.prob", "int4.held_out.top1", "generation.exact", "depth.drop"]
+"""Figures that only the full table shows."""
 _OUTCOMES = {"better": ("good", "▲"), "worse": ("bad", "▼"), "no difference shown": ("none", "≈")}
 
 
@@ -112,11 +99,7 @@ def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
     sections: dict[str, list[Row]] = {}
     for key, metric in doc["metrics"].items():
         measured = any(state["figures"].get(key) is not None for state in doc["states"])
-        if (
-            not measured
-            if everything
-            else (key not in _MAIN or (not measured and key.endswith(("_near.top1", "_far.top1"))))
-        ):
+        if (not measured and (everything or key not in _ALWAYS)) or (key in _DETAILS and not everything):
             continue
         cells = [_cell(doc, state, key) for state in doc["states"]]
         gains = [_gain(doc, edit, key) for edit in edits]
@@ -144,6 +127,9 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
         return Cell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
     if key == "text.kl" and state["role"] == "base":
         return Cell("0", "", "The base beside itself.", css)
+    if figure["n"] is None:
+        definition = doc["metrics"][key]["definition"]
+        return Cell(shown(doc, key, figure["mean"]), "one number for the whole set", definition, css)
     ends = "" if "finite" in figure else span(*(shown(doc, key, figure[end]) for end in ("low", "high")))
     metric = doc["metrics"][key]
     facts = "paragraphs" if key.startswith("text.") else "facts"

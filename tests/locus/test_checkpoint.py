@@ -416,7 +416,7 @@ def test_the_wrong_base_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         (_folder(tmp_path / "edited", edited), "already holds the values that would be written"),
         (
             _folder(tmp_path / "wide", {n: t.float() for n, t in tensors.items()}),
-            "in the delta: another model",
+            "in the delta: it was made for another model",
         ),
         (_folder(tmp_path / "lacking", {"x": torch.zeros(1)}), "holds no tensor"),
     ]

@@ -16,13 +16,23 @@ def _scores(values=None):
     model = tiny_model("llama")
     atlas = model.atlas
     if values is None:
-        values = torch.arange(atlas.n_layers * atlas.d_mlp, dtype=torch.float32).view(atlas.n_layers, atlas.d_mlp)
+        values = torch.arange(atlas.n_layers * atlas.d_mlp, dtype=torch.float32).view(
+            atlas.n_layers, atlas.d_mlp
+        )
     return NeuronScores(values, "test", model.fingerprint, atlas, {"a": 1})
 
 
 @pytest.mark.parametrize(
     ("budget", "n", "expected"),
-    [("1%", 1000, 10), (0.01, 1000, 10), ("0.5", 10, 5), (3, 10, 3), ("7", 10, 7), (1.0, 10, 10), ("0.01%", 10, 1)],
+    [
+        ("1%", 1000, 10),
+        (0.01, 1000, 10),
+        ("0.5", 10, 5),
+        (3, 10, 3),
+        ("7", 10, 7),
+        (1.0, 10, 10),
+        ("0.01%", 10, 1),
+    ],
 )
 def test_a_budget_is_a_fraction_or_a_count(budget, n, expected):
     assert count_of(budget, n) == expected
