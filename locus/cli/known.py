@@ -34,13 +34,13 @@ def known(
 
     from locus.fact import write_facts
     from locus.known import known as measure_known
-    from locus.known import summarize
+    from locus.known import known_facts, summarize
 
     loaded = loading.load(model)
     chosen = running.facts(facts)
     with talking.progress():
         rows = measure_known(loaded, chosen)
-    kept = [row.fact for row in rows if row.right and row.prob >= min_prob]
+    kept = known_facts(rows, min_prob)
     if out is not None:
         write_facts(out, kept)
     table = Table(box=None, pad_edge=False)

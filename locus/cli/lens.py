@@ -9,10 +9,15 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, Running, Talking
 
+Site = Literal["block_out", "block_mid", "attn_out", "mlp_out"]
+LENS = "lens.safetensors"
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from locus.fact import Fact
     from locus.lens import LensGrid
+    from locus.model import Model
 
 
 def lens(
@@ -21,9 +26,7 @@ def lens(
     /,
     *,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
-    sites: Annotated[
-        tuple[Literal["block_out", "block_mid", "attn_out", "mlp_out"], ...], Parameter(consume_multiple=True)
-    ] = ("block_out",),
+    sites: Annotated[tuple[Site, ...], Parameter(consume_multiple=True)] = ("block_out",),
     top: int = 5,
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -39,31 +42,42 @@ def lens(
             MLP alone write.
         top: Likeliest tokens kept in each cell.
     """
-    from locus.artefact import lock, save_json
+    from locus.artefact import lock
     from locus.errors import InputError
+
+    if (out / LENS).exists() and not running.resume:
+        raise InputError(f"{out} holds a finished lens: give another folder, or --resume to write it anew")
+    loaded = loading.load(model)
+    chosen = running.facts(facts)
+    with lock(out), talking.progress():
+        grids = lens_into(out, loaded, chosen, sites, top)
+    rows = [_row(grid) for grid in grids]
+    talking.finish({"folder": str(out), "model": loaded.name, "facts": rows}, _summary(grids, out))
+
+
+def lens_into(
+    folder: Path, model: Model, facts: Sequence[Fact], sites: Sequence[Site] = ("block_out",), top: int = 5
+) -> list[LensGrid]:
+    """Read the facts through the lens and write lens.safetensors, lens.json and a picture a fact and site."""
+    from locus.artefact import save_json
     from locus.lens import lens_grid, save_grids
     from locus.progress import track
     from locus.report import plot_lens
     from locus.tokens import encode
 
-    if (out / "lens.safetensors").exists() and not running.resume:
-        raise InputError(f"{out} holds a finished lens: give another folder, or --resume to write it anew")
-    loaded = loading.load(model)
-    chosen = running.facts(facts)
-    about = {"model": loaded.name, "fingerprint": loaded.fingerprint, "sites": list(sites), "top": top}
+    about = {"model": model.name, "fingerprint": model.fingerprint, "sites": list(sites), "top": top}
     grids: list[LensGrid] = []
-    with lock(out), talking.progress():
-        for fact in track(chosen, "logit lens"):
-            encoded = encode(loaded, fact)
-            for site in sites:
-                grid = lens_grid(loaded, encoded, fact.id, site, top)
-                grids.append(grid)
-                plot_lens(grid, out / (f"{fact.id}.png" if len(sites) == 1 else f"{fact.id}-{site}.png"))
-        save_grids(grids, out / "lens.safetensors", about)
-        save_json(out / "lens.json", "lens-info", {**about, "facts": [_row(grid) for grid in grids]})
-    talking.finish(
-        {**about, "folder": str(out), "facts": [_row(grid) for grid in grids]}, _summary(grids, out)
-    )
+    for fact in track(facts, "logit lens"):
+        encoded = encode(model, fact)
+        for site in sites:
+            grid = lens_grid(model, encoded, fact.id, site, top)
+            grids.append(grid)
+            plot_lens(
+                grid, folder / (f"{fact.id}-lens.png" if len(sites) == 1 else f"{fact.id}-lens-{site}.png")
+            )
+    save_grids(grids, folder / LENS, about)
+    save_json(folder / "lens.json", "lens-info", {**about, "facts": [_row(grid) for grid in grids]})
+    return grids
 
 
 def _row(grid: LensGrid) -> dict[str, Any]:

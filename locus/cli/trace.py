@@ -34,7 +34,7 @@ def trace(
     Args:
         model: Checkpoint folder, hub id, or smollm2.
         facts: A fact file, or demo-forget.
-        out: Folder for trace.safetensors, trace.json, average.json, the heat maps and report.html.
+        out: Folder for trace.safetensors, trace.json, average.json, the logit lens, the pictures and report.html.
     """
     from locus.artefact import lock
     from tracing import CausalTrace
@@ -43,7 +43,7 @@ def trace(
     loaded = loading.load(model)
     chosen = running.facts(facts)
     with lock(out), talking.progress():
-        traced = trace_into(out, loaded, chosen, settings, running.resume, running.batch_tokens)
+        traced = trace_into(out, loaded, chosen, settings, running.resume)
     result = {
         "folder": str(out),
         "facts": len(traced),
@@ -53,15 +53,9 @@ def trace(
     talking.finish(result, _summary(traced, out))
 
 
-def trace_into(
-    folder: Path,
-    model: Model,
-    facts: Sequence[Fact],
-    tracer: CausalTrace,
-    resume: bool,
-    batch_tokens: int | None = None,
-) -> Trace:
+def trace_into(folder: Path, model: Model, facts: Sequence[Fact], tracer: CausalTrace, resume: bool) -> Trace:
     """Trace the facts and write everything that `locus trace` promises into a folder."""
+    from locus.cli.lens import lens_into
     from locus.errors import InputError
     from locus.progress import track
     from locus.report import plot_trace, trace_report
@@ -70,9 +64,10 @@ def trace_into(
         raise InputError(
             f"{folder} holds a finished trace: give another folder, or --resume to go on with it"
         )
-    traced = tracer.run(model, facts, folder=folder, resume=resume, batch_tokens=batch_tokens)
+    traced = tracer.run(model, facts, folder=folder, resume=resume)
     for fact in track(traced.facts, "heat maps"):
         plot_trace(fact, folder / f"{fact.fact_id}.png")
+    lens_into(folder, model, facts)
     trace_report(traced, folder)
     return traced
 
