@@ -12,7 +12,7 @@ import filecmp
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def export(
     )
     if resume and out.is_dir() and any(out.iterdir()):
         _check_same(base, delta, plan, out, report)
-        return ExportReport(**{**vars(report), "already_there": True})
+        return replace(report, already_there=True)
     with atomic_folder(out) as folder, task("export", base.n_bytes) as progress:
         for name in (*report.rewritten, *report.copied):
             if name in changed:
@@ -160,16 +160,11 @@ def revert(
 def _plan(base: Checkpoint, delta: WeightDelta) -> dict[str, str]:
     """Checkpoint tensor -> the delta's name for what changes it."""
     plan: dict[str, str] = {}
-    for name, change in delta.changes.items():
+    for name in delta.changes:
         for place in base.places(name):
             rival = plan.setdefault(place, name)
             if (delta.before[rival], delta.after[rival]) != (delta.before[name], delta.after[name]):
                 raise InputError(f"{place}: the delta changes it twice, as {rival} and as {name}; unstack it")
-        if base.shapes[place] != change.selection.shape or base.dtypes[place] != change.old.dtype:
-            raise InputError(
-                f"{place}: is {base.dtypes[place]} {list(base.shapes[place])} in {base.folder} and "
-                f"{change.old.dtype} {list(change.selection.shape)} in the delta: another model"
-            )
     return plan
 
 
@@ -207,6 +202,11 @@ def _edit(file: TensorFile, target: int, name: str, known: str, delta: WeightDel
     """
     info = file.tensors[name]
     selection, values = new_values(delta.changes, known)
+    if selection.shape != info.shape or values.dtype != info.dtype:
+        raise InputError(
+            f"{name}: is {info.dtype} {list(info.shape)} in {file.path} and {values.dtype} "
+            f"{list(selection.shape)} in the delta: it was made for another model"
+        )
     values = values.reshape(-1)
     before, after = started(info.dtype, info.shape), started(info.dtype, info.shape)
     # A tensor of no dimension is one row; of a row's bytes, as many as come near the size of a piece.

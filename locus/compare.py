@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def diff(
         work = pool.map(lambda name: _compared(a, b, name, pairs[name], allowed.get(name)), pairs)
         found = [one for one in track(work, "diff", len(pairs)) if one is not None]
     if mask is None:
-        found = [TensorDiff(**{**vars(one), "n_on_mask": None, "n_off_mask": None}) for one in found]
+        found = [replace(one, n_on_mask=None, n_off_mask=None) for one in found]
     return DiffReport(
         tensors=tuple(found),
         n_tensors=len(pairs),
