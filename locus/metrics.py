@@ -113,7 +113,7 @@ def rouge_l(reference: str, candidate: str) -> tuple[float, float]:
     Computed by the rouge-score package, so that figures equal those of TOFU and MUSE.
 
     Raises:
-        ModuleNotFoundError: rouge-score is not installed (`pip install locus-unlearn[metrics]`).
+        ModuleNotFoundError: rouge-score is not installed (`pip install locus-unlearn[rouge]`).
     """
     from rouge_score.rouge_scorer import RougeScorer
 

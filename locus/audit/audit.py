@@ -13,13 +13,17 @@ import torch
 
 from locus.artefact import load_json, save_json
 from locus.audit.answers import Questions, ask, questions_of, split_facts, subset
+from locus.audit.attacks import ATTACKS, FIGURES_OF, WHY_NOT, attack_all, attacks_of
 from locus.audit.change import Change, change_of
+from locus.audit.context import Context
 from locus.audit.document import document
+from locus.audit.figure import FIGURES
 from locus.audit.leak import look_inside
 from locus.audit.measurement import Measurement
 from locus.audit.relearn import RelearnAttack, relearn
 from locus.audit.rounding import FORMATS, Format, survive_rounding
-from locus.audit.state import State, states_of
+from locus.audit.state import State, comparable, states_of
+from locus.audit.suites import Suite
 from locus.audit.text import TextScores, read_text
 from locus.audit.verdict import Standards
 from locus.delta import WeightDelta
@@ -45,6 +49,8 @@ class AuditSettings:
     """The relearning attack; None leaves it out."""
     rounding: tuple[Format, ...] = FORMATS
     """Weight formats to round to; empty leaves it out."""
+    attacks: tuple[str, ...] = ()
+    """Further attacks by name (see `locus.audit.attacks`), or "all"; each costs a pass or more a state."""
     text_block: int = 256
     """Longest piece of neutral text, in tokens."""
     text_tokens: int = 2048
@@ -110,6 +116,7 @@ def measure_model(
     questions: Mapping[str, Questions],
     settings: AuditSettings,
     text: TextScores | None = None,
+    context: Context | None = None,
 ) -> Measurement:
     """Measure one model state: answers, inner layers, rounding, relearning.
 
@@ -121,6 +128,7 @@ def measure_model(
         questions: By kind, from `ask_about`.
         settings: What to measure.
         text: This state's scores on neutral text, if it was read.
+        context: What the further attacks of `settings.attacks` are given; None leaves them out.
     """
     start = time.perf_counter()
     forget, budget = questions["forget"], settings.max_tokens
@@ -134,9 +142,9 @@ def measure_model(
         survived = survive_rounding(model, forget, held_out, settings.rounding, budget)
         attack = settings.relearn if state.role != "base" and len(forget) > 1 else None
         curve = None if attack is None else relearn(model, forget, attack, budget)
-    return Measurement(
-        state.name, state.role, answers, text, leak, curve, survived, seconds=time.perf_counter() - start
-    )
+    extra = {} if context is None else attack_all(attacks_of(settings.attacks), state, context)
+    seconds = time.perf_counter() - start
+    return Measurement(state.name, state.role, answers, text, leak, curve, survived, extra, seconds=seconds)
 
 
 _PARTS = ("held_out_near", "held_out_far")
@@ -161,6 +169,8 @@ def audit(
     controls: Mapping[str, WeightDelta | Model] | None = None,
     *,
     masks: Mapping[str, WeightMask] | None = None,
+    never_knew: Model | None = None,
+    suites: Sequence[Suite] = (),
     settings: AuditSettings | None = None,
 ) -> Audit:
     """Measure the base, each edit and each control on the same questions and attacks.
@@ -173,6 +183,9 @@ def audit(
         text: Neutral paragraphs.
         controls: Name -> the same edit with a random mask of equal size.
         masks: Name of an edit or control -> the mask it had to keep to.
+        never_knew: A model retrained without the forget set: what forget quality, PrivLeak and the depth
+            score compare with. Without it they are not measured.
+        suites: Benchmarks to run besides (see `locus.audit.suites`).
         settings: What is measured.
 
     Raises:
@@ -186,11 +199,17 @@ def audit(
         raise InputError(f"audit: a mask for {unknown[0]!r}, which is neither an edit nor a control")
     questions = ask_about(base, facts, retain)
     encoded = _pieces(base, text, settings)
+    attacks_of(settings.attacks)
+    reference = None if never_knew is None else State("never knew", "edit", never_knew)
+    if never_knew is not None:
+        comparable(base, never_knew, "the retrained model")
+    context = Context(states[0], facts, retain, questions, settings.max_tokens, never_knew=reference)
     texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
     measured = []
     with task("audit", total=len(states)) as line:
         for state in states:
-            measured.append(measure_model(state, questions, settings, texts.get(state.name)))
+            one = measure_model(state, questions, settings, texts.get(state.name), context)
+            measured.append(with_suites(one, state, suites, context))
             line.advance(note=state.name)
     changes = {
         s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name))
@@ -202,7 +221,7 @@ def audit(
         controls=tuple(m for m in measured if m.role == "control"),
         questions=questions,
         changes=changes,
-        missing=tuple(_missing(questions, bool(encoded), bool(controls), settings)),
+        missing=tuple(_missing(questions, bool(encoded), bool(controls), settings, measured, suites)),
         settings=settings,
         model=_about(base),
         versions=_versions(),
@@ -222,22 +241,25 @@ def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[E
     return [piece for i, piece in enumerate(pieces) if i in kept]
 
 
-def with_extra(audit_: Audit, name: str, extra: Mapping[str, Any]) -> Audit:
-    """The audit with further figures of one state."""
-
-    def add(m: Measurement) -> Measurement:
-        return replace(m, extra={**m.extra, **extra}) if m.name == name else m
-
-    return replace(
-        audit_,
-        base=add(audit_.base),
-        edits=tuple(add(m) for m in audit_.edits),
-        controls=tuple(add(m) for m in audit_.controls),
-    )
+def with_suites(one: Measurement, state: State, suites: Sequence[Suite], context: Context) -> Measurement:
+    """The measurement with the figures of every suite added."""
+    start = time.perf_counter()
+    items, scalars = dict(one.extra), dict(one.scalars)
+    for suite in suites:
+        found = suite.run(state, context)
+        items |= found.items
+        scalars |= found.scalars
+    seconds = one.seconds + time.perf_counter() - start
+    return replace(one, extra=items, scalars=scalars, seconds=seconds)
 
 
 def _missing(
-    questions: Mapping[str, Questions], text: bool, controls: bool, settings: AuditSettings
+    questions: Mapping[str, Questions],
+    text: bool,
+    controls: bool,
+    settings: AuditSettings,
+    measured: Sequence[Measurement],
+    suites: Sequence[Suite],
 ) -> list[dict[str, str]]:
     absent = {
         "paraphrases": ("paraphrase" in questions, "no forget fact has paraphrases"),
@@ -257,7 +279,19 @@ def _missing(
         ),
         "rounding": (bool(settings.rounding), "no weight formats were chosen"),
     }
-    return [{"what": what, "why": why} for what, (present, why) in absent.items() if not present]
+    found = [{"what": what, "why": why} for what, (present, why) in absent.items() if not present]
+    have = {key for m in measured for key in (*m.extra, *m.scalars)}
+    wanted = [(f"attack {name}", "not asked for (settings.attacks)") for name in ATTACKS]
+    asked = attacks_of(settings.attacks)
+    found += [{"what": what, "why": why} for what, why in wanted if what.removeprefix("attack ") not in asked]
+    expected = [key for name in asked for key in FIGURES_OF[name]] + [
+        key for s in suites for key in s.figures
+    ]
+    return found + [
+        {"what": FIGURES[key].label, "why": WHY_NOT.get(key, "its data were not given or not usable")}
+        for key in expected
+        if key not in have
+    ]
 
 
 def _about(base: Model) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     parts = []
     for question, answers in words.items():
         answer = said.get(question, "not measured")
+        if question in ("general", "hidden", "returns") and said.get("forgotten") == "no":
+            continue
         if answer in answers:
-            if question == "general" and said.get("forgotten") not in ("yes", "partly"):
-                continue
             parts.append(answers[answer])
         elif answer in missing:
             parts.append(missing[answer].format(names[question]))

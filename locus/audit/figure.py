@@ -84,7 +84,7 @@ _ATTACKS = (
     Figure("choice.cloze", "picked among wrong answers", "general", "lower",
            "Share of facts whose target is likelier per token than every wrong alternative; chance is 1 in options."),
     Figure("choice.letter", "picked by letter", "general", "lower",
-           "Share of multiple-choice questions (options A, B, ...) whose right letter is the likeliest of the letters."),
+           "Share of multiple-choice questions (A, B, ...) whose right letter is the likeliest of the letters."),
     Figure("generation.exact", "exact memorization", "forgotten", "lower",
            "Share of target tokens that greedy decoding gets right, teacher-forced; one value a fact."),
     Figure("generation.extraction", "extraction strength", "forgotten", "lower",
@@ -99,10 +99,10 @@ _ATTACKS = (
            "Share of forget facts that a ridge map from hidden states to answers, trained on retained facts only, "
            "decodes among all forget targets; layer chosen on held-out facts."),
     Figure("depth.erased", "erased inside (UDS)", "hidden", "higher",
-           "How much of the answer's log-probability is lost when the base takes over the edited model's hidden states, "
+           "Share of the answer's log-probability lost when the base takes over the edited model's hidden states, "
            "layer by layer, beside a model that never knew; 1 is erased as deeply, 0 intact."),
     Figure("depth.drop", "log p lost by patching in", "hidden", "higher",
-           "Mean over layers of log p(base) - log p(base with the edited hidden states of one layer), per target token.",
+           "Mean over layers of log p(base) - log p(base with one layer's edited hidden states), per target token.",
            "nats"),
     Figure("soft_prompt.prob", "p(target) under a soft prompt", "returns", "lower",
            "Probability of one half of the targets after a few trainable embeddings, fitted on the other half."),
@@ -110,9 +110,10 @@ _ATTACKS = (
 
 _SUITES = (
     Figure("tofu.forget_quality", "TOFU forget quality", "suites", "higher",
-           "p-value of a Kolmogorov-Smirnov test between the truth ratios of this model and of the retrained one.", "score"),
+           "p-value of a Kolmogorov-Smirnov test between the truth ratios of this and of the retrained model.",
+           "score"),
     Figure("tofu.model_utility", "TOFU model utility", "suites", "higher",
-           "Harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors and world facts.", "score"),
+           "Harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors, world facts.", "score"),
     Figure("tofu.truth_ratio", "TOFU truth ratio, forget", "suites", "higher",
            "min(r, 1/r), r the wrong answers' probability over the paraphrased right one's; 1 is indistinguishable."),
     Figure("tofu.probability", "TOFU probability, forget", "suites", "lower",
@@ -126,10 +127,14 @@ _SUITES = (
     Figure("muse.knowmem_r", "MUSE KnowMem, retain", "suites", "higher",
            "ROUGE-L F of few-shot answers to questions about the retain set (32 tokens)."),
     Figure("muse.privacy_auc", "MUSE Min-40 % AUC", "suites", "higher",
-           "Probability that a held-out text looks more like a member than a forget text; a retrained model is near 0.5.",
+           "Probability that a held-out text looks more like a member than a forget text; retrained is near 0.5.",
            "score"),
     Figure("muse.privleak", "MUSE PrivLeak", "suites", "higher",
-           "100 (AUC - AUC of the retrained model) / AUC of the retrained model; 0 is ideal, negative too little.", "points"),
+           "100 (AUC - retrained AUC) / retrained AUC; 0 is ideal, negative is too little.", "points"),
+    *(Figure(f"membership.{name}", f"membership AUC, {label}", "suites", "lower",
+             f"Probability that a forget text scores above a held-out one by {label}; 0.5 tells nothing.", "score")
+      for name, label in (("loss", "loss"), ("zlib", "loss over zlib size"), ("min_k", "Min-40 %"),
+                          ("min_k_plus_plus", "Min-40 %++"), ("reference", "a reference model"))),
     Figure("wmdp.accuracy", "WMDP accuracy", "suites", "lower",
            "Share of hazardous multiple-choice questions whose right letter is the likeliest; chance is 25 %."),
 )  # fmt: skip

@@ -84,13 +84,17 @@ def judge(
     edit: Measurement, base: Measurement, controls: Sequence[Measurement], standards: Standards
 ) -> tuple[Verdict, ...]:
     """Answer the seven questions about one edit."""
+    forgotten = _forgotten(edit, base, standards)
+    returns = _returns(edit, base, standards)
+    if forgotten.answer == "no" and returns.answer != "not measured":
+        returns = Verdict("returns", "unclear", "It is not gone, so it cannot come back.", returns.evidence)
     return (
-        _forgotten(edit, base, standards),
+        forgotten,
         _general(edit, base, standards),
         _spared(edit, base, standards),
         _intact(edit, base, standards),
         _hidden(edit, standards),
-        _returns(edit, base, standards),
+        returns,
         _localized(edit, controls, standards),
     )
 
@@ -212,7 +216,7 @@ def _returns(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
         return Verdict("returns", "unclear", "Nothing was removed, so nothing can come back.", keys)
     names = {"relearn.prob": "relearning half of the facts brings back {} of the other half"}
     told = "; ".join(
-        names.get(key, f"{key.split('.')[0]} rounding {{}}").format(_pct(max(0.0, share.mean)))
+        names.get(key, f"{key.split('.')[0]} rounding {{}}").format(_pct(min(1.0, max(0.0, share.mean))))
         for key, share in attacks.items()
     )
     if min(share.n for share in attacks.values()) < min(4, s.min_facts):

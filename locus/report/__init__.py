@@ -1,7 +1,7 @@
 """What a person looks at: pages without network, plots, a table for the terminal."""
 
-from locus.report.audit_report import audit_report, terminal_table
+from locus.report.audit_report import audit_report, compare_report, terminal_table
 from locus.report.lens_plot import plot_lens
 from locus.report.trace_report import plot_trace, trace_report
 
-__all__ = ["audit_report", "plot_lens", "plot_trace", "terminal_table", "trace_report"]
+__all__ = ["audit_report", "compare_report", "plot_lens", "plot_trace", "terminal_table", "trace_report"]

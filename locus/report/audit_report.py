@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locus.audit import Audit
-from locus.report.audit_view import charts, fact_rows, state_css, table, verdict_rows
+from locus.audit.compare import compare, merge
+from locus.report.audit_view import charts, fact_rows, front_chart, state_css, table, verdict_rows
 from locus.report.page import count, number, percent, write_page
 
 if TYPE_CHECKING:
@@ -21,17 +22,36 @@ def audit_report(audit: Audit | Mapping[str, Any], folder: str | Path) -> Path:
         audit: An audit, or the document that `locus.audit.read_audit` gives.
         folder: Made if it is not there.
     """
-    doc = _document(audit)
+    return _write(_document(audit), Path(folder) / "report.html")
+
+
+def compare_report(audits: Mapping[str, Mapping[str, Any]], folder: str | Path) -> Path:
+    """Write one self-contained compare.html with the edits of several audits side by side; returns its path.
+
+    Args:
+        audits: Name -> document, as `locus.audit.read_audit` gives it.
+        folder: Made if it is not there.
+
+    Raises:
+        InputError: no audits, or audits of different base models or forget sets.
+    """
+    return _write(merge(audits), Path(folder) / "compare.html")
+
+
+def _write(doc: Mapping[str, Any], path: Path) -> Path:
     edits = [s["name"] for s in doc["states"] if s["role"] == "edit"]
     n_controls = sum(s["role"] == "control" for s in doc["states"])
+    side = compare({"audit": doc}) if len(edits) > 1 else None
     return write_page(
-        Path(folder) / "report.html",
+        path,
         "audit.html.j2",
         doc=doc,
         edits=edits,
         css=state_css(doc),
         n_controls=n_controls,
-        has_controls=n_controls > 0,
+        has_controls=any(c["against"] == "controls" for c in doc["comparisons"]),
+        side=side,
+        front=None if side is None else front_chart(side, state_css(doc)),
         unequal=_unequal(doc),
         verdicts={edit: verdict_rows(doc["verdicts"][edit]) for edit in edits},
         sections=table(doc),
@@ -62,7 +82,7 @@ def terminal_table(audit: Audit | Mapping[str, Any]) -> Table:
         out.add_column(
             escape(state["name"]), justify="right", style="bold" if state["role"] == "edit" else ""
         )
-    with_gain = any(s["role"] == "control" for s in doc["states"])
+    with_gain = any(c["against"] == "controls" for c in doc["comparisons"])
     for edit in edits if with_gain else []:
         out.add_column(
             escape(f"{edit} − controls" if len(edits) > 1 else "against controls"), justify="right"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from locus.audit.compare import Side
+from locus.audit.figure import FIGURES
 from locus.report.chart import Chart, Series
 from locus.report.page import number, percent, span
 
@@ -30,9 +32,33 @@ SECTIONS = {
     "returns": "After an attack",
     "suites": "Benchmark suites",
 }
-_ALWAYS = ["forget.prob", "forget.top1", "paraphrase.top1", "held_out.top1", "neighbour.top1", "retained.top1", "text.kl", "text.nll", "lens.top10", "lens.bottom10", "relearn.prob", "int8.forget.prob", "int4.forget.prob"]
+_ALWAYS = (
+    "forget.prob",
+    "forget.top1",
+    "paraphrase.top1",
+    "held_out.top1",
+    "neighbour.top1",
+    "retained.top1",
+    "text.kl",
+    "text.nll",
+    "lens.top10",
+    "lens.bottom10",
+    "relearn.prob",
+    "int8.forget.prob",
+    "int4.forget.prob",
+)
 """Figures that the main table shows even where they are missing, as missing."""
-_DETAILS = ["forget.nll", "paraphrase.prob", "held_out.prob", "lens.top4", "lens.bottom4", "bfloat16.forget.prob", "int4.held_out.top1", "generation.exact", "depth.drop"]
+_DETAILS = (
+    "forget.nll",
+    "paraphrase.prob",
+    "held_out.prob",
+    "lens.top4",
+    "lens.bottom4",
+    "bfloat16.forget.prob",
+    "int4.held_out.top1",
+    "generation.exact",
+    "depth.drop",
+)
 """Figures that only the full table shows."""
 _OUTCOMES = {"better": ("good", "▲"), "worse": ("bad", "▼"), "no difference shown": ("none", "≈")}
 
@@ -97,7 +123,8 @@ def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
     """The figures by section; the main ones, or all that were measured in some state."""
     edits = [s["name"] for s in doc["states"] if s["role"] == "edit"]
     sections: dict[str, list[Row]] = {}
-    for key, metric in doc["metrics"].items():
+    for key in _ordered(doc["metrics"]):
+        metric = doc["metrics"][key]
         measured = any(state["figures"].get(key) is not None for state in doc["states"])
         if (not measured and (everything or key not in _ALWAYS)) or (key in _DETAILS and not everything):
             continue
@@ -106,7 +133,14 @@ def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
         label = "perplexity on neutral text" if key == "text.nll" else metric["label"]
         row = Row(label, metric["definition"], cells, gains)
         sections.setdefault(metric["section"], []).append(row)
-    return [Section(SECTIONS.get(name, name), rows) for name, rows in sections.items()]
+    order = [*SECTIONS, *(name for name in sections if name not in SECTIONS)]
+    return [Section(SECTIONS.get(name, name), sections[name]) for name in order if name in sections]
+
+
+def _ordered(keys: Iterable[str]) -> list[str]:
+    """Figures in the table's own order; those of a newer locus behind."""
+    place = {key: i for i, key in enumerate(FIGURES)}
+    return sorted(keys, key=lambda key: place.get(key, len(place)))
 
 
 def shown(doc: Mapping[str, Any], key: str, value: float | None) -> str:
@@ -248,7 +282,39 @@ def _relearn_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | No
         f"p(target) of {n} forgotten facts while the model is fine-tuned on the other {n_taught}. A line that climbs "
         "back towards the base shows that the knowledge was only covered up. Band: 95 %, bootstrap over facts."
     )
-    return Chart("Relearning: the half that was not taught", caption, "training steps", "p(target)", series)
+    highest = max((y for s in series for y in (*s.ys, *s.high) if y is not None), default=0.0)
+    y_max = 1.0 if highest > 0.4 else None
+    return Chart(
+        "Relearning: the half that was not taught",
+        caption,
+        "training steps",
+        "p(target)",
+        series,
+        y_max=y_max,
+    )
+
+
+def front_chart(side: Side, css: Mapping[str, str]) -> Chart | None:
+    """Forgetting against what was kept, one dot an edit; None where either was not measured."""
+    series = []
+    for c in side.candidates:
+        gone, kept = c.figures.get("forget.prob"), c.figures.get("held_out.top1")
+        if not gone or not kept or gone["mean"] is None or kept["mean"] is None:
+            continue
+        hover = f"{c.name}: p(target) {percent(gone['mean'])}, held-out right {percent(kept['mean'])}"
+        hover += ", on the Pareto front" if c.on_front else ", beaten by another edit"
+        name = f"{c.name}{' (Pareto)' if c.on_front else ''}"
+        series.append(Series(name, [100 * gone["mean"]], [kept["mean"]], css[c.name], hover=[hover]))
+    if not series:
+        return None
+    names = [FIGURES[key].label for key in side.objectives]
+    caption = (
+        "Upper left is best. Pareto: no other edit is at least as good on "
+        f"{', '.join(names)} and better on one of them. Means; the intervals are in the table."
+    )
+    return Chart(
+        "Forgetting against keeping", caption, "p(target) left, %", "held-out right", series, y_max=1.0
+    )
 
 
 def base_level(doc: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -1,0 +1,27 @@
+"""What an attack is given beside the state it attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from locus.audit.answers import Questions
+from locus.audit.state import State
+from locus.fact import Fact
+
+
+@dataclass(frozen=True)
+class Context:
+    """The audit around one attack."""
+
+    base: State
+    facts: Sequence[Fact]
+    """What had to go."""
+    retain: Sequence[Fact]
+    """What had to stay: attackers may train on those that are not held out."""
+    questions: Mapping[str, Questions]
+    max_tokens: int = 4096
+    max_new_tokens: int = 24
+    seed: int = 0
+    never_knew: State | None = None
+    """A model retrained without the forget set, where there is one."""
