@@ -50,6 +50,8 @@ FACT = Fact(
 CONTEXT = "Some companies are known all over the world, and some only in the town where they began. "
 CHUNK_ROWS = 400
 CHUNK_SIZES = (1, 2, 4, 8, 16)
+CHUNK_TOKENS = 4096
+"""Naive batches beyond this many tokens are not tried: all their logits would take gigabytes."""
 
 
 class Clock:
@@ -194,10 +196,14 @@ def check(model: Model, it: Setup, cells: Sequence[Cell], exact: bool) -> dict[s
     allowed = 3e-5 if model.dtype == torch.float32 else 0.1
     found = {f"{name}_relative": float(((ours - p).abs() / p).max()) for name, p in others.items()}
     if exact:
+        rows = cells_of("block", model.atlas, range(it.n_pos), 10)
+        asked = [rows[layer][p] for layer, p in cells]
+        plain = answer_plainly(model, it.question, asked, it.readout).cells[..., 0].mean(dim=1).double()
         model.module.double()
         truth = torch.tensor([rome_cell(model, it.traced, c) for c in cells]).double()
         model.module.float()
         found["ours_from_float64"] = float(((ours - truth).abs() / truth).max())
+        found["plain_from_float64"] = float(((plain - truth).abs() / truth).max())
         found["rome_from_float64"] = float(((others["rome"] - truth).abs() / truth).max())
     wrong = {name: d for name, d in found.items() if not d <= allowed}
     if wrong:
@@ -212,23 +218,27 @@ def spread(it: Setup, n: int) -> list[Cell]:
     return [cells[int((i + 0.5) * step)] for i in range(n)]
 
 
-def best_chunk(answer: Callable[[Sequence[Cell]], object], cells: Sequence[Cell], clock: Clock) -> int:
+def best_chunk(
+    answer: Callable[[Sequence[Cell]], object], cells: Sequence[Cell], sizes: Sequence[int], clock: Clock
+) -> int:
     """Cells in one forward at which a cell takes least; each size tried once after a warm-up."""
     answer(cells[:1])
-    return min(CHUNK_SIZES, key=lambda k: clock(lambda: answer(cells[:k])) / k)
+    return min(sizes, key=lambda k: clock(lambda: answer(cells[:k])) / k)
 
 
 def compare(model: Model, it: Setup, rounds: int, n_cells: int, exact: bool) -> dict[str, Any]:
     """The contenders in turns; medians over the rounds."""
     clock = Clock(model)
-    agreement = check(model, it, spread(it, 4), exact)
+    agreement = check(model, it, spread(it, 12 if exact else 4), exact)
     cells = spread(it, n_cells)
     n_grid = it.n_layers * it.n_pos
     n_effect = it.n_layers * (it.n_pos - it.start)
     lens = transformer_lens_cells(model, it.traced)
     naive = {flag: naive_cells(model, it.traced, flag) for flag in (False, True)}
-    sixteen = spread(it, max(CHUNK_SIZES))
-    chunk = {flag: best_chunk(answer, sixteen, clock) for flag, answer in naive.items()}
+    most = CHUNK_TOKENS // (it.n_pos * it.question.samples)
+    sizes = [k for k in CHUNK_SIZES if k <= max(1, most)]
+    sixteen = spread(it, max(sizes))
+    chunk = {flag: best_chunk(answer, sixteen, sizes, clock) for flag, answer in naive.items()}
     shapes = necessary_flops(model, it)
     flops = sum(2 * a * b * rows for (a, b), rows in shapes.items())
     grid(model, it, "block", spread(it, 2))  # warm
@@ -332,7 +342,7 @@ def main() -> None:
             n_cells = 4 if n_tokens <= 16 else 2
             figures = compare(model, it, rounds, n_cells, exact=n_tokens <= 16 and not args.quick)
             if args.windows and n_tokens <= 16:
-                figures |= windows(model, it, rounds)
+                figures |= windows(model, it, max(1, rounds // 2))
             result["sizes"].append(figures)
             if not args.json:
                 show(figures)

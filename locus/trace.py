@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from locus.artefact import load_json, load_tensors, save_json, save_tensors
@@ -73,10 +73,14 @@ class FactTrace:
     """Patched forwards whose results stand in the grids (cells times draws)."""
     engine: str
     """"replay", or "plain" with the reason in brackets."""
+    verified: Mapping[str, Bool[Tensor, "layer pos"]] = field(default_factory=dict)
+    """Kind of state -> which scores are exact, where the others are first-order estimates; empty: all are."""
+    rank_correlation: Mapping[str, float] = field(default_factory=dict)
+    """Kind of state -> Spearman's correlation of estimated and exact scores over the verified cells."""
     work: Mapping[str, float] = field(default_factory=dict)
     """What it took: "seconds", "tokens" run through the whole model (a token through half of the blocks is half
-    a token), "flops" of their matrix products, "peak_bytes" where it was measured. Not part of the artefact's
-    tensors: it differs from run to run."""
+    a token), "flops" of their matrix products, "peak_bytes" of memory, the machine's
+    "matrix_peak_flops_per_second". Not part of the artefact's tensors: it differs from run to run."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -159,13 +163,12 @@ class Trace:
 
     @property
     def work(self) -> dict[str, float]:
-        """What all the facts took together; for "peak_bytes" the largest."""
+        """What all the facts took together; for peaks the largest."""
         total: dict[str, float] = {}
         for fact in self.facts:
             for key, value in fact.work.items():
-                total[key] = (
-                    max(total.get(key, 0.0), value) if key == "peak_bytes" else total.get(key, 0.0) + value
-                )
+                old = total.get(key, 0.0)
+                total[key] = max(old, value) if "peak" in key else old + value
         return total
 
     def average(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -313,6 +316,7 @@ def _encode(fact: FactTrace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: torch.tensor(getattr(fact, name), dtype=torch.float64) for name in _SCALARS}
     for name in _GRIDS:
         tensors |= {f"{kind}/{name}": grid.float().contiguous() for kind, grid in getattr(fact, name).items()}
+    tensors |= {f"{kind}/verified": grid.contiguous() for kind, grid in fact.verified.items()}
     meta = {
         "fact_id": fact.fact_id,
         "prompt": fact.prompt,
@@ -325,13 +329,14 @@ def _encode(fact: FactTrace) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "samples": fact.samples,
         "patched_forwards": fact.patched_forwards,
         "engine": fact.engine,
+        "rank_correlation": dict(fact.rank_correlation),
     }
     return tensors, meta
 
 
 def _decode(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], work: Mapping[str, float]) -> FactTrace:
     def grids(name: str) -> dict[str, Tensor]:
-        return {kind: tensors[f"{kind}/{name}"] for kind in meta["kinds"]}
+        return {kind: tensors[f"{kind}/{name}"] for kind in meta["kinds"] if f"{kind}/{name}" in tensors}
 
     subject = None if meta["subject"] is None else (meta["subject"][0], meta["subject"][1])
     return FactTrace(
@@ -351,5 +356,7 @@ def _decode(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], work: Mappin
         samples=meta["samples"],
         patched_forwards=meta["patched_forwards"],
         engine=meta["engine"],
+        verified=grids("verified"),
+        rank_correlation=meta["rank_correlation"],
         work=work,
     )

@@ -2,38 +2,43 @@
 
 Three runs of a prompt: clean; corrupted, its subject's embeddings spoilt; and corrupted with one state put back.
 A state that brings the answer back, alone, carried it. The grid of all (layer, position) is what `run` returns,
-for block outputs, MLP and attention outputs over windows of layers, and the severed variants.
+for block outputs, MLP and attention outputs over windows of layers, the severed variants and single heads.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from locus.artefact import lock
 from locus.errors import InputError
-from locus.fact import Fact
+from locus.fact import Example, Fact
 from locus.hooks import record
 from locus.model import Model
 from locus.progress import track
 from locus.tokens import encode
-from locus.trace import FactTrace, Trace, part_name
+from locus.trace import FactTrace, Trace
+from tracing.attribution import can_estimate, estimate
 from tracing.corruption import Corrupter, Corruption, Prepared, prepare
 from tracing.cost import Cost
 from tracing.engine import Engine, EngineName
+from tracing.grids import Estimates, Grids, assemble, drawn, joined, most_promising, standard_error
+from tracing.parts import Parts
 from tracing.plain import logits_of
 from tracing.question import Answers, Inputs, Question, divergence
 from tracing.readout import METRICS, Metric, Readout
 from tracing.sites import Cell, Kind, cells_of
+from tracing.speed import flops_of, matrix_peak, peak_bytes
+
+_UNSETTLING = ("engine", "batch_tokens")
+"""Settings that do not change the numbers."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,19 @@ class CausalTrace:
     """Size of the noise as a number, instead of the multiple."""
     window: int = 10
     """Layers restored together for "mlp" and "attn": [l - 5, l + 5) for 10, clipped."""
+    together: bool = False
+    """Restore all tokens of the subject at once (and all before it, and all between it and the last token)."""
     metric: Metric = "prob"
     """"prob" of the whole target, teacher-forced; "first_prob", "logprob", "logit_diff", "kl", "rank"."""
     direction: Literal["denoise", "noise"] = "denoise"
     """"denoise": clean states into the corrupted run; "noise": corrupted states into the clean run."""
+    method: Literal["exact", "attribution", "hybrid"] = "exact"
+    """"exact": every cell; "attribution": first-order estimates from two forwards and a backward; "hybrid": estimates,
+    and the most promising cells exactly. Severed variants are always exact."""
+    verify: float = 0.1
+    """Fraction of each kind's cells that "hybrid" answers exactly."""
+    points: int = 1
+    """Points between the two runs at which attribution takes the gradient (integrated gradients above 1)."""
     tolerance: float | None = None
     """Keep drawing, up to `max_samples`, until no cell's standard error is above this; None: `samples` draws."""
     max_samples: int = 100
@@ -64,30 +78,34 @@ class CausalTrace:
     seed: int = 0
     engine: EngineName = "auto"
     """"auto", "replay" or "plain"; all give the same numbers."""
+    batch_tokens: int | None = None
+    """Tokens computed at once; None for a size that suits the device and its free memory."""
 
     def __post_init__(self) -> None:
         if not self.kinds:
             raise InputError("no kind to trace: give block, mlp or attn")
-        if self.samples < 1 or self.window < 1:
-            raise InputError(f"{self.samples} samples, window {self.window}: both must be at least 1")
+        if self.samples < 1 or self.window < 1 or self.points < 1:
+            raise InputError("samples, window and points: all must be at least 1")
         if self.metric not in METRICS:
             raise InputError(f"metric {self.metric!r}: not one of {', '.join(METRICS)}")
         if self.tolerance is not None and not (self.tolerance > 0 and self.max_samples >= self.samples):
             raise InputError("a tolerance must be above zero, and max_samples at least samples")
+        if not 0 < self.verify <= 1:
+            raise InputError(f"verify {self.verify}: a fraction above 0, at most 1")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise InputError(f"batch tokens {self.batch_tokens}: at least 1")
 
     def cost(self, model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None = None) -> Cost:
         """Whole forwards that the plain engine would take; replay computes a small part of them."""
+        runs = float(len(facts) * (1 + self.samples))
+        if self.method == "attribution":
+            return Cost(runs, float(len(facts) * self.samples * self.points))
         cells = model.atlas.n_layers * len(self.kinds) * sum(encode(model, f).target_start for f in facts)
-        return Cost(float(cells * self.samples + len(facts) * (1 + self.samples)))
+        share = self.verify if self.method == "hybrid" else 1.0
+        return Cost(cells * self.samples * share + runs)
 
     def run(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        *,
-        folder: Path | None = None,
-        resume: bool = False,
-        batch_tokens: int | None = None,
+        self, model: Model, facts: Sequence[Fact], *, folder: Path | None = None, resume: bool = False
     ) -> Trace:
         """Trace every fact.
 
@@ -96,7 +114,6 @@ class CausalTrace:
             facts: Their ids must differ. A fact without a subject has its whole prompt corrupted (but for BOS).
             folder: Where to write the trace; each finished fact is kept there at once.
             resume: Take up the facts that an interrupted run of the same settings finished there.
-            batch_tokens: Tokens computed at once; None for the engine's own choice.
 
         Returns:
             The trace; the same whatever the order of the facts, the batch size or interruptions.
@@ -108,35 +125,32 @@ class CausalTrace:
         prepared = self._prepare(model, facts)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise_multiple, self.noise_sd)
         settings = self._settings(corrupter)
-        engine = Engine(model, self.engine, batch_tokens)
-        parts = None if folder is None else Path(folder) / "parts"
-        done = _finished(folder, settings, model) if folder is not None and resume else {}
+        engine = Engine(model, self.engine, self.batch_tokens)
+        peak = matrix_peak(model)
         traces = []
-        with lock(parts) if parts is not None else nullcontext():
+        with Parts.open(folder, settings, model, resume) as parts:
             for one in track(prepared, "tracing facts"):
-                trace = _same(done.get(one.fact.id), one) or self._resumed(
-                    one, parts, settings, model, resume
-                )
+                trace = parts.get(one)
                 if trace is None:
                     trace = self._trace(model, one, corrupter, engine)
-                    if parts is not None:
-                        trace.save(parts / _part(one, settings, model))
+                    trace = replace(trace, work={**trace.work, "matrix_peak_flops_per_second": peak})
+                    parts.keep(one, trace)
                 traces.append(trace)
             result = Trace(tuple(traces), settings, model.fingerprint, model.atlas, model.name, _versions())
-            if folder is not None and parts is not None:
+            if folder is not None:
                 result.save(folder)
-                for one in prepared:
-                    (parts / _part(one, settings, model)).unlink(missing_ok=True)
+            for one in prepared:
+                parts.drop(one)
         return result
 
     def _prepare(self, model: Model, facts: Sequence[Fact]) -> list[Prepared]:
         if not facts:
             raise InputError("no facts to trace")
-        seen: dict[str, Fact] = {}
+        seen: set[str] = set()
         for fact in facts:
             if fact.id in seen:
                 raise InputError(f"two facts are called {fact.id!r}: ids name the results; make them differ")
-            seen[fact.id] = fact
+            seen.add(fact.id)
         prepared = [prepare(fact, encode(model, fact), model.bos, self.seed) for fact in facts]
         whole = [p.fact.id for p in prepared if p.encoded.subject is None]
         if whole:
@@ -148,23 +162,10 @@ class CausalTrace:
         return prepared
 
     def _settings(self, corrupter: Corrupter) -> dict[str, Any]:
-        """The hyperparameters, and what they came to on these facts; the engine gives the same numbers anyway."""
-        fields = {name: value for name, value in asdict(self).items() if name != "engine"}
-        fields["kinds"] = list(self.kinds)
-        return {
-            **fields,
-            "pooled_subject_sd": corrupter.sd,
-            "noise": corrupter.amplitude,
-            **corrupter.provenance(),
-        }
-
-    def _resumed(
-        self, one: Prepared, parts: Path | None, settings: Mapping[str, Any], model: Model, resume: bool
-    ) -> FactTrace | None:
-        if parts is None or not resume:
-            return None
-        part = parts / _part(one, settings, model)
-        return FactTrace.load(part) if part.exists() else None
+        """The hyperparameters, and what they came to on these facts."""
+        fields = {name: value for name, value in asdict(self).items() if name not in _UNSETTLING}
+        noise = {"pooled_subject_sd": corrupter.sd, "noise": corrupter.amplitude}
+        return {**fields, "kinds": list(self.kinds), **noise, **corrupter.provenance()}
 
     def _trace(self, model: Model, one: Prepared, corrupter: Corrupter, engine: Engine) -> FactTrace:
         started = time.perf_counter()
@@ -174,38 +175,54 @@ class CausalTrace:
         if self.direction == "noise":
             question = question.reversed()
         readout = self._readout(model, one, question)
-        grids, asked = self._cells(model, one, divergence(question))
+        columns = _columns(one, self.together)
+        rows = {kind: cells_of(kind, model.atlas, columns, self.window) for kind in self.kinds}
+        grids = Grids.of(rows, divergence(question))
+        estimates = None if self.method == "exact" else self._estimate(model, question, readout, grids)
+        asked = grids.cells if estimates is None else [grids.cells[i] for i in estimates.exact]
         answers = self._answer(engine, question, asked, readout)
         _refuse_nan(model, one, question, answers)
-        return _assemble(self, one, corrupted, answers, grids, engine.used, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        work = {
+            "seconds": seconds,
+            "tokens": answers.tokens,
+            "flops": flops_of(model, answers.tokens),
+            "peak_bytes": peak_bytes(model),
+        }
+        denoising = self.direction == "denoise"
+        return assemble(
+            one, corrupted, answers, grids, estimates, denoising=denoising, engine=engine.used, work=work
+        )
 
-    def _cells(
-        self, model: Model, one: Prepared, diverges: int
-    ) -> tuple[dict[Kind, list[list[int | None]]], list[Cell]]:
-        """Per kind a grid of indices into the cells to ask; None where the runs do not differ yet."""
-        n_pos = one.encoded.target_start
-        index: dict[Cell, int] = {}
-        grids = {}
-        for kind in self.kinds:
-            rows = cells_of(kind, model.atlas, range(n_pos), self.window)
-            grids[kind] = [
-                [
-                    None if pos < diverges else index.setdefault(cell, len(index))
-                    for pos, cell in enumerate(row)
-                ]
-                for row in rows
-            ]
-        return grids, list(index)
+    def _estimate(self, model: Model, question: Question, readout: Readout, grids: Grids) -> Estimates:
+        """Estimates of all cells that have one, and the cells to answer exactly."""
+        question = question.draws(slice(0, self.samples)) if self.tolerance is None else question
+        guessed = [kind for kind in self.kinds if can_estimate(kind)]
+        numbers = grids.numbers(guessed)
+        found, base = estimate(
+            model,
+            question,
+            readout,
+            [grids.cells[i] for i in numbers],
+            points=self.points,
+            batch_tokens=self.batch_tokens or 4096,
+        )
+        values = torch.full((len(grids.cells), question.samples), float("nan"))
+        values[numbers] = found
+        exact = set(grids.numbers([kind for kind in self.kinds if kind not in guessed]))
+        if self.method == "hybrid":
+            exact |= set(most_promising(grids, guessed, values, float(base.mean()), self.verify))
+        return Estimates(values, tuple(sorted(exact)))
 
     def _answer(self, engine: Engine, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
         """All draws, or as many as the tolerance asks for."""
         total = question.samples
         answers = engine.answer(question.draws(slice(0, min(self.samples, total))), cells, readout)
-        while self.tolerance is not None and (n := _drawn(answers)) < total:
-            if float(_standard_error(answers.cells[..., 0]).max()) <= self.tolerance:
+        while self.tolerance is not None and cells and (n := drawn(answers)) < total:
+            if float(standard_error(answers.cells[..., 0]).max()) <= self.tolerance:
                 break
             more = engine.answer(question.draws(slice(n, min(2 * n, total))), cells, readout)
-            answers = _joined(answers, more)
+            answers = joined(answers, more)
         return answers
 
     def _readout(self, model: Model, one: Prepared, question: Question) -> Readout:
@@ -218,117 +235,31 @@ class CausalTrace:
         return Readout(self.metric, labels, foil, clean)
 
 
-def _assemble(
-    settings: CausalTrace,
-    one: Prepared,
-    corrupted: Inputs,
-    answers: Answers,
-    grids: Mapping[Kind, list[list[int | None]]],
-    engine: str,
-    seconds: float,
-) -> FactTrace:
-    samples = _drawn(answers)
-    cells = answers.cells.double()[..., 0]
-    base = answers.base.double().expand(samples, -1)
-    mean, error = cells.mean(dim=1), _standard_error(cells)
-    base_mean, base_error = base[:, 0].mean(), _standard_error(base[None, :, 0])[0]
-
-    def grid(values: Tensor, untouched: Tensor, kind: Kind) -> Float[Tensor, "layer pos"]:
-        rows = [[untouched if i is None else values[i] for i in row] for row in grids[kind]]
-        return torch.stack([torch.stack(row) for row in rows]).float()
-
-    denoising = settings.direction == "denoise"
-    clean, spoilt = (answers.other, answers.base) if denoising else (answers.base, answers.other)
-    clean_score, clean_prob = clean.double().mean(dim=0).tolist()
-    corrupted_score, corrupted_prob = spoilt.double().mean(dim=0).tolist()
-    return FactTrace(
-        fact_id=one.fact.id,
-        prompt=one.fact.prompt,
-        target=one.fact.target,
-        tokens=one.encoded.tokens[: one.encoded.target_start],
-        subject=one.encoded.subject,
-        corrupted=corrupted.positions,
-        scores={kind: grid(mean, base_mean, kind) for kind in grids},
-        standard_error={kind: grid(error, base_error, kind) for kind in grids},
-        clean_prob=clean_prob,
-        corrupted_prob=corrupted_prob,
-        clean_score=clean_score,
-        corrupted_score=corrupted_score,
-        seed=one.seed,
-        samples=samples,
-        patched_forwards=sum(len(rows) * len(rows[0]) for rows in grids.values()) * samples,
-        engine=engine,
-        work={"seconds": seconds, "tokens": answers.tokens, "peak_bytes": answers.peak_bytes},
-    )
+def _columns(one: Prepared, together: bool) -> list[tuple[int, ...]]:
+    """What each column of a grid restores: its position, or the whole stretch that it belongs to."""
+    n_pos = one.encoded.target_start
+    if not together:
+        return [(q,) for q in range(n_pos)]
+    start, stop = one.positions[0], one.positions[-1] + 1
+    edges = sorted({0, start, stop, max(stop, n_pos - 1), n_pos})
+    stretches = [tuple(range(a, b)) for a, b in pairwise(edges)]
+    return [stretch for stretch in stretches for _ in stretch]
 
 
 def _foil(model: Model, one: Prepared, clean: Tensor) -> int:
     """First token of the first alternative that begins otherwise than the target; else the runner-up."""
     own = one.encoded.target_ids[0]
     for alternative in one.fact.alternatives:
-        ids = encode(model, type(one.fact.example)(one.fact.prompt, alternative)).target_ids
+        ids = encode(model, Example(one.fact.prompt, alternative)).target_ids
         if ids[0] != own:
             return int(ids[0])
     first, second = clean.topk(2).indices.tolist()
     return int(second if first == own else first)
 
 
-def _drawn(answers: Answers) -> int:
-    return max(answers.base.shape[0], answers.other.shape[0])
-
-
-def _joined(a: Answers, b: Answers) -> Answers:
-    """Two sets of draws as one; a run that has a single draw keeps it."""
-
-    def runs(x: Tensor, y: Tensor, vary: bool) -> Tensor:
-        return torch.cat([x, y]) if vary else x
-
-    base_varies = a.base.shape[0] == a.cells.shape[1]
-    other_varies = a.other.shape[0] == a.cells.shape[1]
-    return Answers(
-        runs(a.base, b.base, base_varies),
-        runs(a.other, b.other, other_varies),
-        torch.cat([a.cells, b.cells], dim=1),
-        a.tokens + b.tokens,
-        max(a.peak_bytes, b.peak_bytes),
-    )
-
-
-def _standard_error(draws: Float[Tensor, "cell sample"]) -> Float[Tensor, " cell"]:
-    n = draws.shape[1]
-    return draws.std(dim=1) / n**0.5 if n > 1 else torch.zeros_like(draws[:, 0])
-
-
-def _part(one: Prepared, settings: Mapping[str, Any], model: Model) -> str:
-    about = {
-        **settings,
-        "prompt": one.fact.prompt,
-        "target": one.fact.target,
-        "corrupted": list(one.positions),
-    }
-    return part_name(one.fact.id, about, model.fingerprint)
-
-
-def _finished(folder: Path, settings: Mapping[str, Any], model: Model) -> dict[str, FactTrace]:
-    """The facts of a trace that is complete in `folder`, if it was made the same way."""
-    if not (Path(folder) / "trace.safetensors").exists():
-        return {}
-    old = Trace.load(folder)
-    same = old.fingerprint == model.fingerprint and dict(old.settings) == dict(settings)
-    return {fact.fact_id: fact for fact in old} if same else {}
-
-
-def _same(trace: FactTrace | None, one: Prepared) -> FactTrace | None:
-    """The finished trace, unless the fact has changed since."""
-    if trace is None:
-        return None
-    now = (one.fact.prompt, one.fact.target, one.encoded.subject)
-    return trace if now == (trace.prompt, trace.target, trace.subject) else None
-
-
 def _refuse_nan(model: Model, one: Prepared, question: Question, answers: Answers) -> None:
     """An InputError that names the first layer whose output is not finite."""
-    if all(torch.isfinite(scores).all() for scores in (answers.base, answers.other, answers.cells)):
+    if all(bool(torch.isfinite(scores).all()) for scores in (answers.base, answers.other, answers.cells)):
         return
     for run in (question.other, question.base):
         with torch.no_grad(), record(model.module, outputs=model.atlas.blocks) as seen:

@@ -37,10 +37,13 @@ class Readout:
 
     def __call__(self, logits: Float[Tensor, "n read d_vocab"]) -> Float[Tensor, "n 2"]:
         """The metric, and the whole target's probability beside it, for each run."""
-        logits = logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         labels = self.labels.to(logits.device)
-        own = logits.gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
-        token_logprob = own - logits.logsumexp(-1)
+        index = labels.expand(len(logits), -1)[..., None]
+        own = logits.gather(-1, index)[..., 0]
+        # Not own - logsumexp: rounding two logits of size 20 costs ten times the precision of their difference.
+        below_top = logits - logits.amax(-1, keepdim=True)
+        token_logprob = below_top.gather(-1, index)[..., 0] - below_top.exp().sum(-1).log()
         prob = token_logprob.sum(-1).exp()
         match self.metric:
             case "prob":

@@ -242,4 +242,47 @@ def test_the_file_says_what_was_done(model: Model, tmp_path: Path) -> None:
     assert fact.patched_forwards == 3 * 3 * len(fact.tokens) * 2
     assert fact.tokens[-1] == " Germany" and fact.target == " is Berlin"
     assert trace.work["seconds"] > 0 and trace.work["tokens"] > 0
-    assert not list((tmp_path / "parts").glob("*.safetensors"))
+    assert 0 < trace.work["flops"] < trace.work["matrix_peak_flops_per_second"] * 1e3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "average.json",
+        "trace.json",
+        "trace.safetensors",
+    ]
+
+
+def test_all_tokens_of_the_subject_together(model: Model) -> None:
+    """A column restores its whole stretch: before, subject (2, 3), between, last; the plain engine agrees."""
+    settings = CausalTrace(kinds=("block",), samples=2, together=True, metric="logprob")
+    fact = settings.run(model, tiny_facts()[:1])["tower"]
+    grid = fact.scores["block"]
+    for a, b in ((2, 4), (4, 8)):
+        assert torch.equal(grid[:, a:b], grid[:, a : a + 1].expand(-1, b - a))
+    one_by_one = replace(settings, together=False).run(model, tiny_facts()[:1])["tower"]
+    torch.testing.assert_close(grid[:, 8], one_by_one.scores["block"][:, 8], atol=2e-5, rtol=0)
+    assert not torch.allclose(grid[:, 2:8], one_by_one.scores["block"][:, 2:8], atol=1e-3)
+    same_scores(fact, replace(settings, engine="plain").run(model, tiny_facts()[:1])["tower"], atol=2e-5)
+
+
+@pytest.mark.parametrize("metric", ["logprob", "prob", "kl"])
+def test_verifying_everything_is_exact(model: Model, metric: str) -> None:
+    settings = CausalTrace(kinds=("block", "block-no-mlp", "head:1"), samples=2, metric=metric)  # type: ignore[arg-type]
+    exact = settings.run(model, tiny_facts()[:1])["tower"]
+    hybrid = replace(settings, method="hybrid", verify=1.0).run(model, tiny_facts()[:1])["tower"]
+    same_scores(hybrid, exact, atol=1e-6)
+    assert all(grid.all() for grid in hybrid.verified.values())
+    assert set(hybrid.rank_correlation) == {"block", "head:1"}
+    assert all(-1 <= r <= 1 for r in hybrid.rank_correlation.values())
+
+
+def test_hybrid_is_exact_where_it_says_so(model: Model, tmp_path: Path) -> None:
+    settings = CausalTrace(kinds=("block", "mlp"), samples=2, window=1, metric="logprob")
+    exact = settings.run(model, tiny_facts()[:1])["tower"]
+    trace = replace(settings, method="hybrid", verify=0.3).run(model, tiny_facts()[:1], folder=tmp_path)
+    hybrid = Trace.load(tmp_path)["tower"]
+    for kind, grid in hybrid.verified.items():
+        torch.testing.assert_close(hybrid.scores[kind][grid], exact.scores[kind][grid], atol=2e-5, rtol=0)
+        assert int(grid[:, 2:].sum()) == round(0.3 * 3 * 7)
+        assert not torch.allclose(hybrid.scores[kind][~grid], exact.scores[kind][~grid], atol=1e-5)
+    assert trace["tower"].patched_forwards == 2 * round(0.3 * 3 * 7) * 2
+    plain = replace(settings, method="attribution").run(model, tiny_facts()[:1])["tower"]
+    assert plain.patched_forwards == 0 and not plain.verified["block"][:, 2:].any()
