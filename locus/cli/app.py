@@ -27,6 +27,7 @@ _COMMANDS = {
     "revert": "Take a delta out of a checkpoint again, bit for bit.",
     "diff": "What differs between two checkpoints, on and off a mask.",
     "audit": "What was forgotten, what survived, what came back; with controls.",
+    "compare": "Several audited edits side by side, with the Pareto front.",
     "run": "The whole walk from one TOML file, resumable stage by stage.",
     "known": "Which facts a model knows, before anything is traced.",
     "methods": "List the localizers and editors, or the options of one.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from locus.errors import InputError
 
 if TYPE_CHECKING:
     from locus.audit import Audit, AuditSettings
+    from locus.audit.gate import GateResult
     from locus.delta import WeightDelta
     from locus.fact import Fact
     from locus.model import Model
@@ -29,10 +31,11 @@ def audit(
     text: Path | None = None,
     control: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     mask: Path | None = None,
+    gate: Path | None = None,
     loading: Loading = Loading(),
     running: Running = Running(),
     talking: Talking = Talking(),
-) -> None:
+) -> int:
     """Judge an edit: what was forgotten, what survived, what came back, beside controls.
 
     Args:
@@ -45,11 +48,14 @@ def audit(
         text: Neutral paragraphs; the default is a text that comes with locus.
         control: Further controls: the same edit with a random mask of the same size, given like EDITED.
         mask: The mask the edit had to keep to; changes outside it are counted.
+        gate: A TOML file of thresholds and verdicts; exit 3 if one fails or its evidence is missing.
     """
     from locus.artefact import lock
     from locus.audit import AuditSettings
+    from locus.audit.gate import check_gate, read_gate
     from locus.fact import neutral_text, read_facts
 
+    wanted = None if gate is None else read_gate(gate)
     settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
     loaded = loading.load(base)
     forget = running.facts(facts)
@@ -59,7 +65,10 @@ def audit(
             loaded, {"edited": edited}, control, forget, kept, neutral_text(text), settings, loading, mask
         )
         written = write(done, out)
-    talking.finish(written, _table(done, out))
+    results = [] if wanted is None else check_gate(done, wanted)
+    failed = [r for r in results if not r.passed]
+    talking.finish({**written, "gate": [dataclasses.asdict(r) for r in results]}, _table(done, out, results))
+    return 3 if failed else 0
 
 
 def audit_into(
@@ -138,10 +147,16 @@ def _read(path: str, loading: Loading) -> WeightDelta | Model:
     return loading.load(path)
 
 
-def _table(done: Audit, folder: Path) -> Any:
+def _table(done: Audit, folder: Path, gate: Sequence[GateResult]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
     from locus.report import terminal_table
 
-    return Group(terminal_table(done), Text(f"the evidence: {folder / 'report.html'}"))
+    lines = [
+        Text(
+            f"gate {'passed' if r.passed else 'FAILED'}  {r.edit}: {r.what}: wanted {r.wanted}, found {r.found}"
+        )
+        for r in gate
+    ]
+    return Group(terminal_table(done), *lines, Text(f"the evidence: {folder / 'report.html'}"))
