@@ -40,6 +40,14 @@ class Questions:
     def __len__(self) -> int:
         return len(self.facts)
 
+    def take(self, indices: Sequence[int]) -> Questions:
+        """Some of the questions, in the order of `indices`."""
+        return Questions(
+            tuple(self.facts[i] for i in indices),
+            tuple(self.examples[i] for i in indices),
+            tuple(self.encoded[i] for i in indices),
+        )
+
 
 @dataclass(frozen=True)
 class Answers:

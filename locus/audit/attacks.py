@@ -41,7 +41,7 @@ WHY_NOT: Mapping[str, str] = {
     "choice.letter": "no forget fact has wrong alternatives",
     "familiarity.probability": "no forget fact has wrong alternatives",
     "generation.rouge": "needs rouge-score: pip install locus-unlearn[rouge]",
-    "probe.top1": "needs 20 retained prompts to train on, and held-out facts",
+    "probe.top1": "needs 10 retained prompts to train on, and held-out facts",
     "depth.erased": "needs a model retrained without the forget set",
     "soft_prompt.prob": "needs two forget facts, and room in the context",
     "tofu.forget_quality": "needs a model retrained without the forget set",

@@ -158,7 +158,9 @@ def merge(audits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     first = documents[0][1]
     if len(documents) == 1:
         return dict(first)
-    states, comparisons, verdicts, headlines = [first["states"][0]], [], {}, {}
+    states, comparisons = [first["states"][0]], []
+    verdicts: dict[str, Any] = {}
+    headlines: dict[str, str] = {}
     answers: dict[tuple[str, str], dict[str, Any]] = {}
     for audit, doc in documents:
         edits = [s for s in doc["states"] if s["role"] == "edit"]

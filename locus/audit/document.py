@@ -61,7 +61,7 @@ def document(audit: Audit) -> dict[str, Any]:
                 "key": c.key,
                 "against": c.against,
                 "outcome": c.outcome,
-                **interval_json(c.difference),
+                **(interval_json(c.difference) or {}),
             }
             for edit in audit.edits
             for c in compare_states(edit, base, controls, standards)
@@ -79,7 +79,7 @@ def document(audit: Audit) -> dict[str, Any]:
 
 def headline(verdicts: Sequence[Verdict]) -> str:
     """One line: what was forgotten, what survived, what broke, what leaks."""
-    said = {v.question: v.answer for v in verdicts}
+    said: dict[str, str] = {v.question: v.answer for v in verdicts}
     words = {
         "forgotten": {"yes": "Forgotten", "partly": "Only partly forgotten", "no": "Not forgotten"},
         "general": {
@@ -97,8 +97,16 @@ def headline(verdicts: Sequence[Verdict]) -> str:
             "partly": "neutral text reads differently",
             "no": "the model is broken",
         },
-        "hidden": {"no": "still readable in inner layers", "partly": "partly readable in inner layers"},
-        "returns": {"no": "comes back under attack", "partly": "partly comes back under attack"},
+        "hidden": {
+            "yes": "gone from inner layers",
+            "partly": "partly readable in inner layers",
+            "no": "still readable in inner layers",
+        },
+        "returns": {
+            "yes": "stays away under attack",
+            "partly": "partly comes back under attack",
+            "no": "comes back under attack",
+        },
     }
     missing = {"unclear": "no verdict on {}", "not measured": "{} not measured"}
     names = {
@@ -187,11 +195,11 @@ def _ratios(one: Measurement, base: Measurement) -> dict[str, Any]:
     if one.text is not None and base.text is not None:
         rise = difference(one.text.nll_items, base.text.nll_items)
         if rise is not None:
-            ends = (
+            mean, low, high = (
                 math.exp(min(x, 700.0)) if math.isfinite(x) else math.inf
                 for x in (rise.mean, rise.low, rise.high)
             )
-            perplexity = Interval(*ends, rise.n, rise.n_items)
+            perplexity = Interval(mean, low, high, rise.n, rise.n_items)
     found = {
         "remaining": beside("forget.prob"),
         "kept": beside("held_out.top1"),

@@ -162,7 +162,7 @@ def _found(state: Mapping[str, Any], t: Threshold) -> tuple[float | None, float 
     """What is held against the lower and against the upper bound."""
     if t.table == "change":
         value = None if state["change"] is None else state["change"].get(t.key)
-        return value, value
+        return (None, None) if value is None else (float(value), float(value))
     figure = state[t.table].get(t.key)
     if figure is None:
         return None, None

@@ -88,7 +88,7 @@ def generate(
                     use_cache=True,
                 )
             for i, row in zip(rows, tokens[:, length:].tolist(), strict=True):
-                out[i] = model.tokenizer.decode(row, skip_special_tokens=True)
+                out[i] = str(model.tokenizer.decode(row, skip_special_tokens=True))
     return out
 
 

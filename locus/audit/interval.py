@@ -158,7 +158,8 @@ def _grouped(items: Items) -> tuple[Array, Array]:
     index = {group: i for i, group in enumerate(dict.fromkeys(items.groups))}
     owner = np.array([index[group] for group in items.groups])
     values = items.values.double().numpy()
-    return np.bincount(owner, weights=values), np.bincount(owner).astype(np.float64)
+    sums: Array = np.bincount(owner, weights=values).astype(np.float64)
+    return sums, np.bincount(owner).astype(np.float64)
 
 
 def _draws(n: int, seed: int) -> Array:

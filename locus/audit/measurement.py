@@ -42,8 +42,9 @@ class Measurement:
 
 def _of(kind: str, what: Literal["prob", "top1", "surprise"]) -> Callable[[Measurement], Items | None]:
     def read(m: Measurement) -> Items | None:
-        answers = m.answers.get(kind)
-        return None if answers is None else getattr(answers, what)
+        if (answers := m.answers.get(kind)) is None:
+            return None
+        return {"prob": answers.prob, "top1": answers.top1, "surprise": answers.surprise}[what]
 
     return read
 
@@ -55,7 +56,8 @@ def _lens(k: int, end: str) -> Callable[[Measurement], Items | None]:
 def _rounded(fmt: Format, kind: Literal["forget", "held_out"]) -> Callable[[Measurement], Items | None]:
     def read(m: Measurement) -> Items | None:
         for one in m.rounding:
-            if one.format == fmt and len((answers := getattr(one, kind)).facts):
+            answers = one.forget if kind == "forget" else one.held_out
+            if one.format == fmt and answers.facts:
                 return answers.prob if kind == "forget" else answers.top1
         return None
 

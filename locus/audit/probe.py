@@ -24,7 +24,7 @@ from locus.model import Model
 from locus.tokens import Encoded
 
 RIDGE = 1.0
-MIN_TRAINING = 20
+MIN_TRAINING = 10
 
 
 def run(state: State, context: Context) -> Mapping[str, Items]:
@@ -34,7 +34,7 @@ def run(state: State, context: Context) -> Mapping[str, Items]:
         training = _training(model, context)
         if training is None or held_out is None:
             return {}
-        rows = model.module.get_submodule(model.atlas.unembed).weight.detach().float().cpu()  # type: ignore[union-attr, operator]
+        rows = model.module.get_parameter(f"{model.atlas.unembed}.weight").detach().float().cpu()
         taught = last_states(model, training.encoded, context.max_tokens)
         tuned = last_states(model, held_out.encoded, context.max_tokens)
         tested = last_states(model, forget.encoded, context.max_tokens)
@@ -85,7 +85,8 @@ def hits(
     known = rows[options]
     known = torch.nn.functional.normalize(known - known.mean(0), dim=1)
     scores = torch.nn.functional.normalize(read - rows[options].mean(0), dim=1) @ known.T
-    return (options[scores.argmax(1)] == answers).float()
+    found: Tensor = options[scores.argmax(1)] == answers
+    return found.float()
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def relearn(model: Model, forget: Questions, attack: RelearnAttack, max_tokens: 
         raise InputError(
             "relearn: half of one fact cannot be taught; the attack needs at least two forget facts"
         )
-    taught, tested = (_take(forget, half) for half in halves(forget.facts, attack.seed))
+    taught, tested = (forget.take(half) for half in halves(forget.facts, attack.seed))
     curve: list[tuple[Answers, Answers]] = [(ask(model, taught, max_tokens), ask(model, tested, max_tokens))]
     training = _full(model) if attack.method == "full" else _adapters(model, attack)
     lr = attack.lr if attack.lr is not None else {"full": 5e-5, "lora": 5e-3}[attack.method]
@@ -106,15 +106,6 @@ def relearn(model: Model, forget: Questions, attack: RelearnAttack, max_tokens: 
     )
 
 
-def _take(questions: Questions, indices: Sequence[int]) -> Questions:
-    return Questions(
-        *(
-            tuple(column[i] for i in indices)
-            for column in (questions.facts, questions.examples, questions.encoded)
-        )
-    )
-
-
 @torch.enable_grad()
 def _accumulate(model: Model, encoded: Sequence[Encoded], max_tokens: int) -> float:
     """Gradients of the mean NLL per target token over all examples; returns that mean in nats."""
@@ -122,7 +113,7 @@ def _accumulate(model: Model, encoded: Sequence[Encoded], max_tokens: int) -> fl
     total = 0.0
     for batch in batches(encoded, max_tokens):
         loss = label_nll(label_logits(model, batch), batch).sum() / n_labels
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     return total
 

@@ -6,7 +6,7 @@ forgotten data directly); the untaught half keeps it from simply storing the ans
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,17 +45,16 @@ def run(state: State, context: Context) -> Mapping[str, Items]:
         longest = max(len(e.ids) for e in forget.encoded) + SoftPrompt().n_tokens
         if model.context_length is not None and longest > model.context_length:
             return {}
-        prob = attack(model, _take(forget, taught), _take(forget, tested), SoftPrompt(), context.max_tokens)
+        prob = attack(model, forget.take(taught), forget.take(tested), SoftPrompt(), context.max_tokens)
     return {"soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob)}
 
 
 def attack(model: Model, taught: Questions, tested: Questions, how: SoftPrompt, max_tokens: int) -> Tensor:
     """Fit the embeddings on `taught`; returns p(target) of `tested` under them."""
-    embed = model.module.get_submodule(model.atlas.embed)
-    spread = embed.weight.detach().float().std()  # type: ignore[operator, union-attr]
-    width = embed.weight.shape[1]  # type: ignore[union-attr, index]
+    table = model.module.get_parameter(f"{model.atlas.embed}.weight").detach()
+    spread, width = table.float().std(), table.shape[1]
     start = 0 if model.bos is None else 1
-    noise = torch.randn(how.n_tokens, int(width), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(how.n_tokens, width, generator=torch.Generator().manual_seed(0))
     soft = (noise.to(spread.device) * spread).requires_grad_(True)
 
     def put(hidden: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def attack(model: Model, taught: Questions, tested: Questions, how: SoftPrompt, 
                 optimizer.zero_grad()
                 for batch in prefixed:
                     loss = label_nll(label_logits(model, batch), batch).sum() / n_labels
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                 optimizer.step()
                 line.advance()
         with torch.no_grad():
@@ -84,11 +83,3 @@ def _prefixed(encoded: Encoded, start: int, n: int) -> Encoded:
     ids = (*encoded.ids[:start], *([encoded.ids[0]] * n), *encoded.ids[start:])
     tokens = (*encoded.tokens[:start], *(["soft"] * n), *encoded.tokens[start:])
     return Encoded(ids, encoded.target_start + n, None, tokens)
-
-
-def _take(questions: Questions, indices: Sequence[int]) -> Questions:
-    return Questions(
-        tuple(questions.facts[i] for i in indices),
-        tuple(questions.examples[i] for i in indices),
-        tuple(questions.encoded[i] for i in indices),
-    )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from locus.audit.context import Context
 from locus.audit.interval import Items
@@ -25,6 +25,7 @@ class Found:
     """Figure key -> one number for the whole set."""
 
 
+@runtime_checkable
 class Suite(Protocol):
     """A benchmark that was read from disk."""
 

@@ -152,26 +152,47 @@ def _general(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
 
 
 def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
-    key, what = "held_out.top1", "held-out facts"
+    """Held-out facts decide; neighbours, where they were measured, can only make it worse."""
+    keys = ("held_out.top1", "neighbour.top1")
+    judged = [
+        one
+        for key, what in zip(keys, ("held-out facts", "neighbours"), strict=True)
+        if (one := _kept(edit, base, key, what, s)) is not None
+    ]
+    if not judged:
+        sentence = "Other facts: not measured, there are neither held-out facts nor neighbours."
+        return _unmeasured("spared", sentence, keys)
+    answer = judged[0][0]
+    if answer == "yes" and len(judged) > 1 and judged[1][0] in ("partly", "no"):
+        answer = "partly"
+    words = {
+        "yes": "Other facts survived",
+        "partly": "Some other facts were lost",
+        "no": "Other facts were lost",
+        "unclear": "No verdict on other facts, too few or too close",
+    }
+    told = "; ".join(sentence for _, sentence in judged)
+    return Verdict("spared", answer, f"{words[answer]}: {told}.", keys[: len(judged)])
+
+
+def _kept(
+    edit: Measurement, base: Measurement, key: str, what: str, s: Standards
+) -> tuple[Answer, str] | None:
+    """How many right answers of one kind are left; None where that was not measured."""
     after, before = _pair(edit, base, key)
     if after is None or before is None:
-        key, what = "neighbour.top1", "neighbours"
-        after, before = _pair(edit, base, key)
-    if after is None or before is None:
-        sentence = "Other facts: not measured, there are neither held-out facts nor neighbours."
-        return _unmeasured("spared", sentence, ("held_out.top1", "neighbour.top1"))
+        return None
+    told = f"{what} right {_pct(_mean(before))} → {_pct(_mean(after))}"
     kept, drop = ratio(after, before), difference(after, before)
-    told = f"{what} answered right {_pct(_mean(before))} → {_pct(_mean(after))}"
     if kept is None or drop is None or drop.n < s.min_facts:
-        return Verdict("spared", "unclear", f"No verdict on other facts: {told}.", (key,))
-    told += f", {_pct(kept.mean)} as often as before"
+        return "unclear", told
+    if _mean(before) < 0.995:
+        told += f", {_pct(kept.mean)} as often as before"
     if kept.mean >= s.spared and kept.low >= s.spared_low:
-        return Verdict("spared", "yes", f"Other facts survived: {told}.", (key,))
-    if kept.mean < s.spared_low and drop.high < 0:
-        return Verdict("spared", "no", f"Other facts were lost: {told}.", (key,))
-    if drop.high < 0:
-        return Verdict("spared", "partly", f"Some other facts were lost: {told}.", (key,))
-    return Verdict("spared", "unclear", f"Too few held-out facts to tell: {told}.", (key,))
+        return "yes", told
+    if drop.high >= 0:
+        return "unclear", told
+    return ("no" if kept.mean < s.spared_low else "partly"), told
 
 
 def _intact(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
@@ -263,7 +284,9 @@ def _rounding_return(edit: Measurement, base: Measurement, fmt: str) -> Interval
 
 
 def _localized(edit: Measurement, controls: Sequence[Measurement], s: Standards) -> Verdict:
-    keys = ("forget.prob", "paraphrase.top1", "held_out.top1", "text.kl")
+    keys = (
+        "forget.prob", "paraphrase.top1", "held_out.top1", "neighbour.top1", "text.kl", "lens.top10", "relearn.prob",
+    )  # fmt: skip
     if not controls:
         sentence = "Location: not measured, no control edits with random masks were given."
         return _unmeasured("localized", sentence, keys)
@@ -306,6 +329,8 @@ def _mean(items: Items) -> float:
 
 
 def _pct(value: float) -> str:
+    if 0 < value < 0.0005:
+        return "< 0.1 %"
     return f"{100 * value:.1f} %" if 0 < abs(value) < 0.095 else f"{100 * value:.0f} %"
 
 

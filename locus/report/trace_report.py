@@ -81,7 +81,8 @@ def trace_report(trace: Trace, folder: str | Path) -> Path:
 
     Facts are drawn until 60,000 cells are on the page; the page says how many are left to the artefact.
     """
-    drawn, cells = [], 0
+    drawn: list[dict[str, Any]] = []
+    cells = 0
     for fact in trace.facts:
         cells += sum(grid.numel() for grid in fact.scores.values())
         if drawn and cells > _MOST_CELLS:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from locus.audit import Audit, AuditSettings, RelearnAttack, audit, read_audit
+from locus.audit.attacks import ATTACKS
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.mask import WeightMask
@@ -108,7 +109,9 @@ def test_what_was_not_measured_is_missing_and_never_a_pass() -> None:
         "returns",
         "localized",
     }
-    assert {m["what"] for m in done.document()["missing"]} == {
+    missing = {m["what"] for m in done.document()["missing"]}
+    assert {f"attack {name}" for name in ATTACKS} <= missing
+    assert {what for what in missing if not what.startswith("attack ")} == {
         "paraphrases",
         "neighbours",
         "held-out facts",

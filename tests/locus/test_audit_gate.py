@@ -60,7 +60,9 @@ def _document(**edits: tuple[float, float]) -> dict[str, Any]:
         "verdicts": {name: answers(f, k) for name, (f, k) in edits.items()},
         "headline": dict.fromkeys(edits, "Said."),
         "comparisons": [],
-        "facts": [{"id": "a", "group": "forget", "states": dict.fromkeys(["base", *edits], {"prob": 0.0})}],
+        "facts": [
+            {"id": "a", "group": "forget", "states": {name: {"prob": 0.0} for name in ["base", *edits]}}
+        ],
         "missing": [],
         "seconds": 1.0,
     }
@@ -134,7 +136,7 @@ def test_a_gate_that_cannot_be_read_is_refused(tmp_path: Path, text: str, messag
 
 
 def test_pareto_keeps_what_no_other_beats() -> None:
-    assert pareto([[1, 5], [2, 4], [1, 4], [2, 4]]) == [True, True, False, True]
+    assert pareto([[1.0, 5.0], [2.0, 4.0], [1.0, 4.0], [2.0, 4.0]]) == [True, True, False, True]
     assert pareto([[1.0]]) == [True] and pareto([[], []]) == [True, True]
 
 
