@@ -118,7 +118,7 @@ def edit_into(
     )
     delta.save(folder / DELTA)
     with atomic_file(folder / HISTORY) as path:
-        path.write_text("".join(json.dumps(record) + "\n" for record in history), "utf-8")
+        path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in history), "utf-8")
     save_json(
         folder / ABOUT,
         "edit",

@@ -94,7 +94,9 @@ def test_nan_in_the_weights(facts, tmp_path, capsys):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _refused(capsys, COMMANDS["trace"](folder, facts, tmp_path / "out"), "layers.0.mlp.down_proj.weight", "NaN")
+    _refused(
+        capsys, COMMANDS["trace"](folder, facts, tmp_path / "out"), "layers.0.mlp.down_proj.weight", "NaN"
+    )
 
 
 def test_a_mask_or_delta_of_another_model(folder, facts, tmp_path, capsys):
@@ -108,7 +110,7 @@ def test_a_mask_or_delta_of_another_model(folder, facts, tmp_path, capsys):
     checkpoint = tmp_path / "checkpoint"
     delta = out / "delta.safetensors"
     capsys.readouterr()
-    _refused(capsys, ["export", folder, "--delta", delta, "-o", checkpoint], "base")
+    _refused(capsys, ["export", folder, "--delta", delta, "-o", checkpoint], "made from")
     assert not checkpoint.exists()
     _refused(capsys, ["export", other, "--delta", mask, "-o", checkpoint], "mask")
     delta.write_bytes(delta.read_bytes()[:-10])
@@ -133,7 +135,9 @@ def test_a_finished_folder_is_not_overwritten(folder, facts, tmp_path, capsys):
 
 
 def test_json_is_one_object_on_stdout(folder, facts, tmp_path, capsys):
-    assert execute([str(a) for a in ["locate", folder, facts, "-o", tmp_path / "m.safetensors", "--json"]]) == 0
+    assert (
+        execute([str(a) for a in ["locate", folder, facts, "-o", tmp_path / "m.safetensors", "--json"]]) == 0
+    )
     out = capsys.readouterr().out
     assert json.loads(out)["neurons"] >= 1
     assert out.count("\n") == 1
@@ -171,5 +175,3 @@ def test_help_is_quick_and_heavy_libraries_stay_out():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "trace" in done.stdout
     assert done.stdout.strip().endswith("[]")
-
-

@@ -12,12 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from locus.cli import execute
 from tests.tiny import save_tiny, tiny_model
 
 FACTS = [
-    {"id": f"f{i}", "prompt": f"The {word} Tower is in the city of", "target": " Paris", "subject": f"{word} Tower"}
+    {
+        "id": f"f{i}",
+        "prompt": f"The {word} Tower is in the city of",
+        "target": " Paris",
+        "subject": f"{word} Tower",
+    }
     for i, word in enumerate(("Eiffel", "Gothic", "Marble", "Silver", "Wooden", "Copper"))
 ]
 
@@ -44,7 +50,7 @@ def _in(place: Path, argv: list[str]) -> int:
 
 def _killed(place: Path, argv: list[str], ready: Callable[[], bool]) -> None:
     """Run the command in a process of its own, and kill it as soon as `ready` holds."""
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, "-m", "locus", *argv], cwd=place, env=environment, stderr=subprocess.PIPE
     )
@@ -60,7 +66,18 @@ def _killed(place: Path, argv: list[str], ready: Callable[[], bool]) -> None:
 
 
 def test_trace(world):
-    command = ["trace", "model", "facts.jsonl", "--samples", "60", "--engine", "plain", "--batch-tokens", "64", "-q"]
+    command = [
+        "trace",
+        "model",
+        "facts.jsonl",
+        "--samples",
+        "60",
+        "--engine",
+        "plain",
+        "--batch-tokens",
+        "64",
+        "-q",
+    ]
     assert _in(world, [*command, "-o", "whole"]) == 0
     out = world / "broken"
     _killed(world, [*command, "-o", "broken"], lambda: len(list(out.rglob("*.safetensors"))) >= 2)
