@@ -10,7 +10,7 @@ demo: $(STAMP)  ## a real model forgets a handful of facts, with the evidence: a
 	$(BIN)/locus run demo.toml -o demo --resume
 
 test: check  ## everything that must hold before a change lands
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)  ## style, types, the direction of imports
 	$(BIN)/ruff check .
