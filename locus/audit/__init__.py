@@ -1,6 +1,6 @@
 """Did it really go, and what else went: one set of questions and attacks for the base, the edits and the controls."""
 
-from locus.audit.audit import Audit, AuditSettings, ask_about, audit, measure_model, read_audit
+from locus.audit.examine import Audit, AuditSettings, ask_about, audit, measure_model, read_audit
 from locus.audit.figure import FIGURES, Figure
 from locus.audit.interval import Interval, Items
 from locus.audit.measurement import Measurement

@@ -38,7 +38,7 @@ from locus.audit.measurement import Measurement
 from locus.audit.verdict import Verdict, compare_states, judge, recovered
 
 if TYPE_CHECKING:
-    from locus.audit.audit import Audit
+    from locus.audit.examine import Audit
 
 SCHEMA = 1
 

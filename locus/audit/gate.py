@@ -12,7 +12,7 @@ from locus.audit.figure import FIGURES
 from locus.errors import InputError
 
 if TYPE_CHECKING:
-    from locus.audit.audit import Audit
+    from locus.audit.examine import Audit
 
 RATIOS = ("kept", "perplexity", "remaining", "recovered")
 QUESTIONS = ("forgotten", "general", "spared", "intact", "hidden", "returns", "localized")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from locus.audit.answers import ask, questions_of
-from locus.audit.audit import ask_about
+from locus.audit.examine import ask_about
 from locus.audit.leak import look_inside
 from locus.audit.relearn import RelearnAttack, halves, relearn
 from locus.audit.rounding import rounded, survive_rounding

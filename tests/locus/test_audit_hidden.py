@@ -9,8 +9,8 @@ import torch
 
 from locus.audit import choice, depth, familiarity, generation, probe, prompts, soft_prompt
 from locus.audit.attacks import ATTACKS, FIGURES_OF, attack_all, attacks_of
-from locus.audit.audit import ask_about
 from locus.audit.context import Context
+from locus.audit.examine import ask_about
 from locus.audit.figure import FIGURES
 from locus.audit.state import State
 from locus.delta import WeightDelta
