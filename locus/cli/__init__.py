@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +23,8 @@ def execute(argv: Sequence[str]) -> int:
 
     debug = "--debug" in argv
     try:
-        code = app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
+        with _plain_warnings():
+            code = app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (InputError, CycloptsError) as error:
@@ -41,6 +44,19 @@ def execute(argv: Sequence[str]) -> int:
         return _say(
             f"{type(error).__name__}: {_first_line(error)} (a fault of locus; --debug shows where)", 1
         )
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line for a person: what is said, not where in the code."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, UserWarning):
+            print(f"locus: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _say(message: str, code: int) -> int:
