@@ -55,7 +55,7 @@ def _plain_warnings() -> Iterator[None]:
             print(f"locus: note: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
 
 

@@ -60,7 +60,9 @@ def place(tmp_path_factory):
     for name, words, held_out in (("forget", WORDS[:3], False), ("retain", WORDS[3:], True)):
         lines = (json.dumps(fact) + "\n" for fact in _facts(words, held_out))
         (place / f"{name}.jsonl").write_text("".join(lines))
-    (place / "text.txt").write_text("The cat sat on the mat and looked at the rain.\n\nA dog barked at the gate.\n")
+    (place / "text.txt").write_text(
+        "The cat sat on the mat and looked at the rain.\n\nA dog barked at the gate.\n"
+    )
     (place / "walk.toml").write_text(CONFIG.format(place=place, budget="10%"))
     assert execute(["run", str(place / "walk.toml"), "-o", str(place / "out"), "-q"]) == 0
     return place
@@ -100,7 +102,10 @@ def test_the_exported_folder_gives_the_edited_models_logits(place):
 def test_revert_gives_the_base_bit_for_bit_and_diff_stays_on_the_mask(place, capsys):
     out = place / "out"
     delta = out / "edit" / "delta.safetensors"
-    assert execute(["revert", str(out / "checkpoint"), "--delta", str(delta), "-o", str(place / "back"), "-q"]) == 0
+    assert (
+        execute(["revert", str(out / "checkpoint"), "--delta", str(delta), "-o", str(place / "back"), "-q"])
+        == 0
+    )
     for shard in sorted((place / "model").glob("*.safetensors")):
         assert (place / "back" / shard.name).read_bytes() == shard.read_bytes()
     capsys.readouterr()
@@ -121,7 +126,9 @@ def test_resume_takes_finished_stages_and_remakes_what_depends_on_a_change(place
     (place / "other.toml").write_text(CONFIG.format(place=place, budget="20%"))
     assert execute(["run", str(place / "other.toml"), "-o", str(out), "--resume"]) == 0
     assert capsys.readouterr().err.count("done before") == 1
-    assert (out / "trace" / "trace.safetensors").stat().st_mtime_ns == stamps[out / "trace" / "trace.safetensors"]
+    assert (out / "trace" / "trace.safetensors").stat().st_mtime_ns == stamps[
+        out / "trace" / "trace.safetensors"
+    ]
     assert (out / "mask.safetensors").stat().st_mtime_ns != stamps[out / "mask.safetensors"]
 
 
@@ -133,7 +140,10 @@ def test_resume_takes_finished_stages_and_remakes_what_depends_on_a_change(place
         ("[model]\nname='x'\n", ("[facts]",)),
         ("[model]\nname='x'\n[facts]\nforget='f'\n[edit]\n", ("[locate]",)),
         ("[model]\nname='x'\n[facts]\nforget='f'\n[locate]\nmethod='nope'\n", ("nope",)),
-        ("[model]\nname='x'\n[facts]\nforget='f'\n[locate]\n[edit]\nlearning_rate=1\n", ("[edit]", "learning-rate")),
+        (
+            "[model]\nname='x'\n[facts]\nforget='f'\n[locate]\n[edit]\nlearning_rate=1\n",
+            ("[edit]", "learning-rate"),
+        ),
         ("[model]\nname='x'\nlr=3\n[facts]\nforget='f'\n", ("lr",)),
     ],
 )

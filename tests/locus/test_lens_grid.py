@@ -37,7 +37,9 @@ def test_entropy_and_kl_are_what_their_names_say():
     lens = lens_logits(model, seen.outputs[first][0]).softmax(-1)
     position = 2
     entropy = -sum(float(p) * float(p.log()) for p in lens[position] if p > 0)
-    divergence = sum(float(f) * float((f / p).log()) for f, p in zip(final[position], lens[position], strict=True) if f > 0)
+    divergence = sum(
+        float(f) * float((f / p).log()) for f, p in zip(final[position], lens[position], strict=True) if f > 0
+    )
     assert float(grid.entropy[0, position]) == pytest.approx(entropy, rel=1e-4)
     assert float(grid.kl[0, position]) == pytest.approx(divergence, rel=1e-3)
 
