@@ -9,7 +9,7 @@ from typing import Any
 
 from locus.artefact import atomic_file
 from locus.report.chart import Chart, HeatMap, Series
-from locus.report.page import count, percent, write_page
+from locus.report.page import count, number, percent, write_page
 from locus.trace import TOKEN_CLASSES, FactTrace, Trace
 
 KIND_NAMES = {"block": "block output", "mlp": "MLP output", "attn": "attention output"}
@@ -64,7 +64,7 @@ def plot_trace(trace: FactTrace, path: str | Path) -> Path:
         axis.set_xticks([0.5 + i for i in marks], [str(i) for i in marks], fontsize=8)
         bar = figure.colorbar(drawn, ax=axis, shrink=0.8, aspect=28)
         bar.ax.tick_params(labelsize=7)
-        bar.ax.set_title("p", fontsize=8)
+        bar.ax.set_title("p" if _is_probability(trace) else "score", fontsize=8)
     title = (
         f"p({_plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
     )
@@ -89,40 +89,45 @@ def trace_report(trace: Trace, folder: str | Path) -> Path:
             break
         drawn.append({"fact": fact, "maps": [_heat_map(fact, kind) for kind in fact.kinds]})
     average, total = trace.average(), trace.average_total()
+    shares = all(_is_probability(fact) for fact in trace.facts)
     return write_page(
         Path(folder) / "report.html",
         "trace.html.j2",
         trace=trace,
         total=total,
         headline=headline(average, total),
-        charts=[_average_chart(kind, classes) for kind, classes in average.items()],
+        charts=[_average_chart(kind, classes, shares) for kind, classes in average.items()],
         facts=drawn,
         left_out=len(trace.facts) - len(drawn),
         forwards=sum(f.patched_forwards for f in trace.facts),
         engines=sorted({f.engine for f in trace.facts}),
+        shown=percent if shares else number,
         percent=percent,
         count=count,
     )
 
 
 def headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapping[str, float]) -> str:
-    """One sentence: where, of the inner sites, restoring a clean state brings back most."""
-    best: tuple[float, str, str, int] | None = None
+    """Where, for each kind of inner site, restoring a clean state brings back most.
+
+    Whole blocks are left out beside other kinds: restoring one late at the last token is the answer itself.
+    """
+    if total["total_effect"] <= 0:
+        return "The corruption does not take the answer away: there is nothing to restore."
+    parts = []
     for kind, classes in average.items():
-        if kind == "block" and len(average) > 1:
-            continue  # restoring a whole block late at the last token is the answer itself
-        for name, curve in classes.items():
-            layer = max(range(len(curve["effect"])), key=lambda i: curve["effect"][i])
-            if best is None or curve["effect"][layer] > best[0]:
-                best = (curve["effect"][layer], kind, name, layer)
-    if best is None or total["total_effect"] <= 0:
-        return "Corrupting the subject does not lower the answer's probability: there is nothing to restore."
-    effect, kind, name, layer = best
-    share = effect / total["total_effect"]
-    return (
-        f"Restoring the {KIND_NAMES.get(kind, kind)} around layer {layer} at the {_CLASS_NAMES[name]} "
-        f"brings back most: {percent(share)} of what the corruption took."
-    )
+        if (kind == "block" and len(average) > 1) or not classes:
+            continue
+        name, layer = max(
+            ((name, layer) for name, curve in classes.items() for layer in range(len(curve["effect"]))),
+            key=lambda site: classes[site[0]]["effect"][site[1]],
+        )
+        share = classes[name]["effect"][layer] / total["total_effect"]
+        back = "all" if share >= 0.995 else percent(max(0.0, share))
+        parts.append(
+            f"{KIND_NAMES.get(kind, kind)} at the {_CLASS_NAMES[name]} around layer {layer} ({back})"
+        )
+    return f"What brings most of the answer back: {', '.join(parts)}."
 
 
 def _heat_map(fact: FactTrace, kind: str) -> HeatMap:
@@ -141,7 +146,7 @@ def _heat_map(fact: FactTrace, kind: str) -> HeatMap:
     )
 
 
-def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]]) -> Chart:
+def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]], shares: bool) -> Chart:
     series = []
     for name in TOKEN_CLASSES:
         if name not in classes or name not in _CLASS_CSS:
@@ -151,6 +156,8 @@ def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]]) -> Chart
         label = _CLASS_NAMES[name]
         hover = [
             f"{label}, layer {i}: {100 * e:.2f} ± {100 * b:.2f} points, n = {curve['n']}"
+            if shares
+            else f"{label}, layer {i}: {e:.4g} ± {b:.2g}, n = {curve['n']}"
             for i, (e, b) in enumerate(zip(effect, band, strict=True))
         ]
         low = [e - b for e, b in zip(effect, band, strict=True)]
@@ -166,11 +173,12 @@ def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]]) -> Chart
                 hover=hover,
             )
         )
-    caption = (
-        "Average indirect effect: metric with that state restored minus the corrupted run's, mean over facts. "
-        "Bands: 95 %, 1.96 standard errors over facts."
-    )
-    return Chart(KIND_NAMES.get(kind, kind), caption, "layer", "effect", series)
+    return Chart(KIND_NAMES.get(kind, kind), "", "layer", "effect", series, percent=shares)
+
+
+def _is_probability(fact: FactTrace) -> bool:
+    """Whether the metric is the target's probability."""
+    return fact.clean_score == fact.clean_prob and fact.corrupted_score == fact.corrupted_prob
 
 
 def _labels(fact: FactTrace) -> list[str]:
