@@ -41,6 +41,7 @@ def estimate(
     cells: Sequence[Cell],
     *,
     points: int = 1,
+    through_logs: bool = True,
     batch_tokens: int = 4096,
 ) -> tuple[Float[Tensor, "cell draw"], Float[Tensor, " draw"]]:
     """First-order estimates of the metric in every cell, for each draw.
@@ -48,9 +49,10 @@ def estimate(
     Args:
         model: Left as it is.
         question: The two runs; the gradient is taken in the base run.
-        readout: The metric; "prob" and "first_prob" go through their logarithm, "rank" has no gradient.
+        readout: The metric; "rank" has no gradient.
         cells: Patches from the other run; what a cell pins to the base run has no first-order effect.
         points: 1 for the gradient in the base run; more for the mean over as many points between the runs.
+        through_logs: Estimate probabilities by way of their logarithm, which saturates less.
         batch_tokens: Tokens in one forward, at least one draw's.
 
     Returns:
@@ -62,7 +64,8 @@ def estimate(
     if readout.metric == "rank":
         raise InputError("the rank of a token has no gradient: choose another metric for attribution")
     sites = sorted({(p.site, layer) for cell in cells for p in cell.patches for layer in range(*p.layers)})
-    target = _in_logs(readout)
+    logs = through_logs and readout.metric in ("prob", "first_prob")
+    target = _in_logs(readout) if logs else readout
     per_batch = max(1, batch_tokens // question.n_pos)
     found, bases = [], []
     for first in range(0, question.samples, per_batch):
@@ -70,21 +73,18 @@ def estimate(
         base, products = _products(model, some, target, sites, points)
         changes = [_change(cell, products) for cell in cells]
         change = torch.stack(changes) if changes else base.new_zeros(0, len(base))
-        found.append(_out_of_logs(base + change, readout).cpu())
-        bases.append(_out_of_logs(base, readout).cpu())
+        found.append(_out_of_logs(base + change, logs).cpu())
+        bases.append(_out_of_logs(base, logs).cpu())
     return torch.cat(found, dim=1), torch.cat(bases)
 
 
 def _in_logs(readout: Readout) -> Readout:
-    if readout.metric == "prob":
-        return replace(readout, metric="logprob")
-    if readout.metric == "first_prob":
-        return replace(readout, metric="logprob", labels=readout.labels[:1])
-    return readout
+    labels = readout.labels[:1] if readout.metric == "first_prob" else readout.labels
+    return replace(readout, metric="logprob", labels=labels)
 
 
-def _out_of_logs(values: Tensor, readout: Readout) -> Tensor:
-    return values.clamp(max=0.0).exp() if readout.metric in ("prob", "first_prob") else values
+def _out_of_logs(values: Tensor, logs: bool) -> Tensor:
+    return values.clamp(max=0.0).exp() if logs else values
 
 
 def _change(cell: Cell, products: Mapping[_GradientSite, Tensor]) -> Float[Tensor, " draw"]:
