@@ -43,7 +43,9 @@ class Readout:
         own = logits.gather(-1, index)[..., 0]
         # Not own - logsumexp: rounding two logits of size 20 costs ten times the precision of their difference.
         below_top = logits - logits.amax(-1, keepdim=True)
-        token_logprob = below_top.gather(-1, index)[..., 0] - below_top.exp().sum(-1).log()
+        own_below = below_top.gather(-1, index)[..., 0]
+        mass = below_top.exp() if below_top.requires_grad else below_top.exp_()
+        token_logprob = own_below - mass.sum(-1).log()
         prob = token_logprob.sum(-1).exp()
         match self.metric:
             case "prob":

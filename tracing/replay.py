@@ -63,10 +63,15 @@ def answer_by_replay(
     while True:
         try:
             return _answer(model, question, cells, readout, budget)
-        except torch.OutOfMemoryError:
-            if budget <= question.n_pos:
+        except RuntimeError as error:
+            if not _out_of_memory(error) or budget <= question.n_pos:
                 raise
             budget //= 2
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the processor's own memory, had no room (for which torch has no error of its own)."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def default_budget(model: Model, question: Question) -> int:
