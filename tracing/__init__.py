@@ -25,13 +25,13 @@ LOCALIZERS = {
     "slimming": Slimming,
     "hard-concrete": HardConcrete,
     "imprint": Imprint,
-    "weights": WeightSaliency,
+    "weight-saliency": WeightSaliency,
     "random": RandomNeurons,
     "random-layers": RandomLayers,
     "largest-norm": LargestNorm,
     "all-neurons": AllNeurons,
 }
-"""Name on the command line -> localizer that scores neurons (or single weights: "weights")."""
+"""Name on the command line -> localizer that scores neurons (or single weights: "weight-saliency")."""
 
 __all__ = [
     "LOCALIZERS",

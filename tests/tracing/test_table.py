@@ -22,7 +22,7 @@ def test_every_localizer_gives_a_mask_of_its_model(name, arch):
     mask = scores.top(7)
     mask.check(model)
     assert mask.provenance["method"] == name
-    if name == "weights":
+    if name == "weight-saliency":
         assert mask.n_weights == 7
     else:
         assert int(mask.neurons_per_layer(model.atlas).sum()) == 7
