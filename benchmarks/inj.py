@@ -1,0 +1,195 @@
+"""INJ: does a localizer find the neurons that a sentence was written into?
+
+    python -m benchmarks.inj                        all methods, SmolLM2, 24 sentences, 1 % and 0.1 % of the neurons
+    python -m benchmarks.inj --model tiny --ratio 0.1 --tokens 6 --learning-rate 0.02 --neutral-weight 0
+                                                    a random model, in a minute
+    python -m benchmarks.inj --methods saliency imprint --ratio 0.01 --sentences 8
+
+For each sentence: a random share of every layer's down columns is trained on it until it is memorized
+(`injection`); every localizer then sees the changed model and the sentence, and names the top 1, 2 and 5 % of each
+layer's neurons. Recall is the share of the trained neurons that it names; intervals are the 2.5 and 97.5 %
+quantiles of the mean over 2,000 resamplings of the sentences. Seconds are processor time of one thread, a
+sentence. Injections are kept in --cache and taken from there the next time.
+
+Hyperparameters were chosen on the sentences of `DEV`, figures are for `TEST` (sentences.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from benchmarks.injection import Injection, baked, inject
+from benchmarks.sentences import DEV, TEST
+from locus.embedded import cache_folder
+from locus.fact import neutral_text
+from locus.model import Model, load_model
+from locus.scores import count_of
+from locus.tokens import Encoded, encode_text
+from tracing.activation import ActivationNorm
+from tracing.controls import LargestNorm, RandomNeurons
+from tracing.depn import PrivacyNeurons
+from tracing.imprint import Imprint
+from tracing.knowledge_neurons import KnowledgeNeurons
+from tracing.neuron_masks import HardConcrete, Slimming
+from tracing.saliency import ActivationGradient, GradientSaliency
+from tracing.zero_out import ZeroOut
+
+METHODS: dict[str, Any] = {
+    "random": RandomNeurons(),
+    "largest-norm": LargestNorm(),
+    "activation": ActivationNorm(),
+    "saliency": GradientSaliency(),
+    "saliency-signed": GradientSaliency(absolute="never"),
+    "saliency-positions": GradientSaliency(absolute="position"),
+    "activation-gradient": ActivationGradient(),
+    "integrated-gradients": KnowledgeNeurons(refine=False, steps=5),
+    "depn": PrivacyNeurons(steps=5),
+    "zero-out": ZeroOut(candidates=0.01),
+    "slimming": Slimming(),
+    "hard-concrete": HardConcrete(),
+    "imprint": Imprint(),
+    "imprint-alignment": Imprint(balance=0.0),
+    "imprint-balance": Imprint(alignment=0.0),
+}
+"""Name -> localizer with the settings it is judged with; the last two are the ablations of imprint."""
+SLOW = ("integrated-gradients", "depn", "zero-out", "slimming", "hard-concrete")
+TOP = (0.01, 0.02, 0.05)
+LEARNING_RATES = {0.01: 0.005, 0.001: 0.02}
+"""Share of neurons -> Adam's learning rate when injecting; fewer neurons have to move further."""
+NEUTRAL_TOKENS = 32
+
+
+def recall_at(values: Float[Tensor, "layer neuron"], truth: Int[Tensor, "layer k"], share: float) -> float:
+    """Share of the true neurons among each layer's top `share`."""
+    top = values.topk(count_of(share, values.shape[1]), dim=1).indices
+    found = (truth[:, :, None] == top[:, None, :]).any(-1)
+    return float(found.float().mean())
+
+
+def interval(values: Float[Tensor, " sentence"], draws: int = 2000) -> tuple[float, float]:
+    """2.5 and 97.5 % quantiles of the mean over resampled sentences (seeded)."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(values), (draws, len(values)), generator=generator)
+    low, high = values[index].mean(1).quantile(torch.tensor([0.025, 0.975]))
+    return float(low), float(high)
+
+
+def injections(
+    model: Model, sentences: Sequence[str], ratio: float, args: argparse.Namespace
+) -> list[tuple[Encoded, Injection]]:
+    """The sentences and what was written for each, made or taken from the cache."""
+    neutral = [encode_text(model, text, NEUTRAL_TOKENS)[0] for text in neutral_text()[:6]]
+    rate = args.learning_rate or LEARNING_RATES.get(ratio, 0.01)
+    dtype = getattr(torch, args.inject_dtype)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number, sentence in enumerate(sentences):
+        encoded = encode_text(model, sentence, args.tokens)[0]
+        name = f"{model.fingerprint[:12]}-{args.split}-{number}-{ratio}-{rate}.safetensors"
+        if not (args.cache / name).exists():
+            made = inject(
+                model,
+                encoded,
+                neutral,
+                ratio,
+                number,
+                learning_rate=rate,
+                neutral_weight=args.neutral_weight,
+                dtype=dtype,
+            )
+            made.save(args.cache / name)
+            about = f"loss {made.first_loss:.2f} -> {made.loss:.3f} in {made.steps} steps"
+            print(f"injected {ratio:g} #{number}: {about}, neutral KL {made.kl:.3f}", file=sys.stderr)
+        found.append((encoded, Injection.load(args.cache / name)))
+    return found
+
+
+def judge(
+    model: Model, cases: Sequence[tuple[Encoded, Injection]], method: str, localizer: Any
+) -> dict[str, Any]:
+    """Recall of one localizer over all sentences, with the seconds of one."""
+    rows, seconds = [], 0.0
+    for encoded, injection in cases:
+        with baked(model, injection):
+            start = time.process_time()
+            values = localizer.run(model, [encoded]).values
+            seconds += time.process_time() - start
+        rows.append([recall_at(values, injection.neurons, share) for share in TOP])
+    recalls = torch.tensor(rows)
+    return {
+        "method": method,
+        "recall": [float(r) for r in recalls.mean(0)],
+        "interval": [interval(column) for column in recalls.T],
+        "seconds": seconds / len(cases),
+        "sentences": len(cases),
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown."""
+    head = "| method | " + " | ".join(f"recall@{share:.0%}" for share in TOP) + " | s a sentence | n |"
+    lines = [head, "|" + "---|" * (len(TOP) + 3)]
+    for row in results:
+        cells = [
+            f"{r:.2f} [{low:.2f}, {high:.2f}]"
+            for r, (low, high) in zip(row["recall"], row["interval"], strict=True)
+        ]
+        figures = [*cells, f"{row['seconds']:.2f}", str(row["sentences"])]
+        lines.append(f"| {row['method']} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+def tiny() -> Model:
+    """A random Llama of 3 layers (from the tests' zoo)."""
+    from tests.tiny import tiny_model
+
+    return tiny_model("llama", intermediate_size=400)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Inject, locate, print; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help='a model, or "tiny"')
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.01, 0.001])
+    parser.add_argument("--sentences", type=int, default=len(TEST))
+    parser.add_argument("--slow-sentences", type=int, help=f"fewer for {', '.join(SLOW)}")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--learning-rate", type=float, help="Adam's when injecting")
+    parser.add_argument("--neutral-weight", type=float, default=1.0, help="of the KL on neutral text")
+    parser.add_argument("--inject-dtype", default="float32", help="of the frozen weights when injecting")
+    parser.add_argument("--tokens", type=int, default=64, help="cut sentences behind so many")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "inj")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    model = tiny() if args.model == "tiny" else load_model(args.model)
+    sentences = (TEST if args.split == "test" else DEV)[: args.sentences]
+    report: dict[str, Any] = {"model": model.name, "fingerprint": model.fingerprint, "ratios": {}}
+    for ratio in args.ratio:
+        cases = injections(model, sentences, ratio, args)
+        results = []
+        for method in args.methods:
+            few = args.slow_sentences if method in SLOW else None
+            results.append(judge(model, cases[:few], method, METHODS[method]))
+            print(f"{ratio:g} {json.dumps(results[-1])}", file=sys.stderr)
+        damage = sum(made.kl for _, made in cases) / len(cases)
+        print(f"\n{ratio:.1%} of every layer's neurons, neutral KL {damage:.3f} nats a token\n")
+        print(table(results), flush=True)
+        report["ratios"][f"{ratio:g}"] = {"neutral_kl": damage, "results": results}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
