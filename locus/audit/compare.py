@@ -185,6 +185,7 @@ def merge(audits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "verdicts": verdicts,
         "headline": headlines,
         "facts": facts,
+        "relations": [],
         "missing": [
             {"what": f"{name}: {m['what']}", "why": m["why"]}
             for name, doc in documents

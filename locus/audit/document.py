@@ -7,7 +7,7 @@ Schema, version 1 (fields are only ever added; a changed meaning raises the vers
     settings     as given; settings.standards are the verdicts' lines
     data         {kind of question: number of questions}, text_tokens
     metrics      {key: {label, section, better, unit, definition}}
-    states       [{name, role: base | edit | control, figures, ratios, curves, change, seconds}]
+    states       [{name, role: base | edit | control | reference, figures, ratios, curves, change, seconds}]
                  figures: {key: {mean, low, high, n, n_items} or null (not measured)}
                  ratios: {kept, perplexity, remaining, recovered: like figures} beside the base
                  curves: {lens: {k, top, bottom, n}, relearn: {steps, taught, tested, tested_top1, n_taught, n}}
@@ -15,6 +15,7 @@ Schema, version 1 (fields are only ever added; a changed meaning raises the vers
     verdicts     {edit: [{question, answer, sentence, evidence}]}
     headline     {edit: sentence}
     facts        [{id, group, prompt, target, paraphrases, states: {name: {prob, correct, ...}}}]
+    relations    [{relation, near, n, states: {name: share answered right}}] of held-out and retained facts
     missing      [{what, why}]
     versions, seconds
 
@@ -71,6 +72,7 @@ def document(audit: Audit) -> dict[str, Any]:
         },
         "headline": {name: headline(vs) for name, vs in verdicts.items()},
         "facts": _facts(audit),
+        "relations": _relations(audit),
         "missing": [dict(one) for one in audit.missing],
         "versions": dict(audit.versions),
         "seconds": rounded(audit.seconds),
@@ -260,6 +262,31 @@ def _facts(audit: Audit) -> list[dict[str, Any]]:
                     row["states"][m.name] |= _forget_detail(m, fact, i)
             rows.append(row)
     return rows
+
+
+def _relations(audit: Audit) -> list[dict[str, Any]]:
+    """Held-out facts by relation, those that share one with a forget fact first: the drawdown."""
+    asked = audit.questions.get("held_out")
+    if asked is None:
+        return []
+    forgotten = {audit.relations.get(fact) for fact in audit.questions["forget"].facts}
+    members: dict[str, list[int]] = {}
+    for i, fact in enumerate(asked.facts):
+        if fact in audit.relations:
+            members.setdefault(audit.relations[fact], []).append(i)
+    rows = [
+        {
+            "relation": relation,
+            "near": relation in forgotten,
+            "n": len(rows),
+            "states": {
+                m.name: rounded(float(m.answers["held_out"].correct[rows].double().mean()))
+                for m in audit.measurements
+            },
+        }
+        for relation, rows in members.items()
+    ]
+    return sorted(rows, key=lambda row: (not row["near"], row["relation"]))
 
 
 def _answer(m: Measurement, group: str, i: int) -> dict[str, Any]:

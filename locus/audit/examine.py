@@ -22,7 +22,7 @@ from locus.audit.leak import look_inside
 from locus.audit.measurement import Measurement
 from locus.audit.relearn import RelearnAttack, relearn
 from locus.audit.rounding import FORMATS, Format, survive_rounding
-from locus.audit.state import State, comparable, states_of
+from locus.audit.state import State, states_of
 from locus.audit.suites import Suite
 from locus.audit.text import TextScores, read_text
 from locus.audit.verdict import Standards
@@ -74,6 +74,10 @@ class Audit:
     base: Measurement
     edits: tuple[Measurement, ...]
     controls: tuple[Measurement, ...]
+    reference: Measurement | None
+    """A model retrained without the forget set, where one was given."""
+    relations: Mapping[str, str]
+    """Fact id -> relation, of the facts that have one."""
     questions: Mapping[str, Questions]
     changes: Mapping[str, Change]
     """What the weights of each edit and control changed, by state."""
@@ -86,8 +90,9 @@ class Audit:
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """Base, edits, controls."""
-        return (self.base, *self.edits, *self.controls)
+        """Base, edits, controls, reference."""
+        reference = () if self.reference is None else (self.reference,)
+        return (self.base, *self.edits, *self.controls, *reference)
 
     def document(self) -> dict[str, Any]:
         """The audit as JSON values; see `locus.audit.document` for the schema."""
@@ -140,7 +145,7 @@ def measure_model(
         leak = look_inside(model, forget, budget) if settings.lens else None
         held_out = questions.get("held_out", Questions((), (), ()))
         survived = survive_rounding(model, forget, held_out, settings.rounding, budget)
-        attack = settings.relearn if state.role != "base" and len(forget) > 1 else None
+        attack = settings.relearn if state.role in ("edit", "control") and len(forget) > 1 else None
         curve = None if attack is None else relearn(model, forget, attack, budget)
     extra = {} if context is None else attack_all(attacks_of(settings.attacks), state, context)
     seconds = time.perf_counter() - start
@@ -194,15 +199,13 @@ def audit(
     """
     start = time.perf_counter()
     settings, controls, masks = settings or AuditSettings(), controls or {}, masks or {}
-    states = states_of(base, edits, controls)
+    states = states_of(base, edits, controls, never_knew)
     if unknown := sorted(set(masks) - {state.name for state in states[1:]}):
         raise InputError(f"audit: a mask for {unknown[0]!r}, which is neither an edit nor a control")
     questions = ask_about(base, facts, retain)
     encoded = _pieces(base, text, settings)
     attacks_of(settings.attacks)
-    reference = None if never_knew is None else State("never knew", "edit", never_knew)
-    if never_knew is not None:
-        comparable(base, never_knew, "the retrained model")
+    reference = next((state for state in states if state.role == "reference"), None)
     context = Context(states[0], facts, retain, questions, settings.max_tokens, never_knew=reference)
     texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
     measured = []
@@ -211,14 +214,16 @@ def audit(
             one = measure_model(state, questions, settings, texts.get(state.name), context)
             measured.append(with_suites(one, state, suites, context))
             line.advance(note=state.name)
+    compared = [state for state in states[1:] if state.role != "reference"]
     changes = {
-        s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name))
-        for s in states[1:]
+        s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name)) for s in compared
     }
     return Audit(
         base=measured[0],
         edits=tuple(m for m in measured if m.role == "edit"),
         controls=tuple(m for m in measured if m.role == "control"),
+        reference=next((m for m in measured if m.role == "reference"), None),
+        relations={f.id: f.relation for f in (*facts, *retain) if f.relation is not None},
         questions=questions,
         changes=changes,
         missing=tuple(_missing(questions, bool(encoded), bool(controls), settings, measured, suites)),

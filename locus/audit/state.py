@@ -11,7 +11,11 @@ from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.model import Model
 
-Role = Literal["base", "edit", "control"]
+Role = Literal["base", "edit", "control", "reference"]
+"""A reference is a model retrained without the forget set: what a perfect edit would be."""
+
+NEVER_KNEW = "never knew"
+"""Name of the reference."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,19 @@ def states_of(
     base: Model,
     edits: Mapping[str, WeightDelta | Model],
     controls: Mapping[str, WeightDelta | Model],
+    never_knew: Model | None = None,
 ) -> tuple[State, ...]:
-    """The base first, then the edits, then the controls.
+    """The base first, then the edits, the controls, and the reference where there is one.
 
     Raises:
         InputError: no edit, a name given twice or empty, or a checkpoint that cannot be compared with the base.
     """
     if not edits:
         raise InputError("audit: there is no edit to audit; give at least one delta or checkpoint")
-    names = ["base", *edits, *controls]
+    names = ["base", NEVER_KNEW, *edits, *controls]
     if twice := sorted({name for name in names if names.count(name) > 1 or not name.strip()}):
         raise InputError(
-            f"audit: the name {twice[0]!r} is given twice or empty; base, edits and controls need their own"
+            f"audit: the name {twice[0]!r} is given twice or empty; base, reference, edits and controls need their own"
         )
     states = [State("base", "base", base)]
     for role, group in (("edit", edits), ("control", controls)):
@@ -60,6 +65,9 @@ def states_of(
                 states.append(State(name, role, what))  # type: ignore[arg-type]
             else:
                 states.append(State(name, role, base, what))  # type: ignore[arg-type]
+    if never_knew is not None:
+        comparable(base, never_knew, NEVER_KNEW)
+        states.append(State(NEVER_KNEW, "reference", never_knew))
     return tuple(states)
 
 

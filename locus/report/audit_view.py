@@ -99,10 +99,10 @@ def state_css(doc: Mapping[str, Any]) -> dict[str, str]:
     css, n_edits = {}, 0
     for state in doc["states"]:
         if state["role"] == "edit":
-            css[state["name"]] = f"s-edit{n_edits % 4}"
+            css[state["name"]] = f"s-edit{n_edits % 3}"
             n_edits += 1
         else:
-            css[state["name"]] = f"s-{state['role']}"
+            css[state["name"]] = {"base": "s-base", "control": "s-control"}.get(state["role"], "s-edit3")
     return css
 
 
@@ -156,8 +156,8 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
     figure = state["figures"].get(key)
     css = "edit" if state["role"] == "edit" else ""
     if figure is None:
-        if state["role"] == "base" and key == "relearn.prob":
-            return Cell("", "", "The base has nothing to relearn.", css)
+        if state["role"] in ("base", "reference") and key == "relearn.prob":
+            return Cell("", "", "Nothing was removed from it that could come back.", css)
         return Cell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
     if key == "text.kl" and state["role"] == "base":
         return Cell("0", "", "The base beside itself.", css)

@@ -123,7 +123,7 @@ def headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapp
             key=lambda site: classes[site[0]]["effect"][site[1]],
         )
         share = classes[name]["effect"][layer] / total["total_effect"]
-        back = "all" if share >= 0.995 else percent(max(0.0, share))
+        back = "all of it" if share >= 0.995 else percent(max(0.0, share))
         parts.append(
             f"{KIND_NAMES.get(kind, kind)} at the {_CLASS_NAMES[name]} around layer {layer} ({back})"
         )

@@ -214,3 +214,20 @@ def test_a_model_with_other_tokens_is_refused() -> None:
     forget, _ = facts()
     with pytest.raises(InputError, match="tokenizer has other tokens"):
         audit(knowing(), {"edit": replace(other, tokenizer=tokenizer)}, forget)
+
+
+def test_a_retrained_model_stands_beside_the_edits_and_feeds_the_depth_score(tmp_path: Path) -> None:
+    from locus.report import audit_report, terminal_table
+
+    settings = replace(QUICK, relearn=None, rounding=(), attacks=("depth",))
+    half = noisy(knowing(), 0.05)
+    forget, retain = facts()
+    done = audit(knowing(), {"edit": half}, forget, retain, TEXT, never_knew=never_knew(), settings=settings)
+    doc = done.document()
+    assert [s["role"] for s in doc["states"]] == ["base", "edit", "reference"]
+    assert doc["states"][2]["figures"]["forget.top1"]["mean"] < 0.3
+    assert doc["states"][1]["figures"]["depth.erased"] is not None
+    assert {r["relation"]: r["near"] for r in doc["relations"]} == {"home": True, "birth": False}
+    assert sum(r["n"] for r in doc["relations"]) == doc["data"]["held_out"]
+    assert "never knew" in audit_report(done, tmp_path).read_text()
+    assert len(terminal_table(done).columns) == 4

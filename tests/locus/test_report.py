@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +168,7 @@ def test_a_heat_map_shades_from_nothing_to_the_strongest() -> None:
 def test_ticks_span_the_axis_with_round_numbers(low: float, high: float, whole: bool) -> None:
     marks = ticks(low, high, whole)
     assert marks[0] <= low and marks[-1] >= high and 3 <= len(marks) <= 8
-    steps = {round(b - a, 9) for a, b in zip(marks, marks[1:], strict=False)}
+    steps = {round(b - a, 9) for a, b in pairwise(marks)}
     assert len(steps) == 1
 
 
@@ -188,3 +191,30 @@ def test_numbers_as_a_reader_wants_them() -> None:
         and span("0", "0") == "0"
         and span("< 0.1 %", "2 %") == "< 0.1 to 2 %"
     )
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_in_a_real_browser_nothing_sticks_out(document: dict[str, Any], tmp_path: Path, width: int) -> None:
+    page = audit_report(document, tmp_path)
+    trace = Trace((fact_trace(),), {}, "f" * 64, tiny_model("llama").atlas, "tiny")
+    for path in (page, trace_report(trace, tmp_path / "trace")):
+        script = (
+            "<script>document.title = innerWidth + ' ' + document.documentElement.scrollWidth</script></body>"
+        )
+        path.write_text(path.read_text().replace("</body>", script))
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+        flags += " --disable-component-update --disable-sync --dump-dom"
+        command = [
+            "chromium",
+            *flags.split(),
+            f"--user-data-dir={tmp_path}/chromium",
+            f"--window-size={width},900",
+        ]
+        dom = subprocess.run(
+            [*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        seen = re.search(r"<title>(\d+) (\d+)</title>", dom)
+        assert seen is not None
+        inner, needed = map(int, seen.groups())
+        assert inner == width and needed <= inner
