@@ -8,8 +8,8 @@ grid are timed on cells spread over the grid and multiplied (every cell of their
 always timed on the full grid, recording included.
 
 The necessary arithmetic is what the grid cannot do without: matrix products of the rows that a patch changes,
-the keys and values of the last block, attention, and one unembedding a cell and draw, timed as bare products of the
-same shapes, 400 rows at a time.
+the keys and values of the last block, and one unembedding a cell and draw, timed as bare products of the same
+shapes, 400 rows at a time (attention, norms, activations and the softmax are not counted).
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if not __package__:  # run as a file: its folder is on the path, the repository is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.patching_baselines import Cell, Traced, naive_cells, rome_cell, transformer_lens_cells
 from locus.fact import Fact
@@ -218,6 +222,22 @@ def spread(it: Setup, n: int) -> list[Cell]:
     return [cells[int((i + 0.5) * step)] for i in range(n)]
 
 
+def peak_megabytes(work: Callable[[], object]) -> float | None:
+    """Most resident memory during the work above what there was before it; None where Linux does not count it."""
+
+    def high_water() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = high_water()
+    except (OSError, StopIteration):
+        return None
+    work()
+    return high_water() - before
+
+
 def best_chunk(
     answer: Callable[[Sequence[Cell]], object], cells: Sequence[Cell], sizes: Sequence[int], clock: Clock
 ) -> int:
@@ -269,6 +289,10 @@ def compare(model: Model, it: Setup, rounds: int, n_cells: int, exact: bool) -> 
         "necessary_gflop": flops / 1e9,
         "peak_gflops": statistics.median(r["peak_flops"] for r in seen) / 1e9,
         "naive_chunk": chunk[False],
+        "peak_megabytes": {
+            "ours": peak_megabytes(lambda: grid(model, it, "block", spread(it, 60))),
+            "naive": peak_megabytes(lambda: naive[False](sixteen[: chunk[False]])),
+        },
         "clock": clock.name,
         "rounds": rounds,
         "agreement": agreement,
@@ -393,6 +417,7 @@ def show(figures: dict[str, Any]) -> None:
     for key, value in figures.items():
         if key.startswith("speedup_over_naive_last_logits_"):
             print(f"  {key}: {value:.1f}")
+    print(f"  peak memory in megabytes above the model's: {figures['peak_megabytes']}")
     print(f"  agreement: {figures['agreement']}", flush=True)
 
 

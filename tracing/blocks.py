@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class Blocks:
     ) -> Float[Tensor, "batch n d_model"]:
         """The block's output for these rows."""
         out = self.modules[layer](**self._arguments(layer, hidden, rows, PrefixCache(prefix)))
-        return out[0] if isinstance(out, tuple) else out
+        return _first(out)
 
     def with_keys(
         self, layer: int, hidden: Float[Tensor, "batch n d_model"], rows: Rows, prefix: Segments
@@ -121,7 +122,7 @@ class Blocks:
         out = self.modules[layer](**self._arguments(layer, hidden, rows, cache))
         if cache.new is None:
             raise CannotReplay(f"block {layer} makes no keys and values of its own")
-        return (out[0] if isinstance(out, tuple) else out), cache.new
+        return _first(out), cache.new
 
     def keys_only(
         self, layer: int, hidden: Float[Tensor, "batch n d_model"], rows: Rows
@@ -142,35 +143,41 @@ class Blocks:
             elif name in _CACHES:
                 arguments[name] = cache
             elif name == "attention_mask":
-                arguments[name] = rows.once("mask", value, lambda value=value: self._mask(value, rows))
+                arguments[name] = rows.once("mask", value, partial(_mask, value, rows))
             elif name == "position_ids" and value is not None:
                 arguments[name] = rows.once("ids", None, lambda: rows.spread(rows.positions))
             elif name == "position_embeddings" and value is not None:
-                arguments[name] = self._rotary(value, rows)
+                arguments[name] = _rotary(value, rows)
             elif name == "alibi" and value is not None:
-                arguments[name] = rows.once("alibi", value, lambda value=value: _alibi(value, rows))
+                arguments[name] = rows.once("alibi", value, partial(_alibi, value, rows))
         return arguments
 
-    def _mask(self, recorded: Tensor | None, rows: Rows) -> Tensor:
-        """The recorded mask's entries for these queries and keys, and no key of another run."""
-        query, key = rows.positions[:, :, None], rows.key_positions[:, None, :]
-        if recorded is None:
-            mask = (rows.visible & (key <= query))[:, None]
+
+def _first(output: Any) -> Tensor:
+    """What a block returns, or the first of it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _mask(recorded: Tensor | None, rows: Rows) -> Tensor:
+    """The recorded mask's entries for these queries and keys, and no key of another run."""
+    query, key = rows.positions[:, :, None], rows.key_positions[:, None, :]
+    if recorded is None:
+        mask = (rows.visible & (key <= query))[:, None]
+    else:
+        entries = recorded[0][:, query, key].transpose(0, 1)
+        if recorded.dtype == torch.bool:
+            mask = entries & rows.visible[:, None]
         else:
-            entries = recorded[0][:, query, key].transpose(0, 1)
-            if recorded.dtype == torch.bool:
-                mask = entries & rows.visible[:, None]
-            else:
-                mask = entries.masked_fill(~rows.visible[:, None], torch.finfo(entries.dtype).min)
-        return rows.spread(mask)
+            mask = entries.masked_fill(~rows.visible[:, None], torch.finfo(entries.dtype).min)
+    return rows.spread(mask)
 
-    def _rotary(self, recorded: Any, rows: Rows) -> Any:
-        def gather(table: Tensor) -> Tensor:
-            return rows.once("rotary", table, lambda: rows.spread(table[0][rows.positions]))
 
-        return (
-            gather(recorded) if isinstance(recorded, Tensor) else tuple(gather(table) for table in recorded)
-        )
+def _rotary(recorded: Any, rows: Rows) -> Any:
+    def gather(table: Tensor) -> Tensor:
+        return rows.once("rotary", table, lambda: rows.spread(table[0][rows.positions]))
+
+    return gather(recorded) if isinstance(recorded, Tensor) else tuple(gather(table) for table in recorded)
 
 
 def _alibi(recorded: Tensor, rows: Rows) -> Tensor:
@@ -216,16 +223,17 @@ def record_whole(
     ):
         logits = logits_of(model, inputs, reads, 1, past_key_values=cache, use_cache=True)
     n_pos = len(inputs.ids)
-    states = [(layer.keys, layer.values) for layer in cache.layers]
-    if len(states) != atlas.n_layers or any(k is None or k.shape[2] != n_pos for k, _ in states):
+    kept: list[list[Any]] = [[getattr(c, name, None) for c in cache.layers] for name in ("keys", "values")]
+    keys, values = kept
+    if len(keys) != atlas.n_layers or any(k is None or k.shape[2] != n_pos for k in (*keys, *values)):
         raise CannotReplay("its blocks do not each keep keys and values of every position")
     arguments = tuple(_understood(calls[name], model, n_pos) for name in atlas.blocks)
     modules = tuple(module.get_submodule(name) for name in atlas.blocks)
     return Recorded(
         Blocks(model, modules, arguments, n_pos),
         (*(seen.inputs[name] for name in atlas.blocks), seen.outputs[atlas.blocks[-1]]),
-        tuple(k for k, _ in states),
-        tuple(v for _, v in states),
+        tuple(keys),
+        tuple(values),
         seen.outputs,
         seen.inputs,
         logits,

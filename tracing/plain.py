@@ -115,7 +115,8 @@ def _patched_run(
 
         return patch_state
 
-    outputs, inputs = {}, {}
+    outputs: dict[str, Callable[[Tensor], Tensor]] = {}
+    inputs: dict[str, Callable[[Tensor], Tensor]] = {}
     for (site, layer), wanted in hooks.items():
         name, side = module_of(model.atlas, site, layer)
         (outputs if side == "output" else inputs)[name] = patcher(site, layer, wanted)
