@@ -20,8 +20,10 @@ from torch import Tensor
 
 from editors.data import Data
 from editors.guard import unmoved
-from editors.parametrize import Deltas
+from editors.lora import LoraDeltas
+from editors.parametrize import Deltas, Trained
 from editors.prediction import Prediction
+from editors.recompute import recomputed
 from editors.result import settings_of, weight_delta
 from editors.retain import Retain, mean_kl
 from editors.sophia import SophiaG
@@ -31,10 +33,11 @@ from editors.training import Training, generator, lr_at, make_optimizer
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact
-from locus.forward import Batch, measure
+from locus.fact import Example, Fact
+from locus.forward import Batch, collate, measure
 from locus.mask import WeightMask
 from locus.model import Model
+from locus.tokens import Encoded, encode
 
 Log = Callable[[Mapping[str, Any]], None]
 """Called with one record a step: see `Run.take_step`."""
@@ -57,6 +60,22 @@ class Objective(Protocol):
 
     def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
         """The loss to lower on a batch of forget examples: a mean over its examples."""
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """An objective that also looks at another answer to each prompt."""
+
+    def answer(self, fact: Fact, pool: Sequence[Fact], step: int) -> Example:
+        """The fact's prompt with that answer; `pool` are all facts that may be looked at."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """An objective with a stopping rule of its own, asked at looks once `min_steps` are done."""
+
+    def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
+        """Whether the forget examples are forgotten by its own measure."""
 
 
 def finetune(
@@ -94,12 +113,16 @@ def finetune(
     """
     mask.check(model)
     training = objective.training
-    deltas = Deltas(model.module, mask)
+    deltas = _deltas(model, mask, training)
     with unmoved(model.module):
         data = Data.read(model, forget, retain, text, objective.retain, training)
         run = Run(objective, model, deltas, data, make_optimizer(training, deltas.parameters))
         state = run.start(folder if resume else None)
-        with deltas.attached(), progress.task("edit", total=training.steps) as line:
+        with (
+            deltas.attached(),
+            recomputed(model, training.checkpointing),
+            progress.task("edit", total=training.steps) as line,
+        ):
             for record in state.history:
                 line.advance()
                 if log is not None:
@@ -116,13 +139,20 @@ def finetune(
         return weight_delta(model, mask, deltas, training, run.provenance(state))
 
 
+def _deltas(model: Model, mask: WeightMask, training: Training) -> Trained:
+    """The trainable form of the mask that the settings ask for."""
+    if training.lora_rank:
+        return LoraDeltas(model.module, mask, training.lora_rank, training.seed)
+    return Deltas(model.module, mask)
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run of the loop."""
 
     objective: Objective
     model: Model
-    deltas: Deltas
+    deltas: Trained
     data: Data
     optimizer: torch.optim.Optimizer
 
@@ -171,7 +201,12 @@ class Run:
         record = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in record.items()}
         state.history.append(record)
         state.stopped = verdict(training, self.data, state)
-        if state.stopped or state.step % training.check_every == 0:
+        looking = state.step % training.check_every == 0
+        if looking and state.step >= training.min_steps and isinstance(self.objective, Finishing):
+            state.stopped = state.stopped or (
+                "goal" if self.objective.done(self.model, self.data.forget) else ""
+            )
+        if state.stopped or looking:
             look(self.model, training, self.data, state, self.deltas)
         return record
 
@@ -197,12 +232,15 @@ class Run:
         chosen = [number for batch in batches for number in batch.examples]
         loss_sum, n_active = 0.0, 0
         for batch in batches:
-            forget = Prediction(self.model, self.deltas, batch, self.data.reference.nll)
+            forget = self._forget(batch, step)
             active = self._active(forget)
             n_active += int(active.sum())
             if active.any():
                 pushed = forget if active.all() else forget.only(active)
-                loss = self.objective.forget_loss(pushed) * (pushed.n_examples / len(chosen))
+                if training.attack.steps:
+                    pushed = self._forget(pushed.batch, step)
+                with training.attack.applied(self.model, pushed.batch):
+                    loss = self.objective.forget_loss(pushed) * (pushed.n_examples / len(chosen))
                 loss_sum += self._finite("forget loss", step, loss)
                 loss.backward()
             if forget.has_run:
@@ -220,6 +258,19 @@ class Run:
             "forget_correct": float(state.correct[chosen].mean()),
             "active": n_active / len(chosen),
         }
+
+    def _forget(self, batch: Batch, step: int) -> Prediction:
+        """A batch of forget examples, with another answer to the same prompts where the objective has one."""
+        objective, facts = self.objective, self.data.facts
+
+        def answer(numbers: Sequence[int]) -> Prediction:
+            assert isinstance(objective, Answering)
+            others = [objective.answer(facts[i], [*facts, *self.data.kept_facts], step) for i in numbers]
+            encoded = [encode(self.model, other) for other in others]
+            return Prediction(self.model, self.deltas, collate(encoded, range(len(encoded))))
+
+        other = answer if isinstance(objective, Answering) else None
+        return Prediction(self.model, self.deltas, batch, self.data.reference.nll, other)
 
     def _active(self, forget: Prediction) -> Bool[Tensor, " example"]:
         """Which examples are still pushed: those not improbable yet, or not improbable through this edit."""
@@ -252,6 +303,11 @@ class Run:
         """Clip the gradient of all deltas together; its norm before that."""
         most = self.objective.training.clip or math.inf
         with_gradient = [p for p in self.deltas.parameters if p.grad is not None]
+        if step == 0 and not with_gradient:
+            raise InputError(
+                "no located weight influences the loss: the mask lies above the layers this objective runs, or in "
+                "parameters the model does not use"
+            )
         norm = torch.nn.utils.clip_grad_norm_(with_gradient, most)
         return self._finite("gradient norm", step, norm)
 

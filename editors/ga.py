@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.finetune import finetune
+from editors.memorization import extraction_likelihood, memorization_accuracy
 from editors.prediction import Prediction
 from editors.retain import Retain
 from editors.training import Training
+from locus.model import Model
+from locus.tokens import Encoded
 
 
 def ga_loss(nll: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -32,6 +36,23 @@ class GA:
     """No retain term: the method as published."""
     training: Training = Training(min_steps=1)
     """Stops as soon as the facts are gone, for nothing repairs what it does to others."""
+
+    stop_extraction: float = 0.0
+    """Stop when the extraction likelihood of the forget examples is at most this; 0 does not look."""
+    stop_memorization: float = 0.0
+    """Stop when their memorization accuracy is at most this as well; 0 does not look."""
+    n_gram: int = 10
+    """Length of the n-grams of the extraction likelihood."""
+
+    def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
+        """Jang et al.'s stopping rules: both measures at or below their thresholds (those that are set)."""
+        accuracy, likelihood = self.stop_memorization, self.stop_extraction
+        if not accuracy and not likelihood:
+            return False
+        return not (
+            (accuracy and memorization_accuracy(model, forget) > accuracy)
+            or (likelihood and extraction_likelihood(model, forget, self.n_gram) > likelihood)
+        )
 
     def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
         """`ga_loss` of the batch."""

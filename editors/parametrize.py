@@ -16,14 +16,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locus.errors import InputError
-from locus.mask import Selection, WeightMask
+from locus.mask import WeightMask
+from locus.selection import Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,36 @@ class _Place:
             return (flat.to(self.value.dtype) + self.value).to(self.base.dtype)
         entries = flat.index_select(axis, self.index).to(self.value.dtype) + self.value
         return flat.index_copy(axis, self.index, entries.to(self.base.dtype)).view_as(self.base)
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What the loop needs of deltas, of whatever form."""
+
+    values: dict[str, nn.Parameter]
+    """The trainable tensors, by name."""
+    selections: dict[str, Selection]
+    """The entries of each parameter that can move."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors."""
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights can move."""
+
+    def attached(self) -> contextlib.AbstractContextManager[Any]:
+        """Run the module with the deltas inside the block."""
+
+    def silenced(self) -> contextlib.AbstractContextManager[None]:
+        """Run it as the reference model inside the block."""
+
+    def dense(self, name: str) -> Tensor:
+        """The change of one parameter's selected entries."""
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the trainable tensors in place."""
 
 
 class Deltas:
@@ -114,19 +145,17 @@ class Deltas:
         finally:
             self._enabled = before
 
-    def new_entries(self, cast: Callable[[Tensor, torch.dtype], Tensor] | None = None) -> dict[str, Tensor]:
-        """Base plus delta for every masked entry, compact, in the base's dtype.
+    def dense(self, name: str) -> Tensor:
+        """The change of one parameter's selected entries, compact, in full precision."""
+        return self.values[name].detach()
 
-        Args:
-            cast: How to round to the base's dtype; to the nearest by default.
-        """
-        cast = cast or (lambda exact, dtype: exact.to(dtype))
+    def new_entries(self) -> dict[str, Tensor]:
+        """Base plus delta for every masked entry, compact, rounded to the base's dtype."""
         return {
-            name: cast(
-                self.selections[name].take(self.bases[name]).to(value.dtype) + value.detach(),
-                self.bases[name].dtype,
+            name: (self.selections[name].take(base).to(self.values[name].dtype) + self.dense(name)).to(
+                base.dtype
             )
-            for name, value in self.values.items()
+            for name, base in self.bases.items()
         }
 
     @torch.no_grad()
@@ -176,14 +205,14 @@ def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[],
             output = add(args[0] if args else next(iter(kwargs.values())), output)
         return output
 
-    holder.forward = forward  # type: ignore[method-assign]
+    holder.forward = forward
     try:
         yield
     finally:
         if own is None:
             del holder.forward
         else:
-            holder.forward = own  # type: ignore[method-assign]
+            holder.forward = own
 
 
 @contextlib.contextmanager

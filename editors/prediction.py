@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from editors.parametrize import Deltas
+from editors.parametrize import Trained
 from locus.forward import Batch, example_sum, label_logits
 from locus.hooks import record, stop_after
+from locus.lens import lens_logits
 from locus.model import Model
 
 Answer = Callable[[Sequence[int]], "Prediction"]
@@ -29,7 +30,7 @@ class Prediction:
     def __init__(
         self,
         model: Model,
-        deltas: Deltas,
+        deltas: Trained,
         batch: Batch,
         reference: Float[Tensor, " example"] | None = None,
         answer: Answer | None = None,
@@ -104,7 +105,7 @@ class Prediction:
     def token_correct(self) -> Float[Tensor, " example"]:
         """Share of the target's tokens that are the model's first choice (memorization accuracy)."""
         hit = (self.logits.detach().argmax(-1) == self.labels).float()
-        return example_sum(hit, self.batch) / self.n_tokens
+        return self.example_mean(hit)
 
     @cached_property
     def answer(self) -> Prediction:
@@ -123,11 +124,12 @@ class Prediction:
             return _hidden(self.model, self.batch, layers, detach=True)
 
     def lens_logits(self, layers: Sequence[int]) -> Float[Tensor, "layer label d_vocab"]:
-        """Logit lens of block outputs: the model's own final norm and unembedding (nostalgebraist 2020)."""
-        module, atlas = self.model.module, self.model.atlas
-        norm, head = module.get_submodule(atlas.final_norm), module.get_submodule(atlas.unembed)
-        states: Tensor = head(norm(self.hidden(layers)))
-        return states.float()
+        """Block outputs through the logit lens: the model's own final norm and unembedding."""
+        return lens_logits(self.model, self.hidden(layers))
+
+    def example_mean(self, values: Float[Tensor, " label"]) -> Float[Tensor, " example"]:
+        """Mean of a per-token value over each example's target."""
+        return example_sum(values, self.batch) / self.n_tokens
 
     def only(self, keep: Bool[Tensor, " example"]) -> Prediction:
         """The examples where `keep`, sharing what has been computed already."""
@@ -137,6 +139,11 @@ class Prediction:
             if name in self.__dict__:
                 narrowed.__dict__[name] = self.__dict__[name][kept_labels]
         return narrowed
+
+
+def steering_layer(n_layers: int) -> int:
+    """The block that RMU steers when none is named: the 7th of 32 in its paper, at the same depth elsewhere."""
+    return n_layers * 7 // 32
 
 
 def token_nll(

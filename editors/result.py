@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.parametrize import Deltas
+from editors.parametrize import Trained
 from editors.training import Training, generator
 from locus.delta import WeightDelta
 from locus.mask import WeightMask
@@ -49,14 +49,14 @@ def changed(
 
 
 def weight_delta(
-    model: Model, mask: WeightMask, deltas: Deltas, training: Training, provenance: Mapping[str, Any]
+    model: Model, mask: WeightMask, deltas: Trained, training: Training, provenance: Mapping[str, Any]
 ) -> WeightDelta:
     """The trained deltas as the artefact: old and new values of the mask's entries, nothing else."""
     base = stored(model)
     source = generator(training.seed, "rounding", 0)
 
     def change(name: str, old: Tensor) -> Tensor:
-        new = old + deltas.values[name].detach().to(old)
+        new = old + deltas.dense(name).to(old)
         return stochastically_rounded(new, base.read(name).dtype, source) if stochastic else new
 
     stochastic = training.rounding == "stochastic"

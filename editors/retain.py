@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.prediction import Prediction
+from editors.prediction import Prediction, steering_layer
 from locus.errors import InputError
 
 
@@ -43,8 +43,8 @@ class Retain:
     """Retain facts a step."""
     texts: int = 1
     """Neutral paragraphs a step."""
-    layers: tuple[int, ...] = (-1,)
-    """Blocks whose outputs the hidden-state term holds; negative counts from the end."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
 
     def __post_init__(self) -> None:
         if self.term not in TERMS:
@@ -63,7 +63,8 @@ class Retain:
             return kept.token_nll.mean()
         if self.term == "kl":
             return kl_per_token(kept.logits, kept.ref_logits).mean()
-        layers = [layer % kept.model.atlas.n_layers for layer in self.layers]
+        n_layers = kept.model.atlas.n_layers
+        layers = [layer % n_layers for layer in self.layers] or [steering_layer(n_layers)]
         return hidden_mse(kept.hidden(layers), kept.ref_hidden(layers))
 
 

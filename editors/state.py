@@ -44,7 +44,7 @@ class RunState:
     def fresh(cls, n_forget: int, deltas: Mapping[str, nn.Parameter]) -> RunState:
         """Before the first step."""
         nothing_seen = torch.full((n_forget,), float("nan"))
-        good = {name: torch.zeros_like(value, requires_grad=False) for name, value in deltas.items()}
+        good = {name: value.detach().clone() for name, value in deltas.items()}
         return cls(nll=nothing_seen, correct=torch.ones(n_forget), good=good)
 
 

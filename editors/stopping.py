@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from editors.data import Data
-from editors.parametrize import Deltas
+from editors.parametrize import Trained
 from editors.state import RunState
 from editors.training import Training
 from locus.forward import measure
@@ -29,7 +29,7 @@ def verdict(training: Training, data: Data, state: RunState) -> str:
     return "steps" if state.step >= training.steps else ""
 
 
-def look(model: Model, training: Training, data: Data, state: RunState, deltas: Deltas) -> None:
+def look(model: Model, training: Training, data: Data, state: RunState, deltas: Trained) -> None:
     """Measure utility; remember the deltas while it holds, end the run when it does not.
 
     Sets `utility` in the latest record. Below the floor `PATIENCE` looks in a row, or at the run's end, the run

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from editors.adversary import LatentAttack
 from editors.sophia import SophiaG
 from locus.errors import InputError
 
@@ -53,6 +54,10 @@ class Training:
     """Steps between two looks at utility."""
     save_every: int = 10
     """Steps between two resumable states, when a folder is given."""
+    lora_rank: int = 0
+    """Train low-rank deltas of this rank through peft, of whole matrices; 0 trains the located weights themselves."""
+    attack: LatentAttack = LatentAttack()
+    """A latent adversary inside each step."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -66,7 +71,17 @@ class Training:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise InputError(f"lr = {self.lr}: must be a positive number")
-        for name in ("weight_decay", "momentum", "clip", "floor", "goal", "utility", "max_kl", "warmup"):
+        for name in (
+            "weight_decay",
+            "momentum",
+            "clip",
+            "floor",
+            "goal",
+            "utility",
+            "max_kl",
+            "warmup",
+            "lora_rank",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):

@@ -1,0 +1,139 @@
+"""The mask contract for every objective, kind of selection and optimizer: nothing outside moves by a bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from editors import EDITORS, OBJECTIVES
+from editors.guard import every_digest
+from editors.retain import Retain
+from editors.training import Training
+from locus.delta import WeightDelta
+from locus.fact import Fact
+from locus.mask import WeightMask
+from locus.model import Model
+from locus.selection import Selection
+from tests.tiny import tiny_facts, tiny_model
+
+FIVE = ("smollm", "gpt2", "gemma2", "neox", "phi3")
+KINDS = ("rows", "columns", "elements", "all")
+OPTIMIZERS = ("adamw", "sgd", "sophia")
+
+
+@functools.cache
+def model_of(arch: str) -> Model:
+    return tiny_model(arch, num_hidden_layers=2) if arch != "gpt2" else tiny_model(arch, n_layer=2)
+
+
+def mask_of(model: Model, kinds: tuple[str, ...]) -> WeightMask:
+    """Every parameter in turn in one of the kinds; of each, about a quarter of its entries."""
+    source = torch.Generator().manual_seed(3)
+    entries: dict[str, Selection] = {}
+    for (name, p), kind in zip(model.module.named_parameters(), itertools.cycle((*kinds, "")), strict=False):
+        if not kind:
+            continue  # every so often a whole parameter stays outside
+        own = "rows" if p.dim() == 1 and kind == "columns" else kind
+        n = p.numel() if own == "elements" else p.shape[1 if own == "columns" else 0]
+        index = None if own == "all" else torch.randperm(n, generator=source)[: max(1, n // 4)]
+        entries[name] = Selection(own, index, tuple(p.shape))
+    return WeightMask(entries)
+
+
+def facts() -> tuple[list[Fact], list[Fact]]:
+    *forget, kept = (dataclasses.replace(fact, held_out=False) for fact in tiny_facts())
+    return forget, [kept]
+
+
+def rough(editor: type, optimizer: str, **settings: Any) -> Any:
+    """An editor at rough settings, decay and momentum on, that runs for two steps."""
+    training = Training(
+        steps=2,
+        lr=0.05,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        weight_decay=0.1,
+        momentum=0.9,
+        utility=0.0,
+        max_kl=0.0,
+        goal=0.0,
+        floor=0.0,
+        **settings,
+    )
+    made = editor(training=training)
+    if hasattr(made, "retain"):
+        made = dataclasses.replace(made, retain=dataclasses.replace(made.retain, facts=1, texts=0))
+    return made
+
+
+def assert_contract(model: Model, mask: WeightMask, editor: Any) -> WeightDelta:
+    """Run, and look at every weight of the edited model without trusting the delta's own bookkeeping."""
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    forget, retain = facts()
+    delta: WeightDelta = editor.run(model, forget, retain, mask)
+    for name, p in model.module.named_parameters():
+        assert torch.equal(p, before[name]), f"{name} moved in memory"
+    with delta.applied(model):
+        moved = 0
+        for name, p in model.module.named_parameters():
+            inside = (
+                mask.entries[name].dense() if name in mask.entries else torch.zeros(p.shape, dtype=torch.bool)
+            )
+            assert torch.equal(p[~inside], before[name][~inside]), f"{name} moved outside the mask"
+            moved += int((p != before[name]).sum())
+    assert moved > 0
+    assert not any("forward" in m.__dict__ for m in model.module.modules())
+    return delta
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("arch", FIVE)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_and_optimizer_on_a_mask_of_all_kinds(name: str, arch: str, optimizer: str) -> None:
+    model = model_of(arch)
+    assert_contract(model, mask_of(model, KINDS), rough(OBJECTIVES[name], optimizer))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", FIVE)
+def test_every_kind_alone(arch: str, kind: str, optimizer: str) -> None:
+    model = model_of(arch)
+    assert_contract(model, mask_of(model, (kind,)), rough(OBJECTIVES["npo"], optimizer))
+
+
+@pytest.mark.parametrize("name", ["whp", "task-vector"])
+def test_methods_of_two_stages(name: str) -> None:
+    model = model_of("smollm")
+    assert_contract(model, mask_of(model, KINDS), rough(EDITORS[name], "adamw"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_half_precision(dtype: torch.dtype, rounding: str) -> None:
+    model = tiny_model("smollm", num_hidden_layers=2)
+    model.module.to(dtype)
+    editor = rough(OBJECTIVES["npo"], "adamw", rounding=rounding)
+    delta = assert_contract(model, mask_of(model, KINDS), editor)
+    assert {change.new.dtype for change in delta.changes.values()} == {dtype}
+
+
+def test_the_retain_term_of_hidden_states_too() -> None:
+    model = model_of("gpt2")
+    editor = dataclasses.replace(
+        rough(OBJECTIVES["npo"], "adamw"), retain=Retain(term="hidden", facts=1, texts=0)
+    )
+    assert_contract(model, mask_of(model, KINDS), editor)
+
+
+def test_every_digest_sees_one_bit() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    before = every_digest(model.module)
+    weight = model.module.get_parameter("model.layers.0.mlp.up_proj.weight")
+    weight.data[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    after = every_digest(model.module)
+    assert [name for name in before if before[name] != after[name]] == ["model.layers.0.mlp.up_proj.weight"]
