@@ -50,7 +50,7 @@ class Names:
         self.d_model, self.n_heads, self.d_head = int(cfg.d_model), int(cfg.n_heads), int(cfg.d_head)
         self.parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
         # NeoX renamed its head between releases of transformers: the model knows best which module it is.
-        head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = module.get_output_embeddings()
         paths = [name for name, part in module.named_modules() if part is head]
         self.unembed = paths[0] if paths else self("unembed")
 

@@ -232,7 +232,7 @@ def standardized_logprobs(
 
 
 def reference_score(logprobs: Float[Tensor, " token"], reference: Float[Tensor, " token"]) -> float:
-    """How much likelier the text is, per token, than under a reference model (Carlini et al. 2021, arXiv:2012.07805)."""
+    """How much likelier the text is, per token, than under a reference (Carlini et al. 2021, arXiv:2012.07805)."""
     return (logprobs.double() - reference.double()).mean().item()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tracing.readout import Readout
 
-# Two target tokens (1, then 0) over a vocabulary of 3; the first distribution is (1, 2, 1) / 4, the second (8, 1, 1) / 10.
+# Two target tokens (1, then 0) over a vocabulary of 3; the distributions are (1, 2, 1) / 4 and (8, 1, 1) / 10.
 LOGITS = torch.tensor([[[0.0, math.log(2), 0.0], [math.log(8), 0.0, 0.0]]])
 LABELS = torch.tensor([1, 0])
 
