@@ -13,6 +13,15 @@ OBJECTIVES = ("forget.prob", "paraphrase.top1", "held_out.top1", "text.kl")
 """Figures that the Pareto front is taken over."""
 
 _GOOD = {"yes": 2, "partly": 1}
+_WORDS = {
+    "forgotten": "forgetting",
+    "general": "other wordings",
+    "spared": "sparing other facts",
+    "intact": "neutral text",
+    "hidden": "inner layers",
+    "returns": "staying away under attack",
+    "localized": "the comparison with random masks",
+}
 
 
 @dataclass(frozen=True)
@@ -128,10 +137,10 @@ def _recommend(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
         return points, c.on_front, -1.0 if kept is None or kept["mean"] is None else kept["mean"]
 
     best = max(fit, key=rank)
-    yes = [q for q, a in best.verdicts.items() if a == "yes"]
-    unmeasured = [q for q, a in best.verdicts.items() if a == "not measured"]
+    yes = [_WORDS[q] for q, a in best.verdicts.items() if a == "yes"]
+    unmeasured = [_WORDS[q] for q, a in best.verdicts.items() if a == "not measured"]
     why = f"{best.name}: good on {', '.join(yes)}"
-    weak = [q for q, a in best.verdicts.items() if a in ("no", "partly")]
+    weak = [_WORDS[q] for q, a in best.verdicts.items() if a in ("no", "partly")]
     why += f"; weak on {', '.join(weak)}" if weak else ""
     why += f"; not measured: {', '.join(unmeasured)}" if unmeasured else ""
     return best.name, why + "."

@@ -307,13 +307,21 @@ def front_chart(side: Side, css: Mapping[str, str]) -> Chart | None:
         series.append(Series(name, [100 * gone["mean"]], [kept["mean"]], css[c.name], hover=[hover]))
     if not series:
         return None
+    right = max(1.0, 1.1 * max(float(s.xs[0]) for s in series))
     names = [FIGURES[key].label for key in side.objectives]
     caption = (
         "Upper left is best. Pareto: no other edit is at least as good on "
         f"{', '.join(names)} and better on one of them. Means; the intervals are in the table."
     )
     return Chart(
-        "Forgetting against keeping", caption, "p(target) left, %", "held-out right", series, y_max=1.0
+        title="Forgetting against keeping",
+        caption=caption,
+        x_label="p(target) left, %",
+        y_label="held-out right",
+        series=series,
+        y_max=1.0,
+        integer_x=False,
+        x_range=(0.0, right),
     )
 
 

@@ -73,6 +73,8 @@ class Chart:
     y_max: float | None = None
     y_min: float = 0.0
     integer_x: bool = True
+    x_range: tuple[float, float] | None = None
+    """Ends of the x axis; None takes them from the series."""
     lines: Sequence[Line] = field(init=False)
     x_ticks: Sequence[Tick] = field(init=False)
     y_ticks: Sequence[Tick] = field(init=False)
@@ -84,7 +86,7 @@ class Chart:
         values = [y for s in self.series for y in (*s.ys, *s.high, *s.low) if y is not None]
         top = self.y_max if self.y_max is not None else max([*values, 1e-9]) * 1.05
         bottom = min(self.y_min, min(values, default=0.0))
-        x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
+        x0, x1 = self.x_range or (min(xs), max(max(xs), min(xs) + 1e-9))
         y_steps = ticks(bottom, top)
         bottom, top = min(bottom, y_steps[0]), max(top, y_steps[-1] if self.y_max is None else top)
 

@@ -142,7 +142,7 @@ def test_pareto_keeps_what_no_other_beats() -> None:
 
 def test_the_edit_to_ship_has_forgotten_and_broken_nothing() -> None:
     side = compare({"a": _document(strong=(0.0, 0.5), good=(0.01, 0.9), weak=(0.5, 1.0), worse=(0.02, 0.85))})
-    assert side.recommended == "good" and "forgotten" in side.why
+    assert side.recommended == "good" and "forgetting" in side.why
     assert {c.name: c.on_front for c in side.candidates} == {
         "strong": True,
         "good": True,
@@ -151,6 +151,24 @@ def test_the_edit_to_ship_has_forgotten_and_broken_nothing() -> None:
     }
     none = compare({"a": _document(strong=(0.0, 0.5), weak=(0.5, 1.0))})
     assert none.recommended is None and "ship none" in none.why
+
+
+def test_the_page_of_several_edits_says_which_to_ship(tmp_path: Path) -> None:
+    from locus.audit.figure import FIGURES
+    from locus.report import compare_report
+
+    doc = _document(good=(0.01, 0.9), weak=(0.5, 1.0))
+    doc["metrics"] = {k: {"label": f.label, "section": f.section, "better": f.better, "unit": f.unit,
+                          "definition": f.definition} for k, f in FIGURES.items()}  # fmt: skip
+    doc["model"] |= {"name": "tiny", "architecture": "llama", "n_parameters": 1, "dtype": "float32"}
+    doc |= {"settings": {}, "versions": {}, "relations": [], "data": {"forget": 1, "held_out": 0}}
+    answer = {"prob": 0.1, "correct": True}
+    doc["facts"] = [{"id": "a", "group": "forget", "prompt": "p", "target": " t",
+                     "states": {name: answer for name in ("base", "good", "weak")}}]  # fmt: skip
+    for state in doc["states"]:
+        state["change"] = None
+    text = compare_report({"first": doc, "second": doc}, tmp_path).read_text()
+    assert "Ship first: good." in text and "Forgetting against keeping" in text and "(Pareto)" in text
 
 
 def test_an_objective_that_one_edit_lacks_takes_no_part() -> None:
