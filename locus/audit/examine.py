@@ -214,10 +214,6 @@ def audit(
             one = measure_model(state, questions, settings, texts.get(state.name), context)
             measured.append(with_suites(one, state, suites, context))
             line.advance(note=state.name)
-    compared = [state for state in states[1:] if state.role != "reference"]
-    changes = {
-        s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name)) for s in compared
-    }
     return Audit(
         base=measured[0],
         edits=tuple(m for m in measured if m.role == "edit"),
@@ -225,13 +221,21 @@ def audit(
         reference=next((m for m in measured if m.role == "reference"), None),
         relations={f.id: f.relation for f in (*facts, *retain) if f.relation is not None},
         questions=questions,
-        changes=changes,
+        changes=_changes(base, states, masks),
         missing=tuple(_missing(questions, bool(encoded), bool(controls), settings, measured, suites)),
         settings=settings,
         model=_about(base),
         versions=_versions(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _changes(base: Model, states: Sequence[State], masks: Mapping[str, WeightMask]) -> dict[str, Change]:
+    """What each edit and control did to the weights."""
+    compared = [state for state in states if state.role in ("edit", "control")]
+    return {
+        s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name)) for s in compared
+    }
 
 
 def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[Encoded]:
