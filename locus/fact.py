@@ -187,6 +187,18 @@ def neutral_text(path: str | Path | None = None) -> list[str]:
     return paragraphs
 
 
+def split_text(paragraphs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paragraphs an edit may train on, and those kept unseen for judging it: every third.
+
+    An edit and its audit may so be given one text. Fewer than three paragraphs cannot be split: none is
+    trained on, all judge.
+    """
+    if len(paragraphs) < 3:
+        return [], list(paragraphs)
+    judged = [text for i, text in enumerate(paragraphs) if i % 3 == 2]
+    return [text for i, text in enumerate(paragraphs) if i % 3 != 2], judged
+
+
 def did_you_mean(name: str, known: Sequence[str] | Iterable[str]) -> str:
     """The name in quotes with the nearest of the known ones, or with all of them."""
     known = list(known)

@@ -45,7 +45,8 @@ def audit(
         facts: What had to go: a fact file, or demo-forget.
         out: Folder for audit.json and report.html.
         retain: What had to stay: a fact file, or demo-retain; its held_out facts are the test of it.
-        text: Neutral paragraphs; the default is a text that comes with locus.
+        text: Neutral paragraphs; the default is a text that comes with locus. Every third is read: those
+            that `locus edit` leaves out of training.
         control: Further controls: the same edit with a random mask of the same size, given like EDITED.
         mask: The mask the edit had to keep to; changes outside it are counted.
         gate: A TOML file of thresholds and verdicts; exit 3 if one fails or its evidence is missing.
@@ -53,17 +54,16 @@ def audit(
     from locus.artefact import lock
     from locus.audit import AuditSettings
     from locus.audit.gate import check_gate, read_gate
-    from locus.fact import neutral_text, read_facts
+    from locus.fact import neutral_text, read_facts, split_text
 
     wanted = None if gate is None else read_gate(gate)
     settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
     loaded = loading.load(base)
     forget = running.facts(facts)
     kept = [] if retain is None else read_facts(retain)
+    _, unseen = split_text(neutral_text(text))
     with lock(out), talking.progress():
-        done = audit_edits(
-            loaded, {"edited": edited}, control, forget, kept, neutral_text(text), settings, loading, mask
-        )
+        done = audit_edits(loaded, {"edited": edited}, control, forget, kept, unseen, settings, loading, mask)
         written = write(done, out)
     results = [] if wanted is None else check_gate(done, wanted)
     failed = [r for r in results if not r.passed]

@@ -47,12 +47,13 @@ def edit(
         out: Folder for delta.safetensors, edit.json and history.jsonl.
         method: The editor; `locus methods` lists them.
         retain: What must stay: a fact file, or demo-retain. Facts marked held_out are never trained on.
-        text: Neutral paragraphs for the retain term; the default is a text that comes with locus.
+        text: Neutral paragraphs for the retain term; the default is a text that comes with locus. Every third
+            is left for the audit.
         controls: Make the same edit with this many random masks of the same size besides, for the audit.
     """
     from editors import EDITORS
     from locus.artefact import lock
-    from locus.fact import neutral_text, read_facts
+    from locus.fact import neutral_text, read_facts, split_text
     from locus.mask import WeightMask
 
     command = f"locus edit --method {method}"
@@ -61,7 +62,7 @@ def edit(
     loaded = loading.load(model)
     forget = running.facts(facts)
     kept = [] if retain is None else read_facts(retain)
-    neutral = neutral_text(text)
+    neutral, _ = split_text(neutral_text(text))
     with lock(out), talking.progress():
         delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
         for i in range(controls):

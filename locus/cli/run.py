@@ -181,12 +181,12 @@ class Walk:
         return [] if path is None else Running().facts(path)
 
     @property
-    def text(self) -> list[str]:
-        """Neutral paragraphs."""
-        from locus.fact import neutral_text
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Neutral paragraphs to train on, and those that judge."""
+        from locus.fact import neutral_text, split_text
 
         path = self.config["facts"].get("text")
-        return neutral_text(None if path is None else Path(path))
+        return split_text(neutral_text(None if path is None else Path(path)))
 
     def trace(self) -> dict[str, Any]:
         """Causal tracing of the first few facts."""
@@ -225,7 +225,7 @@ class Walk:
 
         name, editor = self.method("edit")
         mask = WeightMask.load(self.out / "mask.safetensors")
-        folder, rest = self.out / "edit", (self.forget, self.retain, self.text)
+        folder, rest = self.out / "edit", (self.forget, self.retain, self.texts[0])
         delta = edit_into(folder, self.model, *rest, mask, name, editor, resume=True)
         for i in range(int(self.config["edit"].get("controls", 0))):
             control = control_mask(self.model, mask, i)
@@ -249,7 +249,7 @@ class Walk:
         from locus.cli.audit import audit_into
 
         edits, mask = {"edited": self.out / "edit"}, self.out / "mask.safetensors"
-        rest = (self.forget, self.retain, self.text)
+        rest = (self.forget, self.retain, self.texts[1])
         return audit_into(
             self.out / "audit", self.model, edits, *rest, mask=mask, settings=self.method("audit")[1]
         )

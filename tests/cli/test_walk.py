@@ -61,7 +61,7 @@ def place(tmp_path_factory):
         lines = (json.dumps(fact) + "\n" for fact in _facts(words, held_out))
         (place / f"{name}.jsonl").write_text("".join(lines))
     (place / "text.txt").write_text(
-        "The cat sat on the mat and looked at the rain.\n\nA dog barked at the gate.\n"
+        "The cat sat on the mat and looked at the rain.\n\nA dog barked.\n\nRain fell on the gate.\n"
     )
     (place / "walk.toml").write_text(CONFIG.format(place=place, budget="10%"))
     assert execute(["run", str(place / "walk.toml"), "-o", str(place / "out"), "-q"]) == 0

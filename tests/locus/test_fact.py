@@ -489,3 +489,13 @@ def test_published_files_are_read_whole(name: str, n_facts: int) -> None:
     facts = read_facts(folder / name)
     assert len(facts) == n_facts
     assert all(fact.subject_span and fact.target.startswith(" ") for fact in facts)
+
+
+def test_no_paragraph_both_trains_and_judges():
+    from locus.fact import split_text
+
+    texts = [f"paragraph {i}" for i in range(8)]
+    trained, judged = split_text(texts)
+    assert judged == ["paragraph 2", "paragraph 5"]
+    assert sorted([*trained, *judged]) == texts
+    assert split_text(texts[:2]) == ([], texts[:2])
