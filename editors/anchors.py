@@ -65,7 +65,9 @@ class Anchors:
             done = found.end()
         translated, *too_much = encode_text(model, "".join([*pieces, text[done:]]), block=1 << 30)
         if too_much:
-            raise InputError(f"with its anchors replaced, {text[:40]!r}… is longer than the context of {model.name}")
+            raise InputError(
+                f"with its anchors replaced, {text[:40]!r}… is longer than the context of {model.name}"
+            )
         new_starts, _ = _starts(translated, model.bos is not None and translated.ids[0] == model.bos)
         at = {start: token for token, start in reversed(list(enumerate(new_starts))) if start >= 0}
         partner = tuple(at.get(_moved(start, places, shift)) for start in starts)

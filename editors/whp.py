@@ -33,8 +33,8 @@ NO_LABEL = -1
 
 
 def generic_logits(
-    base: Float[Tensor, "label d_vocab"], reinforced: Float[Tensor, "label d_vocab"], alpha: float
-) -> Float[Tensor, "label d_vocab"]:
+    base: Float[Tensor, "*label d_vocab"], reinforced: Float[Tensor, "*label d_vocab"], alpha: float
+) -> Float[Tensor, "*label d_vocab"]:
     """v_base - alpha * relu(v_reinforced - v_base) (Eldan & Russinovich 2023, arXiv:2310.02238, equation 1).
 
     What reinforcement raised is lowered; the rest stays as it was. With alpha = 0 it is the base.

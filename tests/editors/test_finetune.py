@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from editors.adversary import LatentAttack
+from editors.dpo import DPO
 from editors.finetune import Run
 from editors.ga import GA
 from editors.graddiff import GradDiff
 from editors.guard import MaskLeak, every_digest
 from editors.npo import NPO
+from editors.refusals import refusal
 from editors.retain import Retain
+from editors.rmu import RMU
 from editors.training import Training
 from locus.delta import WeightDelta
 from locus.errors import InputError
@@ -235,3 +239,58 @@ def test_both_uses_of_a_tied_embedding_learn() -> None:
     delta = NPO(training=QUICK).run(model, forget, retain, mask, text=TEXT)
     with delta.applied(model):
         assert not measure(model, forget).correct.any()
+
+
+def test_checkpointing_changes_memory_alone() -> None:
+    model = tiny_model("gpt2")
+    forget, retain = known_facts(model)
+    mask = neuron_mask(model)
+    few = dataclasses.replace(QUICK, steps=3)
+    kept = NPO(training=few).run(model, forget, retain, mask, text=TEXT)
+    recomputed = dataclasses.replace(few, checkpointing=True)
+    assert same(kept, NPO(training=recomputed).run(model, forget, retain, mask, text=TEXT))
+    assert not any("forward" in m.__dict__ for m in model.module.modules())
+
+
+def test_an_adversary_inside_the_steps_changes_what_is_learnt() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    mask = neuron_mask(model)
+    few = dataclasses.replace(QUICK, steps=3, goal=0.0)
+    attacked = dataclasses.replace(few, attack=LatentAttack(steps=3, epsilon=1.0, lr=0.5))
+    plain = NPO(training=few).run(model, forget, retain, mask)
+    hardened = NPO(training=attacked).run(model, forget, retain, mask)
+    assert not same(plain, hardened)
+    assert same(hardened, NPO(training=attacked).run(model, forget, retain, mask))
+
+
+def test_a_refusal_becomes_likelier_and_the_target_less_likely() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    refusals = [refusal(fact, 0) for fact in forget]
+    before = measure(model, [*forget, *refusals]).nll
+    delta = DPO(training=QUICK).run(model, forget, retain, neuron_mask(model))
+    with delta.applied(model):
+        change = measure(model, [*forget, *refusals]).nll - before
+    assert (change[:2] > 1).all() and (change[2:] < change[:2]).all()
+
+
+def test_a_mask_above_what_the_objective_runs_is_refused() -> None:
+    """RMU on a model of 3 layers steers the output of layer 0; the mask lies in layer 2."""
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    chosen = torch.zeros(model.atlas.n_layers, model.atlas.d_mlp, dtype=torch.bool)
+    chosen[2] = True
+    with pytest.raises(InputError, match="no located weight influences the loss"):
+        RMU().run(model, forget, retain, WeightMask.of_neurons(model.atlas, chosen))
+
+
+def test_jangs_rule_stops_ascent() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    slow = Training(steps=60, min_steps=1, lr=0.01, goal=0.0, check_every=2, utility=0.0)
+    rule = GA(training=slow, stop_memorization=0.5, stop_extraction=0.5)
+    delta = rule.run(model, forget, retain, neuron_mask(model))
+    assert delta.provenance["stopped"] == "goal" and delta.provenance["steps"] < 60
+    with delta.applied(model):
+        assert measure(model, forget).correct.float().mean() <= 0.5
