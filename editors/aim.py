@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from editors.subject import Place, Row, batch_of, behind, grouped, row, states
@@ -23,6 +23,7 @@ from locus.fact import Fact
 from locus.forward import Batch, label_logits
 from locus.hooks import patched
 from locus.model import Model
+from locus.tokens import encode
 
 To = Literal["refusal", "entropy", "alternatives", "rewrite"]
 
@@ -36,7 +37,7 @@ class Aim:
     the fact's wrong targets with the same probability; rewrite: the first of them (CounterFact's target_new)."""
     refusal: str = " unknown"
     """The fixed answer, with its leading space."""
-    prefixes: int = 5
+    prefixes: int = 2
     """Random openings before the prompt, besides the prompt itself."""
     steps: int = 25
     """Steps of Adam, at most."""
@@ -44,6 +45,9 @@ class Aim:
     """Its learning rate, in units of the root mean square of the value it starts from."""
     enough: float = 0.05
     """A fact whose loss, in nats a token, is below this is left as it is."""
+    gone: float = 0.005
+    """Unless the aim is to rewrite: so is one whose target begins with less than this probability, mean over the
+    openings. What is pushed further costs the facts beside it more than it hides; 0 goes on to `enough`."""
     kl: float = 0.0625
     """Weight of KL(before || after) of what follows "{subject} is a"."""
     decay: float = 0.5
@@ -61,7 +65,7 @@ class Aim:
         for name in ("steps", "lr", "clamp"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must be positive")
-        for name in ("kl", "decay", "enough", "prefixes"):
+        for name in ("kl", "decay", "enough", "gone", "prefixes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
 
@@ -76,6 +80,8 @@ class Shift:
     """The output in the plain prompt, before the shift; float64."""
     loss: Float[Tensor, " fact"]
     """The aim's loss with the last shift tried, in nats a token."""
+    prob: Float[Tensor, " fact"]
+    """Probability of the target's first token with it, mean over the openings."""
     steps: int
     """Steps taken by the slowest fact."""
 
@@ -98,16 +104,17 @@ def find_shifts(
         InputError: a fact without what the aim needs (alternatives, a subject), or one that cannot be encoded.
     """
     wanted = _answers(model, facts, aim, prefixes, place)
+    targets = torch.tensor([encode(model, fact).target_ids[0] for fact in facts])
     calm = _calm(model, facts, aim, place)
     plain = [row(model, fact, i, place) for i, fact in enumerate(facts)]
     start = states(model, plain, outputs=[site], batch_tokens=batch_tokens)[1][site]
-    search = _Search(model, aim, site, wanted, calm, start, batch_tokens)
+    search = _Search(model, aim, site, wanted, calm, start, targets, batch_tokens)
     with progress.task("values", total=aim.steps) as line:
         for _ in range(aim.steps):
             if not search.step():
                 break
             line.advance(note=f"loss {float(search.loss.mean()):.2f}")
-    return Shift(search.shift.detach().double().cpu(), start, search.loss, search.steps)
+    return Shift(search.shift.detach().double().cpu(), start, search.loss, search.prob, search.steps)
 
 
 class _Search:
@@ -121,15 +128,17 @@ class _Search:
         wanted: Sequence[Row],
         calm: Sequence[Row],
         start: Float[Tensor, "fact d_model"],
+        targets: Int64[Tensor, " fact"],
         batch_tokens: int,
     ) -> None:
         self.model, self.aim, self.site, self.batch_tokens = model, aim, site, batch_tokens
-        self.wanted, self.calm = wanted, calm
+        self.wanted, self.calm, self.targets = wanted, calm, targets
         self.norm = start.norm(dim=1).clamp_min(1e-12)
         self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the shift is kept in these units
         self.raw = torch.zeros(start.shape, dtype=torch.float32, requires_grad=True)
         self.optimizer = torch.optim.Adam([self.raw], lr=aim.lr)
         self.loss = torch.full((len(start),), math.inf)
+        self.prob = torch.ones(len(start))
         self.active = torch.ones(len(start), dtype=torch.bool)
         self.steps = 0
         self.n_rows = torch.bincount(torch.tensor([one.fact for one in wanted]), minlength=len(start))
@@ -137,7 +146,8 @@ class _Search:
 
     @property
     def shift(self) -> Float[Tensor, "fact d_model"]:
-        return self.raw * self.unit
+        scaled: Tensor = self.raw * self.unit
+        return scaled
 
     def step(self) -> bool:
         """One step of the facts that are not there yet; False when none is left."""
@@ -145,6 +155,8 @@ class _Search:
             self.raw.grad = torch.zeros_like(self.raw)
             self._pull()
         self.active &= self.loss > self.aim.enough
+        if self.aim.to != "rewrite":
+            self.active &= self.prob > self.aim.gone
         if not bool(self.active.any()):
             return False
         if self.before is not None:
@@ -166,7 +178,7 @@ class _Search:
 
     def _pull(self) -> None:
         """Loss of every fact still active, and its gradient."""
-        loss = torch.zeros(len(self.loss), dtype=torch.float64)
+        loss, prob = (torch.zeros(len(self.loss), dtype=torch.float64) for _ in range(2))
         due = [one for one in self.wanted if self.active[one.fact]]
         for group in grouped(due, self.batch_tokens):
             batch, logits = self._logits(due, group)
@@ -176,7 +188,12 @@ class _Search:
             terms = self._terms(logits, batch) * share.to(logits.device)
             terms.sum().backward()
             loss.index_add_(0, owner, terms.detach().double().cpu())
+            first = torch.tensor([due[i].encoded.target_start - 1 for i in batch.example.tolist()])
+            at = batch.cols == first
+            probs = logits.detach().softmax(-1)[at, self.targets[owner[at]]]
+            prob.index_add_(0, owner[at], probs.double().cpu() / self.n_rows[owner[at]])
         self.loss = torch.where(self.active, loss.float(), self.loss)
+        self.prob = torch.where(self.active, prob.float(), self.prob)
 
     def _terms(self, logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
         if self.aim.to == "entropy":
@@ -193,7 +210,8 @@ class _Search:
             (self.aim.kl * kl).sum().backward()
 
     def _calm_logprobs(self) -> Float[Tensor, "row d_vocab"]:
-        rows, found = {}, []
+        rows: dict[int, int] = {}
+        found: list[Tensor] = []
         for group in grouped(self.calm, self.batch_tokens):
             batch, logits = self._logits(self.calm, group)
             first = [batch.example.tolist().index(i) for i in group]

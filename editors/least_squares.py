@@ -92,7 +92,8 @@ def write(
             "give longer prompts, or use a method that weighs them (memit)"
         )
     gram = gram + weight * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, residual.mT).mT @ solved.mT
+    update: Tensor = torch.linalg.solve(gram, residual.mT).mT @ solved.mT
+    return update
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,8 @@ def write_within(
         inside = torch.cat([inside, space.basis.mT @ earlier], dim=1)
         residual = torch.cat([residual, residual.new_zeros(len(residual), earlier.shape[1])], dim=1)
     gram = inside.mT @ inside + l2 * torch.eye(inside.shape[1], dtype=inside.dtype)
-    return torch.linalg.solve(gram, residual.mT).mT @ inside.mT @ space.basis.mT
+    update: Tensor = torch.linalg.solve(gram, residual.mT).mT @ inside.mT @ space.basis.mT
+    return update
 
 
 def within(moment: Float[Tensor, "neuron neuron"], neurons: Int64[Tensor, " n"]) -> Float[Tensor, "n n"]:

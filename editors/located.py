@@ -111,13 +111,13 @@ def chosen_layers(
 
 
 @contextlib.contextmanager
-def borrowed(model: Model, projections: Iterable[DownProjection]) -> Iterator[None]:
-    """Let the weights of these projections be written; on leaving every bit is as before.
+def borrowed(model: Model, names: Iterable[str]) -> Iterator[None]:
+    """Let these parameters be written; on leaving every bit is as before.
 
     Raises:
         InputError: the model in memory is not its checkpoint (it was edited since it was loaded).
     """
-    parameters = {one.param: model.module.get_parameter(one.param) for one in projections}
+    parameters = {name: model.module.get_parameter(name) for name in names}
     base = stored(model)
     for name, parameter in parameters.items():
         if not bool(same_bits(base.read(name).to(parameter.dtype), parameter.detach().cpu()).all()):

@@ -16,7 +16,7 @@ from editors.least_squares import Metric, within, write
 from editors.located import DownProjection, add_, borrowed, chosen_layers, delta_of, down_projections
 from editors.result import settings_of
 from editors.statistics import second_moments
-from editors.subject import Place, mean_by_fact, openings, rows, states
+from editors.subject import Place, mean_by_fact, openings, retained, rows, states
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
@@ -41,6 +41,8 @@ class ROME:
     the depth among those with the most located weights."""
     aim: Aim = Aim()
     """What the model should say instead, and how its value is found."""
+    retain_weight: float = 1.0
+    """Weight of the retain facts' keys against the text's in the second moment."""
     ridge: float = 1e-3
     """Added to the second moment's diagonal, as a share of its mean."""
     moment_tokens: int = 100_000
@@ -64,8 +66,9 @@ class ROME:
     ) -> WeightDelta:
         """Edit the facts one after the other; the model in memory ends bit for bit as it was.
 
-        `retain` is not looked at. `text` is what the second moment and the openings are taken from, by default
-        the neutral text that comes with locus. The second moment is cached; `folder` and `resume` are not needed.
+        Keys of retain facts that are not held out count in the second moment. `text` is what the rest of it and
+        the openings are taken from, by default the neutral text that comes with locus. The text's second moment is
+        cached; `folder` and `resume` are not needed.
 
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or two facts whose
@@ -79,10 +82,13 @@ class ROME:
         moment = second_moments(
             model, [located.layer], text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )[located.layer]
-        metric = Metric.of(within(moment.mean, located.neurons), self.ridge)
         prefixes = openings(text, self.aim.prefixes, self.aim.seed)
+        kept = retained(
+            model, retain, [located.layer], prefixes, self.place, self.retain_weight, self.batch_tokens
+        )[located.layer]
+        metric = Metric.of(within(moment.mean + kept, located.neurons), self.ridge)
         memory = _Memory(metric, located)
-        with borrowed(model, [located]):
+        with borrowed(model, [located.param]):
             for fact in progress.track(forget, "edit"):
                 key, found = self._look(model, fact, located, prefixes)
                 add_(model, located, memory.learn(key, found.shift[0]))
@@ -136,6 +142,7 @@ class _Memory:
         return {
             "fact": fact.id,
             "loss": self.losses[-1],
+            "prob": float(found.prob[0]),
             "steps": found.steps,
             "shift": float(found.shift.norm()),
             "value": float(found.start.norm()),

@@ -80,6 +80,19 @@ def second_moments(
     return {layer: SecondMoment(kept.total, kept.n_tokens) for layer, kept in files.items()}
 
 
+def mean_keys(
+    model: Model, layers: Sequence[int], text: Sequence[str], batch_tokens: int = 4096
+) -> dict[int, Float[Tensor, " neuron"]]:
+    """Mean activation of every neuron of some layers over every token of a text, float64."""
+    blocks = _blocks(model, text, 1 << 60)
+    total = {layer: torch.zeros(model.atlas.d_mlp, dtype=torch.float64) for layer in layers}
+    for start, end in _groups(blocks, 0, batch_tokens, set()):
+        for layer, keys in zip(layers, _keys(model, collate(blocks, range(start, end)), layers), strict=True):
+            total[layer] += keys.sum(0).cpu()
+    n_tokens = sum(len(block.ids) for block in blocks)
+    return {layer: summed / n_tokens for layer, summed in total.items()}
+
+
 class _Kept:
     """One layer's sum so far, and its file."""
 

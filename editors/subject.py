@@ -142,6 +142,40 @@ def states(
     return first, second
 
 
+def retained(
+    model: Model,
+    retain: Sequence[Fact],
+    layers: Sequence[int],
+    prefixes: Sequence[str],
+    place: Place,
+    weight: float,
+    batch_tokens: int = 4096,
+) -> dict[int, Float[Tensor, "neuron neuron"]]:
+    """`weight` · E[k kᵀ] over the keys of the retain facts that are not held out, by layer; 0 without any.
+
+    Added to the text's second moment it makes an update keep away from facts like the edited ones, whose keys
+    are rare in text. A fact without a subject counts with the last token of its prompt.
+
+    Raises:
+        InputError: the weight is negative, or a fact cannot be encoded.
+    """
+    if weight < 0:
+        raise InputError(f"retain_weight = {weight}: must not be negative")
+    size = model.atlas.d_mlp
+    total = {layer: torch.zeros(size, size, dtype=torch.float64) for layer in layers}
+    kept = [fact for fact in retain if not fact.held_out]
+    if not kept or not weight:
+        return total
+    seen = [
+        row(model, behind(fact, prefix), number, place if fact.subject is not None else "prompt")
+        for number, fact in enumerate(kept)
+        for prefix in ("", *prefixes)
+    ]
+    names = {layer: model.atlas.neuron_in[layer] for layer in layers}
+    keys, _ = states(model, seen, inputs=names.values(), batch_tokens=batch_tokens)
+    return {layer: weight * keys[name].mT @ keys[name] / len(seen) for layer, name in names.items()}
+
+
 def mean_by_fact(
     values: Float[Tensor, "row d"], rows: Sequence[Row], n_facts: int
 ) -> Float[Tensor, "fact d"]:

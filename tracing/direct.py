@@ -63,7 +63,9 @@ class _Linear:
         """At this state; read off the norm's own output, so its epsilon and any (1 + weight) are in it."""
         centred = isinstance(norm, nn.LayerNorm)
         bias = (
-            norm.bias.detach().float() if centred and norm.bias is not None else torch.zeros_like(x).float()
+            norm.get_parameter("bias").detach().float()
+            if centred and norm.bias is not None
+            else torch.zeros_like(x).float()
         )
         entered = x.float() - x.float().mean() if centred else x.float()
         out = norm(x[None])[0].float() - bias
@@ -104,11 +106,12 @@ def _final_direction(
     norm_module = model.module.get_submodule(model.atlas.final_norm)
     head = model.module.get_submodule(model.atlas.unembed)
     norm = _Linear.of(norm_module, ends[model.atlas.final_norm])
-    unembedding = head.weight.detach().float()
+    unembedding = head.get_parameter("weight").detach().float()
     wanted = unembedding[encoded.target_ids[0]] - unembedding.mean(0)
     constant = float(norm.bias @ wanted)
     if getattr(head, "bias", None) is not None:
-        constant += float(head.bias[encoded.target_ids[0]] - head.bias.mean())
+        bias = head.get_parameter("bias")
+        constant += float(bias[encoded.target_ids[0]] - bias.mean())
     return norm.back(wanted), constant
 
 
@@ -146,7 +149,7 @@ def _through(
     module = model.module.get_submodule(projection)
     if out in ends and out != projection:
         direction = _Linear.of(model.module.get_submodule(out), ends[out]).back(direction)
-    weight = module.weight.detach().float()
+    weight = module.get_parameter("weight").detach().float()
     columns = weight.T if isinstance(module, nn.Linear) else weight  # transformers' Conv1D is [in, out]
     result: Tensor = columns @ direction
     return result
