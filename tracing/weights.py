@@ -6,8 +6,7 @@ With g the gradient of the mean log p(target) over the forget facts, g_r over th
     fisher           mean over facts of g_i^2   diagonal empirical Fisher
     difference       |g| - |g_r|
     ratio            |g| / (|g_r| + 1e-3 mean |g_r|)
-    wagle            |(mu t - g_r) g|           WAGLE (Jia et al. 2024, arXiv:2410.17509): its (t - g_r / mu) g times
-                                                mu, the same order without its overflow; mu = 1e-6 as in its code
+    wagle            |(t - g_r / mu) g|         WAGLE (Jia et al. 2024, arXiv:2410.17509), mu = 1e-6 as in its code
 
 Scores take the gradients' place in memory: weights + one gradient + one mask of the chosen few, and for the scores
 that need two gradients, or one an example, a second of one group of parameters (`groups` of them, one after the
@@ -162,7 +161,7 @@ def _score_(score: Score, gradient: Tensor, retain: Tensor | None, weight: Tenso
     if score == "weight-gradient":
         gradient.mul_(weight)
     if score == "wagle" and retain is not None:
-        return gradient.mul_(retain.neg_().add_(weight, alpha=WAGLE_MU)).abs_()
+        return gradient.mul_(retain.div_(-WAGLE_MU).add_(weight)).abs_()
     gradient.abs_()
     if retain is not None:
         retain.abs_()
@@ -227,10 +226,6 @@ def _with_gradients(
         with torch.enable_grad():
             for batch in track(groups, "gradients"):
                 add(batch)
-    except BaseException:
-        for parameter in parameters.values():
-            parameter.grad = None
-        raise
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)

@@ -40,7 +40,7 @@ def test_scores_are_the_formulas(score: Score) -> None:
         "fisher": (forget**2).mean(0),
         "difference": g.abs() - g_r.abs(),
         "ratio": g.abs() / (g_r.abs() + 1e-3 * g_r.abs().mean()),
-        "wagle": WAGLE_MU * ((weight - g_r / WAGLE_MU) * g).abs(),
+        "wagle": ((weight - g_r / WAGLE_MU) * g).abs(),
     }[score]
     got = WeightSaliency(score=score).run(model, tiny_facts(), RETAIN).values[NAME]
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-6 * float(expected.abs().max()))
