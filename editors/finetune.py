@@ -24,6 +24,7 @@ from editors.lora import LoraDeltas
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Prediction
 from editors.recompute import recomputed
+from editors.reference import References
 from editors.result import settings_of, weight_delta
 from editors.retain import Retain, mean_kl
 from editors.sophia import SophiaG
@@ -32,6 +33,7 @@ from editors.stopping import RISE, look, verdict
 from editors.training import Training, generator, lr_at, make_optimizer
 from locus import progress
 from locus.delta import WeightDelta
+from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.forward import Batch, collate, measure
@@ -116,7 +118,14 @@ def finetune(
     deltas = _deltas(model, mask, training)
     with unmoved(model.module):
         data = Data.read(model, forget, retain, text, objective.retain, training)
-        run = Run(objective, model, deltas, data, make_optimizer(training, deltas.parameters))
+        run = Run(
+            objective,
+            model,
+            deltas,
+            data,
+            make_optimizer(training, deltas.parameters),
+            _references(objective.retain, model, deltas),
+        )
         state = run.start(folder if resume else None)
         with (
             deltas.attached(),
@@ -146,6 +155,14 @@ def _deltas(model: Model, mask: WeightMask, training: Training) -> Trained:
     return Deltas(model.module, mask)
 
 
+def _references(term: Retain, model: Model, deltas: Trained) -> References | None:
+    """Where the base's logits on retain data are kept, if the term needs them and they are to be kept."""
+    if term.term != "kl" or term.reference == "live":
+        return None
+    folder = cache_folder() / "references" if term.reference == "disk" else None
+    return References(model, deltas, folder)
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run of the loop."""
@@ -155,6 +172,8 @@ class Run:
     deltas: Trained
     data: Data
     optimizer: torch.optim.Optimizer
+    references: References | None = None
+    """The base's logits on retain data, where they are kept."""
 
     @property
     def identity(self) -> str:
@@ -287,11 +306,13 @@ class Run:
         if not term.active:
             return {"retain_loss": None, "kl": None}
         loss_sum, kl_sum, n_labels = 0.0, 0.0, 0
-        for source in (self.data.retain_batches, self.data.text_batches):
+        data = self.data
+        for encoded, source in ((data.retain, data.retain_batches), (data.texts, data.text_batches)):
             batches = list(source(term, training, step))
             n = sum(len(batch.labels) for batch in batches)
             for batch in batches:
-                kept = Prediction(self.model, self.deltas, batch)
+                known = None if self.references is None else self.references.logits(encoded, batch)
+                kept = Prediction(self.model, self.deltas, batch, ref_logits=known)
                 loss = term.loss(kept) * (len(batch.labels) / n)
                 loss_sum += self._finite("retain loss", step, loss)
                 (term.weight * loss).backward()

@@ -34,6 +34,7 @@ class Prediction:
         batch: Batch,
         reference: Float[Tensor, " example"] | None = None,
         answer: Answer | None = None,
+        ref_logits: Float[Tensor, "label d_vocab"] | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -43,9 +44,12 @@ class Prediction:
             batch: The examples; `batch.examples` are their numbers in the caller's list.
             reference: The reference's NLL of every example of that list, when it is already known.
             answer: Gives the prediction of another answer (a refusal, say) to the same prompts.
+            ref_logits: The reference's logits at the labels, when they are already known.
         """
         self.model, self.deltas, self.batch = model, deltas, batch.to(model.device)
         self._reference, self._answer = reference, answer
+        if ref_logits is not None:
+            self.__dict__["ref_logits"] = ref_logits
 
     @property
     def n_examples(self) -> int:

@@ -43,6 +43,9 @@ class Retain:
     """Retain facts a step."""
     texts: int = 1
     """Neutral paragraphs a step."""
+    reference: Literal["live", "memory", "disk"] = "live"
+    """Ask the base at every step, or once for each example and keep its logits (on the disk: in the user's cache,
+    4 bytes times the vocabulary for each token)."""
     layers: tuple[int, ...] = ()
     """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
 

@@ -1,0 +1,38 @@
+"""Kept reference logits are the base's, whatever the deltas and the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from editors.parametrize import Deltas
+from editors.reference import References
+from locus.forward import collate, label_logits
+from locus.mask import WeightMask, shapes_of
+from locus.tokens import encode
+from tests.tiny import tiny_facts, tiny_model
+
+
+def test_kept_logits_are_the_bases_and_are_asked_once(tmp_path: Path) -> None:
+    model = tiny_model("smollm")
+    encoded = [encode(model, fact) for fact in tiny_facts()]
+    batch = collate(encoded, [2, 0])
+    expected = label_logits(model, batch)
+    deltas = Deltas(
+        model.module, WeightMask.of_parameters(["*.mlp.down_proj.weight"], shapes_of(model.module))
+    )
+    with deltas.attached():
+        deltas.load({name: value + 0.1 for name, value in deltas.values.items()})
+        for folder in (None, tmp_path):
+            references = References(model, deltas, folder)
+            first = references.logits(encoded, batch)
+            torch.testing.assert_close(first, expected)
+            assert torch.equal(references.logits(encoded, batch), first)
+        again = References(model, deltas, tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again.logits(encoded, batch), first)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    other = tiny_model("smollm", seed=1)
+    changed = References(other, Deltas(other.module, WeightMask({})), tmp_path).logits(encoded, batch)
+    assert (changed - expected).abs().max() > 0.1
