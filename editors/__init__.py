@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from editors.alphaedit import AlphaEdit
 from editors.ceu import CEU
 from editors.dpo import DPO
 from editors.ga import GA
 from editors.graddiff import GradDiff, KLMin
 from editors.idk import IDK
+from editors.law import LaW
 from editors.lens_defence import HeadProjection, MaxEntropy
+from editors.memit import MEMIT
+from editors.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
+from editors.neuron_selective import NeuronSelective
 from editors.neurons import ScaleNeurons
 from editors.npo import NPO
+from editors.projection import EraseSubspace
 from editors.retain import Retain
 from editors.rkld import RKLD
 from editors.rmu import RMU
+from editors.rome import ROME
 from editors.satimp import SatImp
 from editors.selective import SelectiveGA
 from editors.simnpo import SimNPO
@@ -49,6 +56,16 @@ EDITORS: dict[str, type] = {
     "whp": WHP,
     "task-vector": TaskVector,
     "scale-neurons": ScaleNeurons,
+    "neuron-zero": NeuronZero,
+    "neuron-flip": NeuronFlip,
+    "neuron-mean": NeuronMean,
+    "neuron-direction": NeuronDirection,
+    "neuron-selective": NeuronSelective,
+    "rome": ROME,
+    "memit": MEMIT,
+    "alphaedit": AlphaEdit,
+    "law": LaW,
+    "erase-subspace": EraseSubspace,
 }
 """Everything with a `run`: the trained objectives and the direct edits of weights."""
 
@@ -58,17 +75,27 @@ __all__ = [
     "EDITORS",
     "GA",
     "IDK",
+    "MEMIT",
     "NPO",
     "OBJECTIVES",
     "RKLD",
     "RMU",
+    "ROME",
     "UNDIAL",
     "WGA",
     "WHP",
+    "AlphaEdit",
+    "EraseSubspace",
     "GradDiff",
     "HeadProjection",
     "KLMin",
+    "LaW",
     "MaxEntropy",
+    "NeuronDirection",
+    "NeuronFlip",
+    "NeuronMean",
+    "NeuronSelective",
+    "NeuronZero",
     "Retain",
     "SatImp",
     "ScaleNeurons",

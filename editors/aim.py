@@ -142,7 +142,7 @@ class _Search:
         self.active = torch.ones(len(start), dtype=torch.bool)
         self.steps = 0
         self.n_rows = torch.bincount(torch.tensor([one.fact for one in wanted]), minlength=len(start))
-        self.before = self._calm_logprobs().detach() if calm and aim.kl else None
+        self.before = self._calm_logprobs(range(len(calm))).detach() if calm and aim.kl else None
 
     @property
     def shift(self) -> Float[Tensor, "fact d_model"]:
@@ -204,21 +204,22 @@ class _Search:
     def _hold(self) -> None:
         """Gradient of the KL of what follows "{subject} is a"."""
         with torch.enable_grad():
-            now, before = self._calm_logprobs(), self.before
-            assert before is not None
+            due = [i for i, one in enumerate(self.calm) if self.active[one.fact]]
+            if self.before is None or not due:
+                return
+            now, before = self._calm_logprobs(due), self.before[due]
             kl = (before.exp() * (before - now)).sum(-1)
             (self.aim.kl * kl).sum().backward()
 
-    def _calm_logprobs(self) -> Float[Tensor, "row d_vocab"]:
-        rows: dict[int, int] = {}
-        found: list[Tensor] = []
-        for group in grouped(self.calm, self.batch_tokens):
-            batch, logits = self._logits(self.calm, group)
-            first = [batch.example.tolist().index(i) for i in group]
-            for i, at in zip(group, first, strict=True):
-                rows[i] = len(found)
-                found.append(logits[at].log_softmax(-1))
-        return torch.stack([found[rows[i]] for i in range(len(self.calm))])
+    def _calm_logprobs(self, chosen: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
+        """Log-probabilities of what comes first behind the chosen calm rows."""
+        rows = [self.calm[i] for i in chosen]
+        found: dict[int, Tensor] = {}
+        for group in grouped(rows, self.batch_tokens):
+            batch, logits = self._logits(rows, group)
+            for i in group:
+                found[i] = logits[batch.example.tolist().index(i)].log_softmax(-1)
+        return torch.stack([found[i] for i in range(len(rows))])
 
     def _logits(self, rows: Sequence[Row], group: Sequence[int]) -> tuple[Batch, Tensor]:
         """Logits of a group of rows with their facts' shifts in place."""

@@ -92,6 +92,7 @@ class ROME:
             for fact in progress.track(forget, "edit"):
                 key, found = self._look(model, fact, located, prefixes)
                 add_(model, located, memory.learn(key, found.shift[0]))
+                memory.losses[fact.id] = float(found.loss[0])
                 if log is not None:
                     log(memory.record(fact, found))
         provenance = {
@@ -100,7 +101,7 @@ class ROME:
             "moment_tokens": moment.n_tokens,
             "ridge": metric.ridge,
             "condition": metric.condition,
-            "losses": {fact.id: loss for fact, loss in zip(forget, memory.losses, strict=True)},
+            "losses": memory.losses,
             "cost": metric.cost(memory.total[:, located.neurons]),
         }
         return delta_of(model, {located.param: (located, memory.total)}, mask, provenance)
@@ -123,7 +124,7 @@ class _Memory:
         self.metric, self.located = metric, located
         self.keys = torch.zeros(len(metric.matrix), 0, dtype=torch.float64)
         self.total = torch.zeros(located.allowed.shape, dtype=torch.float64)
-        self.losses: list[float] = []
+        self.losses: dict[str, float] = {}
 
     def learn(
         self, key: Float[Tensor, " neuron"], residual: Float[Tensor, " d_model"]
@@ -138,10 +139,9 @@ class _Memory:
 
     def record(self, fact: Fact, found: Shift) -> dict[str, Any]:
         """One fact's record for the log."""
-        self.losses.append(float(found.loss[0]))
         return {
             "fact": fact.id,
-            "loss": self.losses[-1],
+            "loss": self.losses[fact.id],
             "prob": float(found.prob[0]),
             "steps": found.steps,
             "shift": float(found.shift.norm()),

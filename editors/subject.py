@@ -109,7 +109,7 @@ def states(
     inputs: Iterable[str] = (),
     outputs: Iterable[str] = (),
     batch_tokens: int = 4096,
-) -> tuple[dict[str, Float[Tensor, "row d"]], dict[str, Float[Tensor, "row d"]]]:
+) -> tuple[dict[str, Float[Tensor, "row _"]], dict[str, Float[Tensor, "row _"]]]:
     """What goes into and comes out of named modules at each row's position, float64 on the CPU.
 
     Args:
@@ -199,16 +199,10 @@ def grouped(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
 
 def batch_of(rows: Sequence[Row], group: Sequence[int]) -> Batch:
     """The rows of a group as one batch; `Batch.examples` are their indices."""
-    return collate({i: rows[i].encoded for i in group}, group)  # type: ignore[arg-type]
+    return collate([one.encoded for one in rows], group)
 
 
 def _last(model: Model, names: Sequence[str]) -> str:
-    """Of the named modules, the one that runs last: all others have run when it has."""
-    order = {name: i for i, (name, _) in enumerate(model.module.named_modules())}
-    blocks = {name: i for i, name in enumerate(model.atlas.blocks)}
-
-    def depth(name: str) -> tuple[int, int]:
-        block = next((i for path, i in blocks.items() if name == path or name.startswith(path + ".")), -1)
-        return block, (1 << 30 if name in blocks else order[name])
-
-    return model.atlas.blocks[max(depth(name)[0] for name in names)]
+    """The highest block that is, or holds, one of the named modules: when it has run, all of them have."""
+    blocks = model.atlas.blocks
+    return next(path for path in reversed(blocks) if any(f"{name}.".startswith(f"{path}.") for name in names))

@@ -1,0 +1,120 @@
+"""AlphaEdit: MEMIT's residuals, written only where text does not go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.aim import Aim
+from editors.least_squares import NullSpace, within, write_within
+from editors.located import DownProjection, borrowed, chosen_layers, delta_of, down_projections
+from editors.memit import Written
+from editors.ramp import Ramp
+from editors.result import settings_of
+from editors.statistics import second_moments
+from editors.subject import Place, openings, retained
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Fact, neutral_text
+from locus.mask import WeightMask
+from locus.model import Model
+
+
+@dataclass(frozen=True)
+class AlphaEdit:
+    """Null-space constrained editing (Fang et al. 2025, arXiv:2410.02355).
+
+    Each layer's update is projected onto the directions in which keys over text hardly vary, so that text is
+    kept by construction and the solve only weighs the facts: those of this batch, which are to move, those of
+    earlier batches, which are to stay, and the update's own size.
+    """
+
+    layers: tuple[int, ...] = ()
+    """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
+    most: int = 5
+    """How many layers at most, where none are named."""
+    aim: Aim = Aim(lr=0.1, clamp=0.75)
+    """What the model should say instead, and how the state that makes it say so is found."""
+    threshold: float = 0.5
+    """A direction counts as free when its eigenvalue is below this share of the mean one. (The paper's absolute
+    2e-2 depends on the scale of a model's activations.)"""
+    l2: float = 0.1
+    """Weight of the update's size, as a share of the mean squared norm of the facts' keys in the null space."""
+    retain_weight: float = 1.0
+    """Weight of the retain facts' keys against the text's in the second moment."""
+    moment_tokens: int = 100_000
+    """Tokens of text that the second moment is taken over, at most."""
+    batch: int = 0
+    """Facts edited at once; 0 for all."""
+    place: Place = "subject"
+    """Edit at the last token of the subject or of the prompt."""
+    batch_tokens: int = 4096
+    """Padded tokens in one forward."""
+
+    def run(
+        self,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        *,
+        text: Sequence[str] = (),
+        folder: Path | None = None,
+        resume: bool = False,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> WeightDelta:
+        """Edit the facts, batch after batch; the model in memory ends bit for bit as it was.
+
+        Keys of retain facts that are not held out count in the second moment; `text` is what the rest of it and the
+        openings are taken from, by default the neutral text that comes with locus.
+
+        Raises:
+            InputError: no facts, a mask without down projections, a fact without a subject, or no free direction.
+        """
+        if not forget:
+            raise InputError("nothing to forget: the list of facts is empty")
+        text = text or neutral_text()
+        located = chosen_layers(
+            down_projections(model, mask), model.atlas.n_layers, self.layers, max(1, self.most)
+        )
+        layers = [one.layer for one in located]
+        prefixes = openings(text, self.aim.prefixes, self.aim.seed)
+        moments = second_moments(
+            model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
+        )
+        kept = retained(model, retain, layers, prefixes, self.place, self.retain_weight, self.batch_tokens)
+        spaces = {
+            one.layer: NullSpace.of(
+                within(moments[one.layer].mean + kept[one.layer], one.neurons), self.threshold
+            )
+            for one in located
+        }
+        written = Written(located)
+
+        def solve(
+            one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
+        ) -> Float[Tensor, "d_model n"]:
+            space = spaces[one.layer]
+            size = float((space.basis.mT @ keys).square().sum(0).mean())
+            return write_within(space, keys, residual, self.l2 * size, written.earlier[one.layer])
+
+        with borrowed(model, written.updates):
+            for start in range(0, len(forget), self.batch or len(forget)):
+                facts = forget[start : start + (self.batch or len(forget))]
+                ramp = Ramp.find(model, facts, located, self.aim, prefixes, self.place, self.batch_tokens)
+                ramp.write_(solve, written.keep)
+                written.done(facts, ramp, log)
+        provenance = {
+            "editor": settings_of(self),
+            "layers": layers,
+            "moment_tokens": moments[layers[0]].n_tokens,
+            "free": [spaces[layer].basis.shape[1] for layer in layers],
+            "energy": [spaces[layer].kept for layer in layers],
+            **written.about,
+        }
+        return delta_of(model, written.updates, mask, provenance)

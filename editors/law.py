@@ -1,0 +1,172 @@
+"""LaW: wash what is to go out of the MLPs, as far from the old values as the text allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.aim import Aim
+from editors.least_squares import Metric, within, write
+from editors.located import DownProjection, borrowed, chosen_layers, delta_of, down_projections
+from editors.memit import Written
+from editors.ramp import Ramp
+from editors.result import settings_of
+from editors.statistics import second_moments
+from editors.subject import Place, openings, retained
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Fact, neutral_text
+from locus.forward import measure
+from locus.mask import WeightMask
+from locus.model import Model
+
+
+@dataclass(frozen=True)
+class LaW:
+    """Large-scale knowledge washing (Wang et al. 2025, arXiv:2405.16720).
+
+    Each layer's update D begins as MEMIT's and then climbs ‖D K‖², what it does to the facts' keys K, while its cost
+    tr(D C Dᵀ) stays within `beta` times the first one's. Facts that are washed out drop out of the next round, whose
+    updates go on top. The climb is taken in the metric of C: it never leaves the span of KᵀC⁻¹, so it runs on a
+    matrix of as many rows as there are facts, and what the paper does by Adam and projections is exact here.
+    """
+
+    layers: tuple[int, ...] = ()
+    """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
+    most: int = 5
+    """How many layers at most, where none are named."""
+    aim: Aim = Aim(lr=0.1, clamp=0.75)
+    """What MEMIT's first update aims at."""
+    weight: float = 0.3
+    """λ of MEMIT's first update, as a share of the number of neurons a layer."""
+    beta: float = 1.1
+    """Cost of an update, in costs of the one it began as."""
+    climb: int = 20
+    """Steps of the climb."""
+    rounds: int = 4
+    """Rounds at most; a round edits the facts that are not washed out yet."""
+    washed: float = 0.01
+    """A fact whose target has less probability than this is washed out."""
+    retain_weight: float = 1.0
+    """Weight of the retain facts' keys against the text's in C."""
+    ridge: float = 1e-3
+    """Added to C's diagonal, as a share of its mean."""
+    moment_tokens: int = 100_000
+    """Tokens of text that C is taken over, at most."""
+    place: Place = "subject"
+    """Edit at the last token of the subject or of the prompt."""
+    batch_tokens: int = 4096
+    """Padded tokens in one forward."""
+
+    def run(
+        self,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        *,
+        text: Sequence[str] = (),
+        folder: Path | None = None,
+        resume: bool = False,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> WeightDelta:
+        """Wash the facts out; the model in memory ends bit for bit as it was.
+
+        Keys of retain facts that are not held out count in C; `text` is what the rest of it and the openings are
+        taken from, by default the neutral text that comes with locus.
+
+        Raises:
+            InputError: no facts, a mask without down projections, or a fact without a subject.
+        """
+        if not forget:
+            raise InputError("nothing to forget: the list of facts is empty")
+        text = text or neutral_text()
+        located = chosen_layers(
+            down_projections(model, mask), model.atlas.n_layers, self.layers, max(1, self.most)
+        )
+        layers = [one.layer for one in located]
+        prefixes = openings(text, self.aim.prefixes, self.aim.seed)
+        moments = second_moments(
+            model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
+        )
+        kept = retained(model, retain, layers, prefixes, self.place, self.retain_weight, self.batch_tokens)
+        metrics = {
+            one.layer: Metric.of(within(moments[one.layer].mean + kept[one.layer], one.neurons), self.ridge)
+            for one in located
+        }
+
+        def solve(
+            one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
+        ) -> Float[Tensor, "d_model n"]:
+            return wash(
+                metrics[one.layer], keys, residual, self.weight * model.atlas.d_mlp, self.beta, self.climb
+            )
+
+        written = Written(located)
+        left = list(forget)
+        sizes: list[int] = []
+        with borrowed(model, written.updates):
+            for _ in range(self.rounds):
+                sizes.append(len(left))
+                ramp = Ramp.find(model, left, located, self.aim, prefixes, self.place, self.batch_tokens)
+                ramp.write_(solve, written.keep)
+                written.done(left, ramp, log)
+                probs = measure(model, left, self.batch_tokens).prob.tolist()
+                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.washed]
+                if not left:
+                    break
+        provenance = {
+            "editor": settings_of(self),
+            "layers": layers,
+            "moment_tokens": moments[layers[0]].n_tokens,
+            "conditions": [metrics[layer].condition for layer in layers],
+            "facts_by_round": sizes,
+            "unwashed": [fact.id for fact in left],
+            **written.about,
+        }
+        return delta_of(model, written.updates, mask, provenance)
+
+
+def wash(
+    metric: Metric,
+    keys: Float[Tensor, "n key"],
+    residual: Float[Tensor, "d_model key"],
+    weight: float,
+    beta: float,
+    climb: int,
+) -> Float[Tensor, "d_model n"]:
+    """MEMIT's update, climbed to do more to the keys at no more than `beta` times its cost.
+
+    With G = Kᵀ C⁻¹ K an update B Kᵀ C⁻¹ does B G to the keys and costs tr(B G Bᵀ). Ascending ‖B G‖² in the metric
+    of the cost is B ← B (I + η G), here with η = 1 / ‖G‖, and back onto the cost's sphere.
+
+    Returns:
+        An update of cost `beta` times that of `write(metric, keys, residual, weight)`, or that one for climb = 0.
+
+    Raises:
+        InputError: beta is below 1.
+    """
+    if beta < 1:
+        raise InputError(
+            f"beta = {beta}: an update can cost at least as much as the one it began as: give 1 or more"
+        )
+    start = write(metric, keys, residual, weight)
+    if not climb or not bool(start.any()):
+        return start
+    solved = metric.solve(keys)
+    gram = keys.mT @ solved
+    inner = torch.linalg.solve(gram + weight * torch.eye(len(gram), dtype=gram.dtype), residual.mT).mT
+    budget = beta * metric.cost(start)
+    eta = 1.0 / float(torch.linalg.matrix_norm(gram, 2))
+    for _ in range(climb):
+        inner = inner + eta * inner @ gram
+        cost = float((inner @ gram * inner).sum())
+        inner = inner * (budget / cost) ** 0.5
+    update: Tensor = inner @ solved.mT
+    return update
