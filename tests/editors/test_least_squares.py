@@ -67,7 +67,7 @@ def test_more_keys_than_neurons_can_still_be_weighed() -> None:
 
 
 def test_erases_exactly_one_key_of_a_linear_associative_memory() -> None:
-    """W = Σ vᵢ kᵢᵀ over orthonormal keys; the second is sent to zero, all others keep their values to the bit of 1e-8."""
+    """W = Σ vᵢ kᵢᵀ over orthonormal keys; the second is sent to zero, all others keep their values."""
     keys = torch.linalg.qr(draw(0, N, N))[0]
     values = draw(1, OUT, N)
     weight = values @ keys.mT
