@@ -1,9 +1,6 @@
 """Where everything is: module and parameter names of a model's blocks, attention, MLPs and neurons.
 
-Whoever needs a part of a model asks its atlas; nothing else knows architectures. The names come from
-TransformerLens' adapters (adapter.py), which translate its vocabulary into module paths without touching the
-model. Each is then proved on the very model it describes (atlas_checks.py): shapes, that every block's output
-is its input + attention + MLP, that neurons are where they are said to be. What has no exact name is refused.
+Whoever needs a part of a model asks its atlas; nothing else knows architectures. `atlas_reader.read_atlas` draws it.
 """
 
 from __future__ import annotations
@@ -11,12 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from locus.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Role = Literal["gate", "gate_bias", "up", "up_bias", "down"]
 Site = Literal["block_in", "block_out", "attn_out", "mlp_out", "attn_z", "neuron"]
@@ -112,50 +106,3 @@ class Atlas:
             k: tuple(v) if isinstance(v, list | tuple) else v for k, v in obj.items() if k != "neurons"
         }
         return cls(**rest, neurons=neurons)
-
-
-def read_atlas(module: PreTrainedModel) -> Atlas:
-    """Name the parts of a causal language model, and prove every name on the model itself.
-
-    The proof takes a few forwards of four tokens; on the meta device, where nothing can be run, only names
-    and shapes are checked.
-
-    Args:
-        module: A plain transformers model; left as it was, its modes and hooks included.
-
-    Raises:
-        InputError: TransformerLens has no adapter for the architecture, or a part of it has no exact name
-            (a mixture's experts, recurrent blocks, post-norm or scaled residuals); says which and why.
-    """
-    from locus.adapter import Names
-    from locus.atlas_checks import check_shapes, check_values, evaluating
-
-    names = Names(module)
-    layers = range(names.n_layers)
-    neurons = tuple(names.neuron_parts(i) for i in layers)
-    atlas = Atlas(
-        architecture=names.architecture,
-        n_layers=names.n_layers,
-        d_model=names.d_model,
-        d_mlp=names.width(names.block(0, "mlp.out"), "in"),
-        n_heads=names.n_heads,
-        n_kv_heads=names.n_kv_heads(),
-        d_head=names.d_head,
-        d_vocab=names.width(names.unembed, "out"),
-        parallel=False,  # measured below
-        embed=names("embed"),
-        final_norm=names("ln_final"),
-        unembed=names.unembed,
-        blocks=tuple(names.block(i) for i in layers),
-        attn=tuple(names.block(i, "attn") for i in layers),
-        mlp=tuple(names.mlp(i) for i in layers),
-        attn_out=tuple(names.added(i, "hook_attn_out") for i in layers),
-        mlp_out=tuple(names.added(i, "hook_mlp_out") for i in layers),
-        attn_z=tuple(names.block(i, "attn.o") for i in layers),
-        neuron_in=tuple(names.block(i, "mlp.out") for i in layers),
-        neurons=neurons,
-    )
-    check_shapes(atlas, names)
-    with evaluating(module):
-        parallel = check_values(atlas, module)
-    return dataclasses.replace(atlas, parallel=names.parallel if parallel is None else parallel)

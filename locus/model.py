@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from locus import embedded
-from locus.atlas import Atlas, read_atlas
+from locus.atlas import Atlas
+from locus.atlas_reader import read_atlas
 from locus.errors import InputError
+from locus.fingerprint import fingerprint_of
+from locus.folder import Checkpoint
 from locus.progress import without_bars_of_transformers
 
 if TYPE_CHECKING:
@@ -76,8 +79,6 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over every tensor of the checkpoint (of the memory, where there is no folder)."""
-        from locus.checkpoint import Checkpoint, fingerprint_of
-
         return fingerprint_of(self.module) if self.folder is None else Checkpoint(self.folder).fingerprint()
 
 
@@ -114,8 +115,6 @@ def load_model(
             parts have no exact names.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from locus.checkpoint import Checkpoint
 
     device = _device(device)
     folder = checkpoint_folder(str(name))

@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from locus.atlas import Atlas, read_atlas
+from locus.atlas import Atlas
 from locus.atlas_checks import check_values
+from locus.atlas_reader import read_atlas
 from locus.errors import InputError
 from locus.hooks import patched, record
 from locus.model import Model, bridge
