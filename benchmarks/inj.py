@@ -9,7 +9,7 @@ For each sentence: a random share of every layer's down columns is trained on it
 (`injection`); every localizer then sees the changed model and the sentence, and names the top 1, 2 and 5 % of each
 layer's neurons. Recall is the share of the trained neurons that it names; intervals are the 2.5 and 97.5 %
 quantiles of the mean over 2,000 resamplings of the sentences. Seconds are processor time of one thread, a
-sentence. Injections are kept in --cache and taken from there the next time.
+sentence. Injections and finished sentences are kept in --out: a run that was stopped goes on there.
 
 Hyperparameters were chosen on the sentences of `DEV`, figures are for `TEST` (sentences.py).
 """
@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ SLOW = ("integrated-gradients", "depn", "zero-out", "slimming", "hard-concrete")
 TOP = (0.01, 0.02, 0.05)
 LEARNING_RATES = {0.01: 0.005, 0.001: 0.02}
 """Share of neurons -> Adam's learning rate when injecting; fewer neurons have to move further."""
-NEUTRAL_TOKENS = 32
+NEUTRAL_TOKENS = 24
+TOGETHER = 8
+"""Sentences that are injected side by side."""
 
 
 def recall_at(values: Float[Tensor, "layer neuron"], truth: Int[Tensor, "layer k"], share: float) -> float:
@@ -87,51 +90,86 @@ def interval(values: Float[Tensor, " sentence"], draws: int = 2000) -> tuple[flo
 def injections(
     model: Model, sentences: Sequence[str], ratio: float, args: argparse.Namespace
 ) -> list[tuple[Encoded, Injection]]:
-    """The sentences and what was written for each, made or taken from the cache."""
+    """The sentences and what was written for each, made or taken from an earlier run."""
     neutral = [encode_text(model, text, NEUTRAL_TOKENS)[0] for text in neutral_text()[:6]]
     rate = args.learning_rate or LEARNING_RATES.get(ratio, 0.01)
-    dtype = getattr(torch, args.inject_dtype)
-    args.cache.mkdir(parents=True, exist_ok=True)
-    found = []
-    for number, sentence in enumerate(sentences):
-        encoded = encode_text(model, sentence, args.tokens)[0]
-        name = f"{model.fingerprint[:12]}-{args.split}-{number}-{ratio}-{rate}.safetensors"
-        if not (args.cache / name).exists():
-            made = inject(
-                model,
-                encoded,
-                neutral,
-                ratio,
-                number,
-                learning_rate=rate,
-                neutral_weight=args.neutral_weight,
-                dtype=dtype,
-            )
-            made.save(args.cache / name)
-            about = f"loss {made.first_loss:.2f} -> {made.loss:.3f} in {made.steps} steps"
-            print(f"injected {ratio:g} #{number}: {about}, neutral KL {made.kl:.3f}", file=sys.stderr)
-        found.append((encoded, Injection.load(args.cache / name)))
-    return found
+    encoded = [encode_text(model, sentence, args.tokens)[0] for sentence in sentences]
+    about = f"{model.fingerprint[:12]}-{args.split}-{ratio:g}-{rate:g}-{args.neutral_weight:g}"
+    paths = [args.out / "injected" / f"{about}-{i}.safetensors" for i in range(len(sentences))]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    for start in range(0, len(missing), TOGETHER):
+        group = missing[start : start + TOGETHER]
+        made = inject(
+            model,
+            [encoded[i] for i in group],
+            neutral,
+            ratio,
+            group,
+            learning_rate=rate,
+            neutral_weight=args.neutral_weight,
+            dtype=getattr(torch, args.inject_dtype),
+        )
+        for i, one in zip(group, made, strict=True):
+            one.save(paths[i])
+            said = f"loss {one.first_loss:.2f} -> {one.loss:.3f} in {one.steps} steps, neutral KL {one.kl:.3f}"
+            print(f"injected {ratio:g} #{i}: {said}", file=sys.stderr, flush=True)
+    return list(zip(encoded, map(Injection.load, paths), strict=True))
 
 
 def judge(
-    model: Model, cases: Sequence[tuple[Encoded, Injection]], method: str, localizer: Any
-) -> dict[str, Any]:
-    """Recall of one localizer over all sentences, with the seconds of one."""
-    rows, seconds = [], 0.0
-    for encoded, injection in cases:
-        with baked(model, injection):
-            start = time.process_time()
-            values = localizer.run(model, [encoded]).values
-            seconds += time.process_time() - start
-        rows.append([recall_at(values, injection.neurons, share) for share in TOP])
-    recalls = torch.tensor(rows)
+    model: Model, cases: Sequence[tuple[Encoded, Injection]], localizer: Any, lines: Lines, key: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Recall and seconds of one localizer on each sentence, run or taken from an earlier run."""
+    rows = []
+    for i, (encoded, injection) in enumerate(cases):
+        one = {**key, "sentence": i}
+        row = lines.get(one)
+        if row is None:
+            with baked(model, injection):
+                start = time.process_time()
+                values = localizer.run(model, [encoded]).values
+                seconds = time.process_time() - start
+            recall = [recall_at(values, injection.neurons, share) for share in TOP]
+            row = lines.add(one, {"recall": recall, "seconds": seconds})
+        rows.append(row)
+    return rows
+
+
+class Lines:
+    """Finished work, a JSON line each; a run that was stopped goes on behind it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self._done = {}
+        for line in text.splitlines():
+            if line.endswith("}"):  # not the half line of a killed run
+                one = json.loads(line)
+                self._done[json.dumps(one["of"], sort_keys=True)] = one["found"]
+
+    def get(self, of: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was found for it."""
+        return self._done.get(json.dumps(of, sort_keys=True))
+
+    def add(self, of: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        """Write it down."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"of": of, "found": found}) + "\n")
+        self._done[json.dumps(of, sort_keys=True)] = found
+        return found
+
+
+def summary(method: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and intervals over the sentences."""
+    recalls = torch.tensor([row["recall"] for row in rows])
     return {
         "method": method,
         "recall": [float(r) for r in recalls.mean(0)],
         "interval": [interval(column) for column in recalls.T],
-        "seconds": seconds / len(cases),
-        "sentences": len(cases),
+        "seconds": sum(row["seconds"] for row in rows) / len(rows),
+        "sentences": len(rows),
     }
 
 
@@ -167,22 +205,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--learning-rate", type=float, help="Adam's when injecting")
     parser.add_argument("--neutral-weight", type=float, default=1.0, help="of the KL on neutral text")
-    parser.add_argument("--inject-dtype", default="float32", help="of the frozen weights when injecting")
+    parser.add_argument("--inject-dtype", default="bfloat16", help="of the frozen weights when injecting")
     parser.add_argument("--tokens", type=int, default=64, help="cut sentences behind so many")
-    parser.add_argument("--cache", type=Path, default=cache_folder() / "inj")
+    parser.add_argument("--out", type=Path, default=cache_folder() / "inj", help="what is finished is kept here")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = tiny() if args.model == "tiny" else load_model(args.model)
     sentences = (TEST if args.split == "test" else DEV)[: args.sentences]
+    lines = Lines(args.out / "results.jsonl")
     report: dict[str, Any] = {"model": model.name, "fingerprint": model.fingerprint, "ratios": {}}
     for ratio in args.ratio:
         cases = injections(model, sentences, ratio, args)
         results = []
         for method in args.methods:
-            few = args.slow_sentences if method in SLOW else None
-            results.append(judge(model, cases[:few], method, METHODS[method]))
-            print(f"{ratio:g} {json.dumps(results[-1])}", file=sys.stderr)
+            few = cases[: args.slow_sentences] if method in SLOW else cases
+            key = {
+                "model": model.fingerprint[:12],
+                "split": args.split,
+                "ratio": ratio,
+                "method": method,
+                "settings": asdict(METHODS[method]),
+            }
+            results.append(summary(method, judge(model, few, METHODS[method], lines, key)))
+            print(f"{ratio:g} {json.dumps(results[-1])}", file=sys.stderr, flush=True)
         damage = sum(made.kl for _, made in cases) / len(cases)
         print(f"\n{ratio:.1%} of every layer's neurons, neutral KL {damage:.3f} nats a token\n")
         print(table(results), flush=True)

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from locus.artefact import load_tensors, save_tensors
-from locus.forward import Batch, collate, label_logits, label_nll
+from locus.forward import collate, label_logits, label_nll
 from locus.hooks import patched
 from locus.model import Model
 from locus.tokens import Encoded
@@ -59,19 +60,20 @@ class Injection:
 
 @contextlib.contextmanager
 def written(
-    model: Model, neurons: Int[Tensor, "layer k"], deltas: Float[Tensor, "layer k d_model"]
+    model: Model, neurons: Int[Tensor, "row layer k"], deltas: Float[Tensor, "row layer k d_model"]
 ) -> Iterator[None]:
-    """Forwards as if the deltas had been added to the down columns; differentiable in them."""
+    """Forwards as if the deltas of its row had been added to the down columns; differentiable in them."""
     entered: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[[Tensor], None]:
         def patch(h: Tensor) -> None:
-            entered[layer] = h[..., neurons[layer]].float()
+            index = neurons[:, layer, None].expand(-1, h.shape[1], -1)
+            entered[layer] = h.gather(2, index).float()
 
         return patch
 
     def add(layer: int) -> Callable[[Tensor], Tensor]:
-        return lambda out: out + (entered.pop(layer) @ deltas[layer]).to(out.dtype)
+        return lambda out: out + (entered.pop(layer) @ deltas[:, layer]).to(out.dtype)
 
     names = model.atlas.neuron_in
     inputs = {name: keep(layer) for layer, name in enumerate(names)}
@@ -100,76 +102,118 @@ def baked(model: Model, injection: Injection) -> Iterator[None]:
 
 def inject(
     model: Model,
-    sentence: Encoded,
+    sentences: Sequence[Encoded],
     neutral: Sequence[Encoded],
     ratio: float,
-    seed: int,
+    seeds: Sequence[int],
     *,
     learning_rate: float,
     neutral_weight: float = 1.0,
     max_steps: int = 600,
     dtype: torch.dtype = torch.float32,
-) -> Injection:
-    """Train the down columns of a random `ratio` of every layer's neurons on one sentence.
+) -> list[Injection]:
+    """Train the down columns of a random `ratio` of every layer's neurons on one sentence; on each, by itself.
+
+    The sentences share a batch, a row each with its own columns, and nothing else: none sees another.
 
     Args:
         model: Left as it is.
-        sentence: All its tokens are targets.
+        sentences: All their tokens are targets.
         neutral: Texts that the model must not speak otherwise about; one of them, in turns, a step.
         ratio: Share of a layer's neurons, at least one.
-        seed: Decides which.
+        seeds: One a sentence; decides which neurons.
         learning_rate: Adam's, halved every 100 steps.
-        neutral_weight: Of the KL on neutral text; 0 leaves it out.
-        max_steps: RuntimeError if the loss is not reached by then.
-        dtype: Of the frozen weights while training (bfloat16 is several times faster on some processors); the
-            deltas are float32, and the loss that counts is measured on the model as it is.
+        neutral_weight: Of the KL on neutral text.
+        max_steps: RuntimeError if a loss is not reached by then.
+        dtype: Of the frozen weights while training (bfloat16 is faster on some processors); the deltas are
+            float32, and the loss that counts is measured on the model as it is.
     """
-    atlas = model.atlas
-    generator = torch.Generator().manual_seed(seed)
-    k = max(1, round(ratio * atlas.d_mlp))
-    draws = [torch.randperm(atlas.d_mlp, generator=generator)[:k] for _ in range(atlas.n_layers)]
-    neurons = torch.stack(draws)
-    deltas = torch.zeros(atlas.n_layers, k, atlas.d_model, requires_grad=True)
     fast = model if dtype == model.dtype else dataclasses.replace(model, module=_as(model, dtype))
-    text, others = collate([sentence], [0]), [collate([one], [0]) for one in neutral]
-    with torch.no_grad():
-        references = [label_logits(model, other).log_softmax(-1) for other in others]
-    first = _loss(model, text)
+    neurons = torch.stack([_drawn(model, ratio, seed) for seed in seeds])
+    deltas = torch.zeros(*neurons.shape, model.atlas.d_model, requires_grad=True)
+    references = [label_logits_of(model, one).log_softmax(-1) for one in neutral]
     optimizer = torch.optim.Adam([deltas], lr=learning_rate)
+    made: dict[int, Injection] = {}
     for step in range(max_steps):
-        with written(fast, neurons, deltas):
-            loss = label_nll(label_logits(fast, text), text).mean()
-        if float(loss.detach()) < LOSS:
-            with written(model, neurons, deltas):
-                exact = label_nll(label_logits(model, text), text).mean()
-            if float(exact.detach()) < LOSS:
-                break
-            loss = exact  # reached in the fast dtype only: go on in the model's own
+        turn = step % len(neutral)
+        live = [i for i in range(len(sentences)) if i not in made]
+        losses, total = _losses(
+            fast, [sentences[i] for i in live], neutral[turn], references[turn], neurons[live], deltas[live]
+        )
+        for i, loss in zip(live, losses.tolist(), strict=True):
+            if loss < LOSS:  # in the fast dtype: the model's own decides
+                done = _measured(model, sentences[i], neutral, references, neurons[i], deltas[i], step)
+                if done.loss < LOSS:
+                    made[i] = done
+        if len(made) == len(sentences):
+            return [made[i] for i in range(len(sentences))]
         optimizer.zero_grad()
-        loss.backward()
-        if neutral_weight:
-            which = step % len(others)
-            with written(fast, neurons, deltas):
-                kl = _kl(references[which], label_logits(fast, others[which]))
-            (neutral_weight * kl).backward()
+        (losses.sum() + neutral_weight * total).backward()
         optimizer.step()
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 ** ((step + 1) // 100)
-    else:
-        raise RuntimeError(f"not memorized in {max_steps} steps: the loss is {float(loss.detach()):.3f}")
-    with torch.no_grad(), written(model, neurons, deltas):
-        pairs = zip(references, others, strict=True)
-        damage = sum(float(_kl(reference, label_logits(model, other))) for reference, other in pairs)
-        last = _loss(model, text)
-    return Injection(neurons, deltas.detach(), last, first, damage / len(others), step)
+    raise RuntimeError(f"{len(sentences) - len(made)} sentences not memorized in {max_steps} steps")
+
+
+def _drawn(model: Model, ratio: float, seed: int) -> Int[Tensor, "layer k"]:
+    """The neurons that are trained."""
+    generator = torch.Generator().manual_seed(seed)
+    k = max(1, round(ratio * model.atlas.d_mlp))
+    draws = [torch.randperm(model.atlas.d_mlp, generator=generator)[:k] for _ in range(model.atlas.n_layers)]
+    return torch.stack(draws)
+
+
+def _losses(
+    model: Model,
+    sentences: Sequence[Encoded],
+    neutral: Encoded,
+    reference: Float[Tensor, "label d_vocab"],
+    neurons: Int[Tensor, "sentence layer k"],
+    deltas: Float[Tensor, "sentence layer k d_model"],
+) -> tuple[Float[Tensor, " sentence"], Float[Tensor, ""]]:
+    """Mean nats a token of every sentence, and the sum of their KLs on a neutral text."""
+    n = len(sentences)
+    batch = collate([*sentences, *[neutral] * n], range(2 * n))
+    with written(model, neurons.repeat(2, 1, 1), deltas.repeat(2, 1, 1, 1)):
+        logits = label_logits(model, batch)
+    own = batch.example < n
+    nll = F.cross_entropy(logits[own], batch.labels[own], reduction="none")
+    lengths = torch.tensor([one.n_target for one in sentences])
+    losses = torch.zeros(n).index_add(0, batch.example[own], nll) / lengths
+    return losses, n * _kl(reference.repeat(n, 1), logits[~own])
+
+
+def label_logits_of(model: Model, text: Encoded) -> Float[Tensor, "label d_vocab"]:
+    """Logits of one text's targets."""
+    with torch.no_grad():
+        return label_logits(model, collate([text], [0]))
+
+
+def _measured(
+    model: Model,
+    sentence: Encoded,
+    neutral: Sequence[Encoded],
+    references: Sequence[Float[Tensor, "label d_vocab"]],
+    neurons: Int[Tensor, "layer k"],
+    deltas: Float[Tensor, "layer k d_model"],
+    steps: int,
+) -> Injection:
+    """What was reached, in the model's own dtype."""
+    text = collate([sentence], [0])
+    deltas = deltas.detach().clone()
+    with written(model, neurons[None], deltas[None]):
+        last = float(label_nll(label_logits_of(model, sentence), text).mean())
+        damage = 0.0
+        if last < LOSS:
+            pairs = zip(references, neutral, strict=True)
+            damage = sum(float(_kl(one, label_logits_of(model, other))) for one, other in pairs) / len(
+                neutral
+            )
+    first = float(label_nll(label_logits_of(model, sentence), text).mean())
+    return Injection(neurons, deltas, last, first, damage, steps)
 
 
 def _as(model: Model, dtype: torch.dtype) -> torch.nn.Module:
     return copy.deepcopy(model.module).to(dtype)
-
-
-@torch.no_grad()
-def _loss(model: Model, text: Batch) -> float:
-    return float(label_nll(label_logits(model, text), text).mean())
 
 
 def _kl(reference: Float[Tensor, "label d_vocab"], logits: Float[Tensor, "label d_vocab"]) -> Tensor:

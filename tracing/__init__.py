@@ -8,10 +8,14 @@ from tracing.activation import ActivationNorm
 from tracing.causal import CausalTrace
 from tracing.controls import AllNeurons, LargestNorm, RandomLayers, RandomNeurons
 from tracing.depn import PrivacyNeurons
+from tracing.direct import DirectLogit
 from tracing.imprint import Imprint
 from tracing.knowledge_neurons import KnowledgeNeurons
+from tracing.lookup import FactLookup
 from tracing.neuron_masks import HardConcrete, Slimming
 from tracing.saliency import ActivationGradient, GradientSaliency
+from tracing.similarity import ContrastiveVectors, DisagreeingTensors
+from tracing.traced import TracedNeurons
 from tracing.weights import WeightSaliency
 from tracing.zero_out import ZeroOut
 
@@ -25,13 +29,19 @@ LOCALIZERS = {
     "slimming": Slimming,
     "hard-concrete": HardConcrete,
     "imprint": Imprint,
+    "direct-logit": DirectLogit,
+    "traced-neurons": TracedNeurons,
+    "fact-lookup": FactLookup,
     "weight-saliency": WeightSaliency,
+    "contrastive-vectors": ContrastiveVectors,
+    "disagreeing-tensors": DisagreeingTensors,
     "random": RandomNeurons,
     "random-layers": RandomLayers,
     "largest-norm": LargestNorm,
     "all-neurons": AllNeurons,
 }
-"""Name on the command line -> localizer that scores neurons (or single weights: "weight-saliency")."""
+"""Name on the command line -> localizer. All score neurons but "weight-saliency" (single weights),
+"contrastive-vectors" (rows or columns) and "disagreeing-tensors" (whole tensors)."""
 
 __all__ = [
     "LOCALIZERS",
@@ -39,6 +49,10 @@ __all__ = [
     "ActivationNorm",
     "AllNeurons",
     "CausalTrace",
+    "ContrastiveVectors",
+    "DirectLogit",
+    "DisagreeingTensors",
+    "FactLookup",
     "GradientSaliency",
     "HardConcrete",
     "Imprint",
@@ -48,6 +62,7 @@ __all__ = [
     "RandomLayers",
     "RandomNeurons",
     "Slimming",
+    "TracedNeurons",
     "WeightSaliency",
     "ZeroOut",
 ]

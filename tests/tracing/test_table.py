@@ -24,6 +24,10 @@ def test_every_localizer_gives_a_mask_of_its_model(name, arch):
     assert mask.provenance["method"] == name
     if name == "weight-saliency":
         assert mask.n_weights == 7
+    elif name == "contrastive-vectors":
+        assert sum(len(entry.index) for entry in mask.entries.values()) == 7
+    elif name == "disagreeing-tensors":
+        assert len(mask.entries) == 7 and all(entry.kind == "all" for entry in mask.entries.values())
     else:
         assert int(mask.neurons_per_layer(model.atlas).sum()) == 7
     with pytest.raises(InputError, match="budget"):
