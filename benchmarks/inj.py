@@ -112,13 +112,19 @@ def injections(
         )
         for i, one in zip(group, made, strict=True):
             one.save(paths[i])
-            said = f"loss {one.first_loss:.2f} -> {one.loss:.3f} in {one.steps} steps, neutral KL {one.kl:.3f}"
+            said = (
+                f"loss {one.first_loss:.2f} -> {one.loss:.3f} in {one.steps} steps, neutral KL {one.kl:.3f}"
+            )
             print(f"injected {ratio:g} #{i}: {said}", file=sys.stderr, flush=True)
     return list(zip(encoded, map(Injection.load, paths), strict=True))
 
 
 def judge(
-    model: Model, cases: Sequence[tuple[Encoded, Injection]], localizer: Any, lines: Lines, key: dict[str, Any]
+    model: Model,
+    cases: Sequence[tuple[Encoded, Injection]],
+    localizer: Any,
+    lines: Lines,
+    key: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Recall and seconds of one localizer on each sentence, run or taken from an earlier run."""
     rows = []
@@ -207,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--neutral-weight", type=float, default=1.0, help="of the KL on neutral text")
     parser.add_argument("--inject-dtype", default="bfloat16", help="of the frozen weights when injecting")
     parser.add_argument("--tokens", type=int, default=64, help="cut sentences behind so many")
-    parser.add_argument("--out", type=Path, default=cache_folder() / "inj", help="what is finished is kept here")
+    parser.add_argument(
+        "--out", type=Path, default=cache_folder() / "inj", help="what is finished is kept here"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

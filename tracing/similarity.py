@@ -149,7 +149,9 @@ class ContrastiveVectors:
         dim = 1 if self.units == "rows" else 0
         values = {name: -_cosine(one[name], other.pop(name), dim).cpu() for name in scored}
         shapes = {name: tuple(p.shape) for name, p in scored.items()}
-        return UnitScores(values, shapes, self.units, "contrastive-vectors", model.fingerprint, model.atlas, asdict(self))
+        return UnitScores(
+            values, shapes, self.units, "contrastive-vectors", model.fingerprint, model.atlas, asdict(self)
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ class DisagreeingTensors:
             size = float(one[name].float().abs().mean()) / self.magnitude
             values[name] = torch.tensor([size if agree < self.cosine else 0.0])
         shapes = {name: tuple(p.shape) for name, p in scored.items()}
-        return UnitScores(values, shapes, "all", "disagreeing-tensors", model.fingerprint, model.atlas, asdict(self))
+        return UnitScores(
+            values, shapes, "all", "disagreeing-tensors", model.fingerprint, model.atlas, asdict(self)
+        )
 
 
 def alternatives_of(facts: Examples) -> list[Example]:

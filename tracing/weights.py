@@ -6,7 +6,8 @@ With g the gradient of the mean log p(target) over the forget facts, g_r over th
     fisher           mean over facts of g_i^2   diagonal empirical Fisher
     difference       |g| - |g_r|
     ratio            |g| / (|g_r| + 1e-3 mean |g_r|)
-    wagle            |(t - g_r / mu) g|         WAGLE (Jia et al. 2024, arXiv:2410.17509), mu = 1e-6 as in its code
+    wagle            |(mu t - g_r) g|           WAGLE (Jia et al. 2024, arXiv:2410.17509): its (t - g_r / mu) g times
+                                                mu, the same order without its overflow; mu = 1e-6 as in its code
 
 Scores take the gradients' place in memory: weights + one gradient + one mask of the chosen few, and for the scores
 that need two gradients, or one an example, a second of one group of parameters (`groups` of them, one after the
@@ -161,7 +162,7 @@ def _score_(score: Score, gradient: Tensor, retain: Tensor | None, weight: Tenso
     if score == "weight-gradient":
         gradient.mul_(weight)
     if score == "wagle" and retain is not None:
-        return gradient.mul_(retain.div_(-WAGLE_MU).add_(weight)).abs_()
+        return gradient.mul_(retain.neg_().add_(weight, alpha=WAGLE_MU)).abs_()
     gradient.abs_()
     if retain is not None:
         retain.abs_()
@@ -198,8 +199,10 @@ def mean_gradients(
     def add(batch: Batch) -> None:
         (label_logprobs(model, batch).sum() / len(encoded)).backward()
 
-    _with_gradients(parameters, batches(encoded, batch_tokens), add)
-    return _taken(parameters)
+    taken = _with_gradients(parameters, batches(encoded, batch_tokens), add)
+    return {
+        name: taken[name] if name in taken else torch.zeros_like(p.detach()) for name, p in parameters.items()
+    }
 
 
 def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -218,8 +221,8 @@ def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Te
 
 def _with_gradients(
     parameters: Mapping[str, Tensor], groups: Sequence[Batch], add: Callable[[Batch], None]
-) -> None:
-    """Let these parameters have gradients while `add` runs on each batch, then no longer."""
+) -> dict[str, Tensor]:
+    """Let these parameters have gradients while `add` runs on each batch; what it leaves in them, taken away."""
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -227,14 +230,17 @@ def _with_gradients(
             for batch in track(groups, "gradients"):
                 add(batch)
     finally:
+        taken = _taken(parameters)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
+    return taken
 
 
 def _taken(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients, no longer the parameters'."""
+    """The gradients there are, no longer the parameters'."""
     taken = {}
     for name, parameter in parameters.items():
-        taken[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if parameter.grad is not None:
+            taken[name] = parameter.grad.detach()
         parameter.grad = None
-    return {name: gradient.detach() for name, gradient in taken.items()}
+    return taken

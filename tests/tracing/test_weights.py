@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from locus.errors import InputError
 from locus.model import Model
 from locus.tokens import encode
 from tests.tiny import tiny_facts, tiny_model
+from tracing.neuron_gradients import label_logprobs
 from tracing.weights import WAGLE_MU, Score, WeightSaliency, WeightScores
 
 RETAIN = [fact.neighbours[0] for fact in tiny_facts()]
@@ -40,7 +42,7 @@ def test_scores_are_the_formulas(score: Score) -> None:
         "fisher": (forget**2).mean(0),
         "difference": g.abs() - g_r.abs(),
         "ratio": g.abs() / (g_r.abs() + 1e-3 * g_r.abs().mean()),
-        "wagle": ((weight - g_r / WAGLE_MU) * g).abs(),
+        "wagle": WAGLE_MU * ((weight - g_r / WAGLE_MU) * g).abs(),
     }[score]
     got = WeightSaliency(score=score).run(model, tiny_facts(), RETAIN).values[NAME]
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-6 * float(expected.abs().max()))
@@ -97,3 +99,17 @@ def test_cost_counts_groups_and_both_sets() -> None:
     assert (
         dataclasses.replace(WeightSaliency(), groups=2).cost(tiny_model("llama"), tiny_facts()).forwards == 6
     )
+
+
+def test_a_failed_pass_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    ended = iter([None])
+
+    def logprobs(*given: Any) -> Tensor:
+        next(ended)  # the first pass succeeds, the second does not
+        return label_logprobs(*given)
+
+    monkeypatch.setattr("tracing.weights.label_logprobs", logprobs)
+    with pytest.raises(StopIteration):
+        WeightSaliency(parameters=(NAME,)).run(model, tiny_facts(), batch_tokens=1)
+    assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
