@@ -22,7 +22,7 @@ from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.hooks import record
 from locus.model import Model
-from locus.progress import track
+from locus.ranks import ALONE, Ranks
 from locus.tokens import encode
 from locus.trace import FactTrace, Trace
 from tracing.attribution import can_estimate, estimate
@@ -105,7 +105,13 @@ class CausalTrace:
         return Cost(cells * self.samples * share + runs)
 
     def run(
-        self, model: Model, facts: Sequence[Fact], *, folder: Path | None = None, resume: bool = False
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Trace:
         """Trace every fact.
 
@@ -114,9 +120,12 @@ class CausalTrace:
             facts: Their ids must differ. A fact without a subject has its whole prompt corrupted (but for BOS).
             folder: Where to write the trace; each finished fact is kept there at once.
             resume: Take up the facts that an interrupted run of the same settings finished there.
+            ranks: The processes to share the facts among, all of which call this with the same arguments;
+                the folder is where they exchange what they found.
 
         Returns:
-            The trace; the same whatever the order of the facts, the batch size or interruptions.
+            The trace; the same whatever the order of the facts, the batch size, interruptions or the number
+            of processes.
 
         Raises:
             InputError: no facts or equal ids; a fact that cannot be encoded; a run that gives NaN (names the
@@ -127,20 +136,15 @@ class CausalTrace:
         settings = self._settings(corrupter)
         engine = Engine(model, self.engine, self.batch_tokens)
         peak = matrix_peak(model)
-        traces = []
-        with Parts.open(folder, settings, model, resume) as parts:
-            for one in track(prepared, "tracing facts"):
-                trace = parts.get(one)
-                if trace is None:
+        with Parts.open(folder, settings, model, resume, ranks) as parts:
+            for one in parts.share(prepared):
+                if parts.get(one) is None:
                     trace = self._trace(model, one, corrupter, engine)
                     trace = replace(trace, work={**trace.work, "matrix_peak_flops_per_second": peak})
                     parts.keep(one, trace)
-                traces.append(trace)
-            result = Trace(tuple(traces), settings, model.fingerprint, model.atlas, model.name, _versions())
-            if folder is not None:
-                result.save(folder)
-            for one in prepared:
-                parts.drop(one)
+            traces = tuple(parts.collect(one) for one in prepared)
+            result = Trace(traces, settings, model.fingerprint, model.atlas, model.name, _versions())
+            parts.finish(result, prepared)
         return result
 
     def _prepare(self, model: Model, facts: Sequence[Fact]) -> list[Prepared]:

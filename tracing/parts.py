@@ -3,44 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locus.artefact import lock
+from locus.errors import InputError
 from locus.model import Model
+from locus.ranks import ALONE, Ranks
 from locus.trace import FactTrace, Trace, part_name
 from tracing.corruption import Prepared
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The finished facts of one run; of none, if there is no folder."""
+    """The finished facts of one run: in a folder, or in memory if there is none."""
 
     folder: Path | None
+    """Where the whole trace goes; parts are kept in a folder inside."""
     settings: Mapping[str, Any]
     model: Model
     finished: Mapping[str, FactTrace]
     """Facts of a trace that was complete already."""
     resume: bool
+    ranks: Ranks
+    here: dict[str, FactTrace] = field(default_factory=dict)
+    """Facts that this process has at hand."""
 
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, folder: Path | None, settings: Mapping[str, Any], model: Model, resume: bool
+        cls,
+        folder: Path | None,
+        settings: Mapping[str, Any],
+        model: Model,
+        resume: bool,
+        ranks: Ranks = ALONE,
     ) -> Iterator[Parts]:
-        """Hold the folder of parts for this run; it is gone afterwards if it is empty."""
+        """Hold the folder of parts for this run; it is gone afterwards if it is empty.
+
+        Raises:
+            InputError: several processes and no folder to exchange facts through; another run holds it.
+        """
         if folder is None:
-            yield cls(None, settings, model, {}, False)
+            if ranks.size > 1:
+                raise InputError("several processes trace together through a folder: give one")
+            yield cls(None, settings, model, {}, False, ranks)
             return
         inner = Path(folder) / "parts"
-        with lock(inner):
-            yield cls(inner, settings, model, _finished(folder, settings, model) if resume else {}, resume)
-        if not list(inner.glob("*.safetensors")):
+        with ranks.hold(inner):
+            finished = _finished(folder, settings, model) if resume else {}
+            yield cls(Path(folder), settings, model, finished, resume, ranks)
+            ranks.meet()
+        if ranks.first and not list(inner.glob("*.safetensors")):
             with contextlib.suppress(OSError):
                 (inner / ".locus.lock").unlink(missing_ok=True)
                 inner.rmdir()
+
+    def share(self, facts: Sequence[Prepared]) -> Iterator[Prepared]:
+        """The facts that this process traces: all of them, or of several processes' the next, longest first."""
+        if self.ranks.size > 1:
+            facts = sorted(facts, key=lambda one: one.positions[0] - one.encoded.target_start)
+        yield from self.ranks.share(facts, "tracing facts")
+        self.ranks.meet()
 
     def get(self, one: Prepared) -> FactTrace | None:
         """A fact that was finished earlier, the same way."""
@@ -55,12 +80,35 @@ class Parts:
 
     def keep(self, one: Prepared, trace: FactTrace) -> None:
         """Write a finished fact."""
+        self.here[one.fact.id] = trace
         if self.folder is not None:
             trace.save(self._path(self.folder, one))
 
-    def drop(self, one: Prepared) -> None:
-        """Forget a fact that is part of a complete trace now."""
-        if self.folder is not None:
+    def collect(self, one: Prepared) -> FactTrace:
+        """A fact that this process or another has finished, once all of them have.
+
+        Raises:
+            InputError: another process has finished it, but into a folder that this one does not see.
+        """
+        if self.folder is None or one.fact.id in self.here:
+            return self.here[one.fact.id]
+        if (done := self.get(one)) is not None:
+            return done
+        path = self._path(self.folder, one)
+        if not self.ranks.seen(path):
+            raise InputError(
+                f"{path}: another process wrote it, this one does not see it: give an output folder that all "
+                "processes share"
+            )
+        return FactTrace.load(path)
+
+    def finish(self, trace: Trace, facts: Sequence[Prepared]) -> None:
+        """Write the whole trace, and forget the parts of it."""
+        self.ranks.meet()
+        if self.folder is None or not self.ranks.first:
+            return
+        trace.save(self.folder)
+        for one in facts:
             self._path(self.folder, one).unlink(missing_ok=True)
 
     def _path(self, folder: Path, one: Prepared) -> Path:
@@ -70,7 +118,7 @@ class Parts:
             "target": one.fact.target,
             "corrupted": list(one.positions),
         }
-        return folder / part_name(one.fact.id, about, self.model.fingerprint)
+        return folder / "parts" / part_name(one.fact.id, about, self.model.fingerprint)
 
 
 def _finished(folder: Path, settings: Mapping[str, Any], model: Model) -> dict[str, FactTrace]:

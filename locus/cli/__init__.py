@@ -8,6 +8,9 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
+_SHARED = ("trace",)
+"""Commands that share their work among the processes of torchrun."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 the input was wrong, 1 anything else, 3 a release gate failed."""
@@ -19,10 +22,11 @@ def execute(argv: Sequence[str]) -> int:
     from cyclopts import CycloptsError
 
     from locus.cli.app import app
-    from locus.errors import InputError
+    from locus.errors import AlreadySaid, InputError, Stopped
 
     debug = "--debug" in argv
     try:
+        _refuse_ranks(argv)
         with _plain_warnings():
             code = app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -30,7 +34,12 @@ def execute(argv: Sequence[str]) -> int:
     except (InputError, CycloptsError) as error:
         if debug and isinstance(error, InputError):
             raise
-        return _say(str(error), 2)
+        repeats = isinstance(error, CycloptsError) and os.environ.get("RANK", "0") != "0"
+        return 2 if repeats else _say(str(error), 2)
+    except Stopped as error:
+        return _say(str(error), 1)
+    except AlreadySaid:
+        return 1
     except KeyboardInterrupt:
         return _say(
             "stopped; what is finished is kept, and the same command with --resume goes on from there", 1
@@ -44,6 +53,18 @@ def execute(argv: Sequence[str]) -> int:
         return _say(
             f"{type(error).__name__}: {_first_line(error)} (a fault of locus; --debug shows where)", 1
         )
+
+
+def _refuse_ranks(argv: Sequence[str]) -> None:
+    """Several processes would write the same output, but for the commands that share their work."""
+    from locus.errors import AlreadySaid, InputError
+
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command is None or command in _SHARED or os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise AlreadySaid
+    raise InputError(f"locus {command} runs in one process: start it without torchrun")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.lens import LensGrid
     from locus.model import Model
+    from locus.ranks import Ranks
 
 
 def lens(
@@ -56,25 +57,35 @@ def lens(
 
 
 def lens_into(
-    folder: Path, model: Model, facts: Sequence[Fact], sites: Sequence[Site] = ("block_out",), top: int = 5
+    folder: Path,
+    model: Model,
+    facts: Sequence[Fact],
+    sites: Sequence[Site] = ("block_out",),
+    top: int = 5,
+    ranks: Ranks | None = None,
 ) -> list[LensGrid]:
-    """Read the facts through the lens and write lens.safetensors, lens.json and a picture a fact and site."""
+    """Read the facts through the lens and write lens.safetensors, lens.json and a picture a fact and site.
+
+    Of several processes each reads all the facts, which is a forward pass each, and draws its share of them.
+    """
     from locus.artefact import save_json
     from locus.lens import lens_grid, save_grids
     from locus.progress import track
+    from locus.ranks import ALONE
     from locus.report import plot_lens
     from locus.tokens import encode
 
     about = {"model": model.name, "fingerprint": model.fingerprint, "sites": list(sites), "top": top}
+    ranks = ranks or ALONE
     grids: list[LensGrid] = []
     for fact in track(facts, "logit lens"):
         encoded = encode(model, fact)
-        for site in sites:
-            grid = lens_grid(model, encoded, fact.id, site, top)
-            grids.append(grid)
-            plot_lens(
-                grid, folder / (f"{fact.id}-lens.png" if len(sites) == 1 else f"{fact.id}-lens-{site}.png")
-            )
+        grids += [lens_grid(model, encoded, fact.id, site, top) for site in sites]
+    for grid in ranks.share(grids, "pictures of the lens"):
+        name = f"{grid.fact_id}-lens" if len(sites) == 1 else f"{grid.fact_id}-lens-{grid.site}"
+        plot_lens(grid, folder / f"{name}.png")
+    if not ranks.first:
+        return grids
     save_grids(grids, folder / LENS, about)
     save_json(folder / "lens.json", "lens-info", {**about, "facts": [_row(grid) for grid in grids]})
     return grids

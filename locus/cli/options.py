@@ -19,6 +19,7 @@ from locus.errors import InputError
 if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.model import Model
+    from locus.ranks import Ranks
 
 S = TypeVar("S")
 
@@ -102,6 +103,10 @@ class Talking:
     """No progress and no summary."""
     debug: Annotated[bool, Parameter(negative="")] = False
     """Show the traceback of an error."""
+
+    def of(self, ranks: Ranks) -> Talking:
+        """The same for one process of a job: only the first of them speaks."""
+        return self if ranks.first else Talking(quiet=True, debug=self.debug)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:

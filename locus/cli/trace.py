@@ -13,6 +13,7 @@ from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_
 if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.model import Model
+    from locus.ranks import Ranks
     from locus.trace import Trace
     from tracing import CausalTrace
 
@@ -36,14 +37,16 @@ def trace(
         facts: A fact file, or demo-forget.
         out: Folder for trace.safetensors, trace.json, average.json, the logit lens, the pictures and report.html.
     """
-    from locus.artefact import lock
+    from locus.ranks import joined
     from tracing import CausalTrace
 
     settings = settings_of("locus trace", CausalTrace, tokens, running.shared)
-    loaded = loading.load(model)
-    chosen = running.facts(facts)
-    with lock(out), talking.progress():
-        traced = trace_into(out, loaded, chosen, settings, running.resume)
+    with joined() as ranks:
+        talking = talking.of(ranks)
+        loaded = loading.load(model)
+        chosen = running.facts(facts)
+        with ranks.hold(out), talking.progress():
+            traced = trace_into(out, loaded, chosen, settings, running.resume, ranks)
     result = {
         "folder": str(out),
         "facts": len(traced),
@@ -53,22 +56,32 @@ def trace(
     talking.finish(result, _summary(traced, out))
 
 
-def trace_into(folder: Path, model: Model, facts: Sequence[Fact], tracer: CausalTrace, resume: bool) -> Trace:
+def trace_into(
+    folder: Path,
+    model: Model,
+    facts: Sequence[Fact],
+    tracer: CausalTrace,
+    resume: bool,
+    ranks: Ranks | None = None,
+) -> Trace:
     """Trace the facts and write everything that `locus trace` promises into a folder."""
     from locus.cli.lens import lens_into
     from locus.errors import InputError
-    from locus.progress import track
+    from locus.ranks import ALONE
     from locus.report import plot_trace, trace_report
 
     if (folder / "trace.safetensors").exists() and not resume:
         raise InputError(
             f"{folder} holds a finished trace: give another folder, or --resume to go on with it"
         )
-    traced = tracer.run(model, facts, folder=folder, resume=resume)
-    for fact in track(traced.facts, "heat maps"):
+    ranks = ranks or ALONE
+    traced = tracer.run(model, facts, folder=folder, resume=resume, ranks=ranks)
+    for fact in ranks.share(traced.facts, "heat maps"):
         plot_trace(fact, folder / f"{fact.fact_id}.png")
-    lens_into(folder, model, facts)
-    trace_report(traced, folder)
+    lens_into(folder, model, facts, ranks=ranks)
+    ranks.meet()
+    if ranks.first:
+        trace_report(traced, folder)
     return traced
 
 
