@@ -204,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Inject, locate, print; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='a model, or "tiny"')
+    parser.add_argument("--dtype", default="float32", help="of the model that is searched")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--sentences", type=int, default=len(TEST))
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    model = tiny() if args.model == "tiny" else load_model(args.model)
+    model = tiny() if args.model == "tiny" else load_model(args.model, dtype=args.dtype)
     sentences = (TEST if args.split == "test" else DEV)[: args.sentences]
     lines = Lines(args.out / "results.jsonl")
     report: dict[str, Any] = {"model": model.name, "fingerprint": model.fingerprint, "ratios": {}}
@@ -230,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             few = cases[: args.slow_sentences] if method in SLOW else cases
             key = {
                 "model": model.fingerprint[:12],
+                "dtype": args.dtype,
                 "split": args.split,
                 "ratio": ratio,
                 "method": method,

@@ -89,6 +89,18 @@ class NeuronScores:
             self.choose(budget, per_layer=per_layer), parts, budget=str(budget), per_layer=per_layer
         )
 
+    def passing(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
+        """The weights of the neurons whose score is above a threshold.
+
+        Raises:
+            InputError: there are none, or an unknown part.
+        """
+        chosen = self.values > threshold
+        if not bool(chosen.any()):
+            best = float(self.values.max())
+            raise InputError(f"{self.method}: no score is above {threshold:g}, the highest is {best:.3g}")
+        return self.mask_of(chosen, parts, threshold=threshold)
+
     def mask_of(
         self, chosen: Bool[Tensor, "layer neuron"], parts: Sequence[str] = PARTS, **how: Any
     ) -> WeightMask:

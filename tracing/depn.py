@@ -12,6 +12,7 @@ Use it for names, numbers and addresses, whose many target tokens all count; for
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,9 @@ from tracing.neuron_gradients import Examples, encode_facts, neuron_grid
 @dataclass(frozen=True)
 class PrivacyNeurons:
     """Neurons that carry the tokens of private texts."""
+
+    CUT: ClassVar[float] = 0.5
+    """Scores above it are candidates of at least one text."""
 
     steps: int = 20
     """m, points of the integral."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +38,9 @@ from tracing.neuron_gradients import Examples, encode_facts, neuron_grid
 @dataclass(frozen=True)
 class KnowledgeNeurons:
     """Neurons that carry a fact's answer at the position that predicts it."""
+
+    CUT: ClassVar[float] = 0.5
+    """Scores above it are refined knowledge neurons of at least one fact."""
 
     steps: int = 20
     """m, points of the integral."""

@@ -20,6 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -109,6 +110,9 @@ class Slimming:
 @dataclass(frozen=True)
 class HardConcrete:
     """Random gates whose locations are trained by Adam under a penalty on their number."""
+
+    CUT: ClassVar[float] = 0.5
+    """Gates above it are open more likely than not."""
 
     penalty: float = 20.0
     """Weight of the mean probability of not being shut, in nats."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -74,8 +74,8 @@ class UnitScores:
         }
         return self._mask(chosen, {"budget": str(budget), "per_layer": per_layer})
 
-    def passing(self, threshold: float) -> WeightMask:
-        """The units whose score is above a threshold.
+    def passing(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
+        """The units whose score is above a threshold; `parts` is not used.
 
         Raises:
             InputError: there are none.
@@ -157,6 +157,9 @@ class ContrastiveVectors:
 @dataclass(frozen=True)
 class DisagreeingTensors:
     """Whole tensors with large forget gradients that point elsewhere than the retain gradients."""
+
+    CUT: ClassVar[float] = 1.0
+    """Scores above it pass both of the paper's limits."""
 
     cosine: float = 0.92
     """The gradients' cosine must be below."""

@@ -87,6 +87,28 @@ class WeightScores:
         provenance = {"method": self.method, "settings": dict(self.settings), **how}
         return WeightMask(entries, self.fingerprint, provenance)
 
+    def passing(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
+        """The weights whose score is above a threshold.
+
+        Raises:
+            InputError: there are none.
+        """
+        values = self._allowed(parts)
+        mask = WeightMask.of_elements(
+            {name: tensor > threshold for name, tensor in values.items()},
+            self.fingerprint,
+            {
+                "method": self.method,
+                "settings": dict(self.settings),
+                "threshold": threshold,
+                "parts": list(parts),
+            },
+        )
+        if not mask.n_weights:
+            best = max(float(tensor.max()) for tensor in values.values())
+            raise InputError(f"{self.method}: no score is above {threshold:g}, the highest is {best:.3g}")
+        return mask
+
     def _allowed(self, parts: Sequence[str]) -> Mapping[str, Tensor]:
         roles: dict[str, set[str]] = {}
         for layer in self.atlas.neurons:

@@ -2,6 +2,15 @@
 
 from locus.report.audit_report import audit_report, compare_report, terminal_table
 from locus.report.lens_plot import plot_lens
+from locus.report.locate_report import locate_report
 from locus.report.trace_report import plot_trace, trace_report
 
-__all__ = ["audit_report", "compare_report", "plot_lens", "plot_trace", "terminal_table", "trace_report"]
+__all__ = [
+    "audit_report",
+    "compare_report",
+    "locate_report",
+    "plot_lens",
+    "plot_trace",
+    "terminal_table",
+    "trace_report",
+]

@@ -1,0 +1,126 @@
+"""`locus locate` with several methods, thresholds, and masks that `locus edit` takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from locus.artefact import load_json
+from locus.cli import execute
+from locus.mask import WeightMask
+from locus.scores import NeuronScores
+from tests.cli.test_walk import _facts
+from tests.tiny import save_tiny, tiny_model
+
+QUICK = ["--steps", "1", "--min-steps", "1", "--utility", "0", "--max-kl", "0", "--retain-facts", "1", "-q"]
+METHODS = (
+    "saliency,slimming:steps=2,random,weight-saliency,contrastive-vectors,disagreeing-tensors,fact-lookup"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("localizers")
+    save_tiny(tiny_model("llama"), place / "model")
+    relations = ("city", "country", "river")
+    words = ("Eiffel", "Gothic", "Marble", "Silver", "Wooden", "Copper")
+    facts = [{**fact, "relation": relations[i % 3]} for i, fact in enumerate(_facts(words, False))]
+    (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    kept = "".join(json.dumps(fact) + "\n" for fact in _facts(("Golden", "Broken"), False))
+    (place / "keep.jsonl").write_text(kept)
+    return place
+
+
+def _locate(place, *more):
+    return execute(["locate", str(place / "model"), str(place / "facts.jsonl"), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def compared(place):
+    out = place / "compared"
+    assert (
+        _locate(
+            place, "--retain", place / "keep.jsonl", "--method", METHODS, "--budget", "2%", "--repetitions", "2",
+            "-o", out, "-q",
+        )
+        == 0
+    )  # fmt: skip
+    return out
+
+
+def test_every_mask_is_taken_by_edit_as_it_is(place, compared):
+    for name in (spec.split(":")[0] for spec in METHODS.split(",")):
+        edit = [
+            "edit",
+            str(place / "model"),
+            str(place / "facts.jsonl"),
+            "--retain",
+            str(place / "keep.jsonl"),
+        ]
+        mask = compared / f"{name}.safetensors"
+        assert execute([*edit, "--mask", str(mask), "-o", str(place / f"edit-{name}"), *QUICK]) == 0
+        assert (place / f"edit-{name}" / "delta.safetensors").is_file()
+
+
+def test_the_matrix_and_the_stability_are_those_of_the_masks(compared):
+    found = load_json(compared / "locate.json", "locate")
+    a, b = (WeightMask.load(compared / f"{name}.safetensors") for name in ("saliency", "slimming"))
+    shared = (a & b).n_weights / min(a.n_weights, b.n_weights)
+    assert found["overlap"]["saliency"]["slimming"] == pytest.approx(shared)
+    assert found["overlap"]["random"]["random"] == 1
+    assert found["methods"]["slimming"]["stability"]["paraphrases"]["n"] == 1
+    assert set(found["methods"]["random"]["stability"]) == {"paraphrases", "facts", "seeds"}
+    page = (compared / "report.html").read_text()
+    assert "disagreeing-tensors" in page and "half of the facts" in page and "river" in page
+
+
+def test_a_resumed_comparison_takes_what_is_there(place, compared, capsys):
+    more = ["--retain", place / "keep.jsonl", "--budget", "2%", "--repetitions", "2", "-o", compared, "-q"]
+    assert _locate(place, "--method", METHODS, *more) == 2
+    assert "--resume" in capsys.readouterr().err
+    before = (compared / "saliency.json").stat().st_mtime_ns
+    changed = (compared / "slimming.json").stat().st_mtime_ns
+    methods = METHODS.replace("steps=2", "steps=3")
+    assert _locate(place, "--method", methods, "--resume", *more) == 0
+    assert (compared / "saliency.json").stat().st_mtime_ns == before
+    assert (compared / "slimming.json").stat().st_mtime_ns > changed
+
+
+def test_one_refusal_does_not_stop_the_others(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _locate(place, "--method", "disagreeing-tensors,random", "-o", out, "-q") == 0
+    found = load_json(out / "locate.json", "locate")
+    assert list(found["methods"]) == ["random"] and "retain set" in found["refused"]["disagreeing-tensors"]
+    assert _locate(place, "--method", "disagreeing-tensors,", "-o", tmp_path / "b", "-q") == 2
+
+
+def test_thresholds(place, tmp_path, capsys):
+    mask, scores = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
+    assert (
+        _locate(place, "--method", "depn", "--threshold", "paper", "-o", mask, "--scores", scores, "-q") == 0
+    )
+    chosen = NeuronScores.load(scores).values > 0.5
+    assert int(WeightMask.load(mask).neurons_per_layer(tiny_model("llama").atlas).sum()) == int(chosen.sum())
+    for method, cut, word in (
+        ("depn", "99", "no score"),
+        ("saliency", "paper", "none of its own"),
+        ("depn", "x", "x"),
+    ):
+        assert _locate(place, "--method", method, "--threshold", cut, "-o", tmp_path / "n", "-q") == 2
+        said = capsys.readouterr().err.strip()
+        assert word in said and "\n" not in said
+
+
+def test_wrong_lists_of_methods(place, tmp_path, capsys):
+    out = ["-o", tmp_path / "out", "-q"]
+    for method, word in (
+        ("saliency,salience", "saliency"),
+        ("random,random", "twice"),
+        ("slimming:steps", "option=value"),
+        ("slimming:stpes=3,random", "stpes"),
+    ):
+        assert _locate(place, "--method", method, *out) == 2
+        assert word in capsys.readouterr().err
+    assert _locate(place, "--method", "random,saliency", "--threshold", "1", *out) == 2
+    assert not (tmp_path / "out").exists()
