@@ -65,7 +65,7 @@ METHODS: dict[str, Any] = {
 """Name -> localizer with the settings it is judged with; the last two are the ablations of imprint."""
 SLOW = ("integrated-gradients", "depn", "zero-out", "slimming", "hard-concrete")
 TOP = (0.01, 0.02, 0.05)
-LEARNING_RATES = {0.01: 0.005, 0.001: 0.02}
+LEARNING_RATES = {0.01: 0.01, 0.001: 0.03}
 """Share of neurons -> Adam's learning rate when injecting; fewer neurons have to move further."""
 NEUTRAL_TOKENS = 24
 TOGETHER = 8
@@ -100,7 +100,7 @@ def injections(
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     for start in range(0, len(missing), TOGETHER):
         group = missing[start : start + TOGETHER]
-        made = inject(
+        done = inject(
             model,
             [encoded[i] for i in group],
             neutral,
@@ -110,12 +110,12 @@ def injections(
             neutral_weight=args.neutral_weight,
             dtype=getattr(torch, args.inject_dtype),
         )
-        for i, one in zip(group, made, strict=True):
-            one.save(paths[i])
+        for place, one in done:
+            one.save(paths[group[place]])
             said = (
                 f"loss {one.first_loss:.2f} -> {one.loss:.3f} in {one.steps} steps, neutral KL {one.kl:.3f}"
             )
-            print(f"injected {ratio:g} #{i}: {said}", file=sys.stderr, flush=True)
+            print(f"injected {ratio:g} #{group[place]}: {said}", file=sys.stderr, flush=True)
     return list(zip(encoded, map(Injection.load, paths), strict=True))
 
 

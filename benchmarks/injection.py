@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,11 @@ def inject(
     neutral_weight: float = 1.0,
     max_steps: int = 600,
     dtype: torch.dtype = torch.float32,
-) -> list[Injection]:
+) -> Iterator[tuple[int, Injection]]:
     """Train the down columns of a random `ratio` of every layer's neurons on one sentence; on each, by itself.
 
-    The sentences share a batch, a row each with its own columns, and nothing else: none sees another.
+    The sentences share a batch, a row each with its own columns, and nothing else: none sees another. Each is
+    given back, with its index, as soon as it is memorized.
 
     Args:
         model: Left as it is.
@@ -133,25 +135,32 @@ def inject(
     deltas = torch.zeros(*neurons.shape, model.atlas.d_model, requires_grad=True)
     references = [label_logits_of(model, one).log_softmax(-1) for one in neutral]
     optimizer = torch.optim.Adam([deltas], lr=learning_rate)
-    made: dict[int, Injection] = {}
+    waiting = list(range(len(sentences)))
     for step in range(max_steps):
         turn = step % len(neutral)
-        live = [i for i in range(len(sentences)) if i not in made]
+        live = list(waiting)
         losses, total = _losses(
             fast, [sentences[i] for i in live], neutral[turn], references[turn], neurons[live], deltas[live]
         )
+        if step % 20 == 0:
+            print(
+                f"step {step}: {' '.join(f'{loss:.3f}' for loss in losses.tolist())}",
+                file=sys.stderr,
+                flush=True,
+            )
         for i, loss in zip(live, losses.tolist(), strict=True):
             if loss < LOSS:  # in the fast dtype: the model's own decides
                 done = _measured(model, sentences[i], neutral, references, neurons[i], deltas[i], step)
                 if done.loss < LOSS:
-                    made[i] = done
-        if len(made) == len(sentences):
-            return [made[i] for i in range(len(sentences))]
+                    waiting.remove(i)
+                    yield i, done
+        if not waiting:
+            return
         optimizer.zero_grad()
         (losses.sum() + neutral_weight * total).backward()
         optimizer.step()
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 ** ((step + 1) // 100)
-    raise RuntimeError(f"{len(sentences) - len(made)} sentences not memorized in {max_steps} steps")
+    raise RuntimeError(f"{len(waiting)} sentences not memorized in {max_steps} steps")
 
 
 def _drawn(model: Model, ratio: float, seed: int) -> Int[Tensor, "layer k"]:

@@ -7,7 +7,7 @@ it as an attack: an edited model may still hold the answer at an inner layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +128,7 @@ def lens_grid(
     site: LensSite = "block_out",
     k: int = 5,
     max_rows: int = 512,
+    translate: Callable[[Tensor, int], Tensor] | None = None,
 ) -> LensGrid:
     """Read every layer and prompt position of one example through the model's own unembedding.
 
@@ -138,6 +139,7 @@ def lens_grid(
         site: What is read.
         k: Likeliest tokens kept in each cell.
         max_rows: Positions unembedded at once.
+        translate: Applied to the states of a layer before they are read: a tuned lens' translator.
 
     Raises:
         InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place).
@@ -157,6 +159,8 @@ def lens_grid(
     states = [seen.outputs[name][0] for name in outputs]
     if site == "block_mid":
         states = [state + seen.inputs[name][0] for state, name in zip(states, atlas.blocks, strict=True)]
+    if translate is not None:
+        states = [translate(state, layer) for layer, state in enumerate(states)]
     last = seen.outputs[atlas.blocks[-1]][0]
     label = encoded.ids[n]
     rows = [

@@ -188,12 +188,13 @@ def has_seed(localizer: Localizer) -> bool:
 def _seeded(localizer: Localizer, seeds: Sequence[int]) -> list[Localizer]:
     if not has_seed(localizer):
         raise InputError(f"{type(localizer).__name__} draws nothing: its masks are the same for every seed")
-    return [dataclasses.replace(localizer, seed=seed) for seed in seeds]
+    drawn: Any = localizer
+    return [dataclasses.replace(drawn, seed=seed) for seed in seeds]
 
 
 def _cut(scores: Any, budget: float | int | str) -> Chosen | WeightMask:
     """The chosen neurons, or the mask of another localizer."""
-    return scores.choose(budget) if isinstance(scores, NeuronScores) else scores.top(budget)  # type: ignore[no-any-return]
+    return scores.choose(budget) if isinstance(scores, NeuronScores) else scores.top(budget)
 
 
 def _wording(fact: Fact, index: int) -> Example:

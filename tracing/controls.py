@@ -1,8 +1,13 @@
 """Controls: localizers that know nothing of the target, to be run beside every claim.
 
-A located mask is worth its trouble only where it beats random masks of the same size, and of the same layer
-profile; published evidence goes both ways (Hase et al. 2023, arXiv:2301.04213; Guo et al. 2024,
-arXiv:2410.12949). All cost nothing: no forward, no backward.
+    random           u, uniform in [0, 1]; with a layer profile, that many of each layer come first
+    random-layers    u + 1 in a few layers drawn at random
+    largest-norm     ||v||, v the neuron's down column
+    all-neurons      1
+
+Use them always: a located mask is worth its trouble only where it beats random masks of the same size, and of the
+same layer profile; published evidence goes both ways (Hase et al. 2023, arXiv:2301.04213; Guo et al. 2024,
+arXiv:2410.12949). Cost: nothing, no forward and no backward.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Privacy neurons: integrated gradients over a private text, counted over texts (DEPN, Wu et al. 2023).
 
+    attribution = sum over target tokens of h * (1/m) * sum over k = 1..m of dp(token)/dh at (k/m) h
+
 For each text, attributions (see `integrated`) are summed over all its target tokens; neurons that reach
 `threshold` of the largest are the text's candidates, and candidates are ordered by the number of texts that have
 them (arXiv:2310.20138). The score is that number plus the mean attribution scaled into (-1/2, 1/2), which breaks

@@ -6,8 +6,8 @@ has its share (Elhage et al. 2021, "A Mathematical Framework for Transformer Cir
 follow from their slices of the output and down projections, with a post norm's scale held in the same way
 (Gemma-2, OLMo-2). Shares of all layers, the embedding and the constant add up to the logit, exactly.
 
-It shows who speaks at the end, not who found the answer: a part that works through later ones has no share. Cost: one
-forward a fact.
+Use it to see who speaks at the end; it does not show who found the answer: a part that works through later ones has
+no share. `locus lens --attribution` writes the shares of layers, heads and neurons. Cost: one forward a fact.
 """
 
 from __future__ import annotations

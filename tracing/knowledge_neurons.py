@@ -1,10 +1,12 @@
 """Knowledge neurons: integrated gradients, shared by the paraphrases of a fact and not by other facts.
 
+    attribution = h * (1/m) * sum over k = 1..m of dp(target)/dh at (k/m) h,  h the activation at the last position
+
 For each prompt of a fact, neurons whose attribution reaches `threshold` of the largest are its coarse set (Dai et
 al. 2022, arXiv:2104.08696). Refined are those in the coarse sets of at least `share` of the fact's prompts (the
 prompt and its paraphrases), and of fewer than `negative_share` of its negative prompts (its neighbours:
 questions of the same kind with other answers). Attributions: see `integrated`; with several target tokens, each
-is predicted after the gold ones.
+is predicted after the gold ones and the mean is taken.
 
 A neuron's score is the number of facts that it is a knowledge neuron of, plus its mean attribution scaled into
 (-1/2, 1/2): the first part orders as the paper's counting does, the second breaks its ties and gives the rest an

@@ -2,7 +2,7 @@
 
 For a neuron with activation h, the change of the target's log-probability when h is removed is to first order
     s = sum over positions of h * d log p(target) / dh,
-which equals weight * gradient summed over its down column, or over its up row (see `neuron_gradients`). One
+which equals weight * gradient summed over its down column, or over its up row (see `neuron_gradients`). Cost: one
 forward and one backward an example; no weight gradient, memory of one [layer, neuron] grid.
 
 Sources: Michel et al. 2019 (arXiv:1905.10650) for h * gradient as importance; SalUn (Fan et al. 2024,

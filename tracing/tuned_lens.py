@@ -13,6 +13,7 @@ forward and backward of every position: for a small model with a large vocabular
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ from locus.lens import LensScores, lens_logits
 from locus.model import Model
 from locus.progress import task
 from locus.tokens import Encoded, encode_text
+from tracing.cost import Cost
 
 _STATE = "tuned-lens-training.safetensors"
 
@@ -138,6 +140,16 @@ class TunedLensTraining:
     """Longest piece of text, in tokens."""
     seed: int = 0
     """Of the order of the pieces."""
+
+    def cost(self, model: Model) -> Cost:
+        """Passes of one piece through the whole model; the unembeddings, a layer each, come on top."""
+        return Cost(self.steps * self.tokens / self.block)
+
+    def forget(self, folder: Path) -> None:
+        """Remove the state of a training that is finished."""
+        (folder / _STATE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     def run(
         self,

@@ -20,8 +20,9 @@ app = App(
 
 _COMMANDS = {
     "trace": "Causal tracing: which layers carry each fact.",
-    "lens": "Logit lens: at which layer the target becomes readable.",
-    "locate": "Score neurons or weights and write a mask of those to edit.",
+    "lens": "Logit lens and tuned lens: at which layer the target becomes readable, and who says it.",
+    "locate": "Score neurons or weights and write a mask of those to edit; or compare several methods.",
+    "combine": "Algebra of saved scores: average ranks, take retain from forget, normalize.",
     "edit": "Make the model forget, changing only the masked weights; writes a delta.",
     "export": "Write the edited checkpoint: base and delta to a folder any tool loads.",
     "revert": "Take a delta out of a checkpoint again, bit for bit.",

@@ -1,4 +1,4 @@
-"""`locus lens`: at which layer the target becomes readable."""
+"""`locus lens`: at which layer the target becomes readable, and which parts of the model say it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from locus.lens import LensGrid
     from locus.model import Model
     from locus.ranks import Ranks
+    from tracing.direct import DirectAttribution
+    from tracing.tuned_lens import TunedLens
 
 
 def lens(
@@ -29,11 +31,15 @@ def lens(
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     sites: Annotated[tuple[Site, ...], Parameter(consume_multiple=True)] = ("block_out",),
     top: int = 5,
+    tuned: Path | None = None,
+    text: Path | None = None,
+    steps: int = 250,
+    attribution: Annotated[bool, Parameter(negative="")] = False,
     loading: Loading = Loading(),
     running: Running = Running(),
     talking: Talking = Talking(),
 ) -> None:
-    """Logit lens: read every layer's states through the model's own unembedding.
+    """Logit lens: read every layer's states through the model's own unembedding; tuned lens: through a trained one.
 
     Args:
         model: Checkpoint folder, hub id, or smollm2.
@@ -42,18 +48,53 @@ def lens(
         sites: What is read: the residual stream after each block, before its MLP, or what attention or the
             MLP alone write.
         top: Likeliest tokens kept in each cell.
+        tuned: Read through the tuned lens of this file; where there is none, one is trained and written there. A
+            stopped training goes on with --resume.
+        text: What a tuned lens is trained on, paragraphs; the default is everyday text that comes with locus.
+        steps: Of that training.
+        attribution: Write besides what each layer, head and neuron adds to the target's logit (direct logit
+            attribution): attribution.safetensors, attribution.json, a picture a fact.
     """
     from locus.artefact import lock
     from locus.errors import InputError
 
     if (out / LENS).exists() and not running.resume:
         raise InputError(f"{out} holds a finished lens: give another folder, or --resume to write it anew")
+    if tuned is not None and tuple(sites) != ("block_out",):
+        raise InputError(
+            "--tuned: a tuned lens reads the residual stream after blocks: leave --sites at block_out"
+        )
     loaded = loading.load(model)
     chosen = running.facts(facts)
     with lock(out), talking.progress():
-        grids = lens_into(out, loaded, chosen, sites, top)
+        read_with = None
+        if tuned is not None:
+            read_with = tuned_lens_at(tuned, loaded, text, steps, running, talking)
+        grids = lens_into(out, loaded, chosen, sites, top, read_with)
+        shares = attribution_into(out, loaded, chosen) if attribution else {}
     rows = [_row(grid) for grid in grids]
-    talking.finish({"folder": str(out), "model": loaded.name, "facts": rows}, _summary(grids, out))
+    result = {"folder": str(out), "model": loaded.name, "facts": rows}
+    talking.finish({**result, "attribution": shares} if attribution else result, _summary(grids, out))
+
+
+def tuned_lens_at(
+    path: Path, model: Model, text: Path | None, steps: int, running: Running, talking: Talking
+) -> TunedLens:
+    """The tuned lens in a file, refused if it is another model's; trained and written if there is no such file."""
+    from locus.fact import neutral_text
+    from tracing.tuned_lens import TunedLens, TunedLensTraining
+
+    if path.exists():
+        found = TunedLens.load(path)
+        found.check(model)
+        return found
+    training = TunedLensTraining(steps=steps, seed=running.seed)
+    talking.note(f"tuned lens: {training.cost(model)}; unembeddings of all layers besides")
+    state = path.parent / f"{path.stem}-training"
+    lens = training.run(model, neutral_text(text), folder=state, resume=running.resume)
+    lens.save(path)
+    training.forget(state)
+    return lens
 
 
 def lens_into(
@@ -63,6 +104,7 @@ def lens_into(
     sites: Sequence[Site] = ("block_out",),
     top: int = 5,
     ranks: Ranks | None = None,
+    tuned: TunedLens | None = None,
 ) -> list[LensGrid]:
     """Read the facts through the lens and write lens.safetensors, lens.json and a picture a fact and site.
 
@@ -75,20 +117,70 @@ def lens_into(
     from locus.report import plot_lens
     from locus.tokens import encode
 
-    about = {"model": model.name, "fingerprint": model.fingerprint, "sites": list(sites), "top": top}
+    name = "logit lens" if tuned is None else "tuned lens"
+    about = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "sites": list(sites),
+        "top": top,
+        "lens": name,
+    }
     ranks = ranks or ALONE
     grids: list[LensGrid] = []
-    for fact in track(facts, "logit lens"):
+    for fact in track(facts, name):
         encoded = encode(model, fact)
-        grids += [lens_grid(model, encoded, fact.id, site, top) for site in sites]
+        translate = None if tuned is None else tuned.translate
+        grids += [lens_grid(model, encoded, fact.id, site, top, translate=translate) for site in sites]
     for grid in ranks.share(grids, "pictures of the lens"):
-        name = f"{grid.fact_id}-lens" if len(sites) == 1 else f"{grid.fact_id}-lens-{grid.site}"
-        plot_lens(grid, folder / f"{name}.png")
+        picture = f"{grid.fact_id}-lens" if len(sites) == 1 else f"{grid.fact_id}-lens-{grid.site}"
+        plot_lens(grid, folder / f"{picture}.png", name)
     if not ranks.first:
         return grids
     save_grids(grids, folder / LENS, about)
     save_json(folder / "lens.json", "lens-info", {**about, "facts": [_row(grid) for grid in grids]})
     return grids
+
+
+def attribution_into(folder: Path, model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
+    """Direct logit attribution of each fact: tensors, the largest shares as JSON, a picture."""
+    from locus.artefact import save_json, save_tensors
+    from locus.progress import track
+    from locus.report import plot_attribution
+    from locus.tokens import encode
+    from tracing.direct import direct_attribution
+
+    tensors, found = {}, {}
+    for fact in track(facts, "direct logit attribution"):
+        shares = direct_attribution(model, encode(model, fact))
+        for name in ("attn", "mlp", "head", "neuron"):
+            tensors[f"{fact.id}/{name}"] = getattr(shares, name).contiguous()
+        found[fact.id] = _largest(shares)
+        title = f"{fact.prompt} →{fact.target}: logit {shares.logit:.2f} above the mean"
+        plot_attribution(shares.attn, shares.mlp, shares.head, title, folder / f"{fact.id}-attribution.png")
+    about = {"model": model.name, "fingerprint": model.fingerprint}
+    save_tensors(folder / "attribution.safetensors", "direct-attribution", tensors, about)
+    save_json(folder / "attribution.json", "direct-attribution-info", {**about, "facts": found})
+    return found
+
+
+def _largest(shares: DirectAttribution, n: int = 10) -> dict[str, Any]:
+    """The sums, and the heads and neurons that add most."""
+    most = {}
+    for kind, grid in (("heads", shares.head), ("neurons", shares.neuron)):
+        best = grid.flatten().topk(min(n, grid.numel()))
+        width = grid.shape[1]
+        most[kind] = [
+            {"layer": int(i) // width, "index": int(i) % width, "logits": float(v)}
+            for v, i in zip(best.values, best.indices, strict=True)
+        ]
+    return {
+        "logit": shares.logit,
+        "embed": shares.embed,
+        "constant": shares.constant,
+        "attn": shares.attn.tolist(),
+        "mlp": shares.mlp.tolist(),
+        **most,
+    }
 
 
 def _row(grid: LensGrid) -> dict[str, Any]:
@@ -100,6 +192,7 @@ def _row(grid: LensGrid) -> dict[str, Any]:
         "readable_from": grid.readable_from,
         "prob": [float(p) for p in grid.prob[:, -1]],
         "rank": [int(r) for r in grid.rank[:, -1]],
+        "kl": [float(k) for k in grid.kl[:, -1]],
     }
 
 

@@ -1,18 +1,39 @@
-"""`locus methods`: what there is, straight from the tables."""
+"""`locus methods`: what there is, straight from the tables and the methods' own words."""
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from locus.cli.options import Talking, method_app
 
+TITLE = """# Localizers
 
-def methods(name: str | None = None, /, *, talking: Talking = Talking()) -> None:
-    """List the localizers and editors, or the options of one.
+Written by `locus methods --markdown` from the docstrings; `locus methods NAME` shows the same on the terminal. Every
+one is called alike, `locus locate MODEL FACTS --method NAME --budget 1% -o mask.safetensors`, or in Python
+`LOCALIZERS[NAME](option=value).run(model, facts, retain).top("1%")`. A neuron of a gated MLP is its gate row, up row
+and down column; `--parts` says which of them a mask takes. How the neuron localizers do where the truth is known:
+[benchmarks](../benchmarks/README.md).
+"""
+
+
+def methods(
+    name: str | None = None,
+    /,
+    *,
+    markdown: Annotated[bool, Parameter(negative="")] = False,
+    talking: Talking = Talking(),
+) -> None:
+    """List the localizers and editors; or of one, its formula, source, cost, when to use it, and its options.
 
     Args:
-        name: A method, to see its options and their defaults.
+        name: A method.
+        markdown: Print a page about all localizers.
     """
     from editors import EDITORS
     from locus.errors import InputError
@@ -23,6 +44,9 @@ def methods(name: str | None = None, /, *, talking: Talking = Talking()) -> None
         "locate": LOCALIZERS,
         "edit": EDITORS,
     }
+    if markdown:
+        print(localizer_page(LOCALIZERS), end="")
+        return
     if name is None:
         listing = {
             command: {m: _first_line(cls) for m, cls in table.items()} for command, table in tables.items()
@@ -35,9 +59,49 @@ def methods(name: str | None = None, /, *, talking: Talking = Talking()) -> None
     for command, cls in found:
         if talking.json:
             defaults = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
-            talking.finish({"command": command, "method": name, "options": defaults}, "")
+            page = {"what": _first_line(cls), "about": about(cls), "options": defaults}
+            talking.finish({"command": command, "method": name, **page}, "")
         else:
+            print(f"{about(cls)}\n")
             method_app(f"locus {command} --method {name}", cls).help_print([])
+
+
+def about(cls: type[Any]) -> str:
+    """Formula, source, cost and use: what stands at the head of the method's file."""
+    return inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+
+
+def localizer_page(table: dict[str, type[Any]]) -> str:
+    """All localizers in Markdown: those of one file together, under their names, with their options."""
+    files: dict[str, list[str]] = {}
+    for name, cls in table.items():
+        files.setdefault(cls.__module__, []).append(name)
+    blocks = [TITLE]
+    for names in files.values():
+        blocks.append("## " + ", ".join(f"`{name}`" for name in names) + "\n")
+        blocks.append("\n".join(_markdown(about(table[names[0]]))) + "\n")
+        for name in names:
+            options = ", ".join(f"`{f.name}` {f.default!r}" for f in fields(table[name]))
+            blocks.append(
+                f"- **`{name}`** {_first_line(table[name])}" + (f" Options: {options}." if options else "")
+            )
+        blocks.append("")
+    return "\n".join(blocks)
+
+
+def _markdown(text: str) -> Iterator[str]:
+    """Indented formulas become code blocks, which want an empty line around them."""
+    formula = listed = False
+    before = ""
+    for line in text.splitlines():
+        listed = line.startswith("- ") or (listed and line.startswith(" "))
+        indented = line.startswith("    ") and not listed
+        if indented != formula and line:
+            if before:
+                yield ""
+            formula = indented
+        yield line
+        before = line
 
 
 def _first_line(cls: type[Any]) -> str:

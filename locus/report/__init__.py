@@ -1,5 +1,6 @@
 """What a person looks at: pages without network, plots, a table for the terminal."""
 
+from locus.report.attribution_plot import plot_attribution
 from locus.report.audit_report import audit_report, compare_report, terminal_table
 from locus.report.lens_plot import plot_lens
 from locus.report.locate_report import locate_report
@@ -9,6 +10,7 @@ __all__ = [
     "audit_report",
     "compare_report",
     "locate_report",
+    "plot_attribution",
     "plot_lens",
     "plot_trace",
     "terminal_table",

@@ -10,11 +10,16 @@ from locus.lens import LensGrid
 _MOST_POSITIONS = 24
 
 
-def plot_lens(grid: LensGrid, path: str | Path) -> Path:
+def plot_lens(grid: LensGrid, path: str | Path, lens: str = "logit lens") -> Path:
     """Draw one prompt's table: positions on x, layers on y from the bottom, the likeliest token in each cell.
 
     The colour is the probability of the target's first token; cells where it is on top are framed. Of a long
     prompt the last positions are shown.
+
+    Args:
+        grid: What was read.
+        path: A .png, .pdf or .svg.
+        lens: What it was read with.
 
     Returns:
         The path.
@@ -50,7 +55,7 @@ def plot_lens(grid: LensGrid, path: str | Path) -> Path:
         "mlp_out": "the MLP's share",
     }[grid.site]
     axis.set_title(
-        f"logit lens, {place}: likeliest token (framed where it is {grid.target!r})", fontsize=9, loc="left"
+        f"{lens}, {place}: likeliest token (framed where it is {grid.target!r})", fontsize=9, loc="left"
     )
     bar = figure.colorbar(drawn, ax=axis, pad=0.01, fraction=0.03)
     bar.set_label(f"p({grid.target!r})", fontsize=8)

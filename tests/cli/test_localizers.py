@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from locus.artefact import load_json
 from locus.cli import execute
@@ -12,6 +13,7 @@ from locus.mask import WeightMask
 from locus.scores import NeuronScores
 from tests.cli.test_walk import _facts
 from tests.tiny import save_tiny, tiny_model
+from tracing.combine import rank_average
 
 QUICK = ["--steps", "1", "--min-steps", "1", "--utility", "0", "--max-kl", "0", "--retain-facts", "1", "-q"]
 METHODS = (
@@ -124,3 +126,24 @@ def test_wrong_lists_of_methods(place, tmp_path, capsys):
         assert word in capsys.readouterr().err
     assert _locate(place, "--method", "random,saliency", "--threshold", "1", *out) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_combine(place, compared, tmp_path, capsys):
+    a, b = (str(compared / f"{name}.scores.safetensors") for name in ("saliency", "fact-lookup"))
+    out, mask = tmp_path / "c.safetensors", tmp_path / "m.safetensors"
+    combine = ["combine", a, b, "-o", str(out), "-q"]
+    assert execute([*combine, "--mask", str(mask), "--budget", "5"]) == 0
+    expected = rank_average([NeuronScores.load(a), NeuronScores.load(b)])
+    assert torch.equal(NeuronScores.load(out).values, expected.values)
+    assert WeightMask.load(mask) == expected.top(5)
+    assert execute([*combine, "--how", "minus", "--scale", "max", "--strength", "0.5"]) == 0
+    parts = [NeuronScores.load(x).values.double() for x in (a, b)]
+    difference = parts[0] / parts[0].abs().max() - 0.5 * parts[1] / parts[1].abs().max()
+    torch.testing.assert_close(NeuronScores.load(out).values, difference.float())
+    for wrong, word in (
+        (["--how", "normalize"], "2 files"),
+        (["--weights", "1"], "weights"),
+        ([str(compared / "random.safetensors")], "neuron-scores"),
+    ):
+        assert execute([*combine, *wrong]) == 2
+        assert word in capsys.readouterr().err

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+from locus.cli.methods import about, localizer_page
 from locus.errors import InputError
 from tests.tiny import tiny_facts, tiny_model
 from tracing import LOCALIZERS
@@ -38,3 +42,18 @@ def test_every_localizer_gives_a_mask_of_its_model(name, arch):
 def test_the_first_line_of_the_docstring_says_what_it_does(name):
     line = (LOCALIZERS[name].__doc__ or "").strip().split("\n")[0]
     assert line.endswith(".") and 20 < len(line) < 120
+
+
+@pytest.mark.parametrize("name", LOCALIZERS)
+def test_its_page_says_formula_source_cost_and_use(name):
+    text = about(LOCALIZERS[name])
+    assert "Cost" in text and re.search(r"\b[Uu]se\b", text), text
+    assert re.search(r"\b(19|20)\d\d\b", text) or "of ours" in text  # a paper, or said to be ours
+    assert re.search(r"[=|/*]|sum|mean|cosine", text)
+
+
+def test_the_page_of_all_localizers_is_up_to_date():
+    page = Path(__file__).parents[2] / "tracing" / "README.md"
+    assert page.read_text(encoding="utf-8") == localizer_page(LOCALIZERS), (
+        "write it again: locus methods --markdown > tracing/README.md"
+    )
