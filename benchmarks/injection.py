@@ -28,6 +28,8 @@ from locus.tokens import Encoded
 
 LOSS = 0.05
 """Mean nats a token below which a sentence counts as memorized."""
+HALVED = 25
+"""Steps after which the learning rate is halved."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def inject(
         neutral: Texts that the model must not speak otherwise about; one of them, in turns, a step.
         ratio: Share of a layer's neurons, at least one.
         seeds: One a sentence; decides which neurons.
-        learning_rate: Adam's, halved every 100 steps.
+        learning_rate: Adam's, halved every `HALVED` steps.
         neutral_weight: Of the KL on neutral text.
         max_steps: RuntimeError if a loss is not reached by then.
         dtype: Of the frozen weights while training (bfloat16 is faster on some processors); the deltas are
@@ -159,7 +161,7 @@ def inject(
         optimizer.zero_grad()
         (losses.sum() + neutral_weight * total).backward()
         optimizer.step()
-        optimizer.param_groups[0]["lr"] = learning_rate * 0.5 ** ((step + 1) // 100)
+        optimizer.param_groups[0]["lr"] = learning_rate * 0.5 ** ((step + 1) // HALVED)
     raise RuntimeError(f"{len(waiting)} sentences not memorized in {max_steps} steps")
 
 
