@@ -28,7 +28,7 @@ from locus.tokens import Encoded
 
 LOSS = 0.05
 """Mean nats a token below which a sentence counts as memorized."""
-HALVED = 25
+HALVED = 80
 """Steps after which the learning rate is halved."""
 
 

@@ -70,7 +70,7 @@ def lens(
         read_with = None
         if tuned is not None:
             read_with = tuned_lens_at(tuned, loaded, text, steps, running, talking)
-        grids = lens_into(out, loaded, chosen, sites, top, read_with)
+        grids = lens_into(out, loaded, chosen, sites, top, tuned=read_with)
         shares = attribution_into(out, loaded, chosen) if attribution else {}
     rows = [_row(grid) for grid in grids]
     result = {"folder": str(out), "model": loaded.name, "facts": rows}
