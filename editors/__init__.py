@@ -11,9 +11,10 @@ from editors.idk import IDK
 from editors.law import LaW
 from editors.lens_defence import HeadProjection, MaxEntropy
 from editors.memit import MEMIT
+from editors.neuron_descent import NeuronDescent
 from editors.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
+from editors.neuron_recipes import KnowledgeNeuronRecipe, PrivacyNeuronRecipe
 from editors.neuron_selective import NeuronSelective
-from editors.neurons import ScaleNeurons
 from editors.npo import NPO
 from editors.projection import EraseSubspace
 from editors.retain import Retain
@@ -55,17 +56,19 @@ EDITORS: dict[str, type] = {
     **OBJECTIVES,
     "whp": WHP,
     "task-vector": TaskVector,
-    "scale-neurons": ScaleNeurons,
     "neuron-zero": NeuronZero,
     "neuron-flip": NeuronFlip,
     "neuron-mean": NeuronMean,
     "neuron-direction": NeuronDirection,
     "neuron-selective": NeuronSelective,
+    "neuron-descent": NeuronDescent,
+    "knowledge-neurons": KnowledgeNeuronRecipe,
+    "depn": PrivacyNeuronRecipe,
     "rome": ROME,
     "memit": MEMIT,
     "alphaedit": AlphaEdit,
     "law": LaW,
-    "erase-subspace": EraseSubspace,
+    "projection": EraseSubspace,
 }
 """Everything with a `run`: the trained objectives and the direct edits of weights."""
 
@@ -89,16 +92,18 @@ __all__ = [
     "GradDiff",
     "HeadProjection",
     "KLMin",
+    "KnowledgeNeuronRecipe",
     "LaW",
     "MaxEntropy",
+    "NeuronDescent",
     "NeuronDirection",
     "NeuronFlip",
     "NeuronMean",
     "NeuronSelective",
     "NeuronZero",
+    "PrivacyNeuronRecipe",
     "Retain",
     "SatImp",
-    "ScaleNeurons",
     "SelectiveGA",
     "SimNPO",
     "TaskVector",

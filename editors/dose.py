@@ -32,7 +32,24 @@ N_RETAIN, N_TEXT = 32, 4
 """Retain facts and paragraphs that a strength is judged by."""
 STEPS = 8
 """Halvings of the interval."""
+AROUND = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+"""Where a curve is drawn that nobody asked points of, in units of the dose found."""
 Log = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What is wanted of the strength of an edit, and what is looked at on the way."""
+
+    goal: float = 0.0
+    """Take the smallest strength, up to the one given, that brings the facts' mean probability to this; 0 for
+    all of it."""
+    curve: tuple[float, ...] = ()
+    """Strengths at which to measure facts, retain facts and text; with a goal, some around the dose found."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.goal < 1:
+            raise InputError(f"goal = {self.goal}: a probability below 1, or 0 for full strength")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +107,10 @@ class Point:
     """Mean probability of the forget targets."""
     forget_right: float
     """Share of them that are still the first choice."""
-    retain_right: float | None
-    """Share of the retain facts that the base has right which are still right; None without any."""
-    kl: float | None
-    """KL(base || edited) on neutral text, nats a token; None without text."""
+    retain_right: float | None = None
+    """Share of the retain facts that the base has right which are still right; None if not looked at."""
+    kl: float | None = None
+    """KL(base || edited) on neutral text, nats a token; None if not looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +133,7 @@ class Judge:
             InputError: nothing to forget.
         """
         if not forget:
-            raise InputError("a goal for the forget facts needs some: the list of facts is empty")
+            raise InputError("a dose is judged by the facts that must go: the list of them is empty")
         kept = [fact for fact in retain if not fact.held_out][:N_RETAIN]
         right = measure(model, kept).correct.tolist() if kept else []
         blocks = [block for paragraph in text[:N_TEXT] for block in encode_text(model, paragraph)]
@@ -130,14 +147,15 @@ class Judge:
         )
 
     @torch.no_grad()
-    def look(self, direction: Direction, strength: float) -> Point:
-        """What this strength does."""
+    def look(self, direction: Direction, strength: float, all_round: bool = True) -> Point:
+        """What this strength does: to the forget facts, and if `all_round` to everything."""
         with direction.at(self.model, strength):
             forgotten = measure(self.model, self.forget)
-            kept = measure(self.model, self.retain) if self.retain else None
+            kept = measure(self.model, self.retain) if self.retain and all_round else None
             kls = [
                 kl_per_token(label_logits(self.model, batch), base)
                 for batch, base in zip(self.text, self.base_logits, strict=True)
+                if all_round
             ]
         return Point(
             strength,
@@ -150,7 +168,7 @@ class Judge:
 
 def curve(judge: Judge, direction: Direction, strengths: Sequence[float]) -> list[Point]:
     """The effect of each strength."""
-    return [judge.look(direction, s) for s in progress.track(strengths, "dose")]
+    return [judge.look(direction, s) for s in progress.track(strengths, "dose curve")]
 
 
 def smallest(judge: Judge, direction: Direction, goal: float, most: float) -> tuple[float, list[Point]]:
@@ -160,14 +178,14 @@ def smallest(judge: Judge, direction: Direction, goal: float, most: float) -> tu
     crossed: reached at the strength returned, not reached at one at most most/2^STEPS below it.
 
     Returns:
-        The strength, `most` where not even that is enough; and every point looked at, in order.
+        The strength, `most` where not even that is enough; and every point looked at, in order, forget facts only.
     """
-    points = [judge.look(direction, most)]
+    points = [judge.look(direction, most, all_round=False)]
     low, high = 0.0, most
     if points[0].forget_prob <= goal:
         for _ in progress.track(range(STEPS), "dose"):
             middle = (low + high) / 2
-            points.append(judge.look(direction, middle))
+            points.append(judge.look(direction, middle, all_round=False))
             if points[-1].forget_prob <= goal:
                 high = middle
             else:
@@ -181,26 +199,31 @@ def dosed(
     mask: WeightMask,
     *,
     strength: float,
-    goal: float,
+    dose: Dose,
     forget: Sequence[Fact],
     retain: Sequence[Fact],
     text: Sequence[str],
     provenance: Mapping[str, Any],
     log: Log | None,
 ) -> WeightDelta:
-    """The edit at `strength`, or at the smallest one up to it that brings the facts to `goal`, if there is a goal.
+    """The edit at `strength`, or at the smallest one up to it that reaches the goal, if there is a goal.
+
+    Its provenance has the curve, by strength, under "dose".
 
     Raises:
-        InputError: a goal that is no probability, or one without facts.
+        InputError: a goal or a curve without facts.
     """
-    if not 0 <= goal < 1:
-        raise InputError(f"goal = {goal}: a probability below 1, or 0 for full strength")
     about: dict[str, Any] = {**provenance, "strength": strength}
-    if goal:
+    if dose.goal or dose.curve:
         judge = Judge.of(model, forget, retain, text)
-        about["strength"], points = smallest(judge, direction, goal, strength)
+        wanted, points = list(dose.curve), []
+        if dose.goal:
+            about["strength"], points = smallest(judge, direction, dose.goal, strength)
+            about["reached"] = min(point.forget_prob for point in points) <= dose.goal
+            wanted = wanted or [share * about["strength"] for share in AROUND]
+        points = [point for point in points if point.strength not in wanted]
+        points = sorted([*points, *curve(judge, direction, wanted)], key=lambda point: point.strength)
         about["dose"] = [asdict(point) for point in points]
-        about["reached"] = min(point.forget_prob for point in points) <= goal
         for point in points if log is not None else ():
             log(asdict(point))  # type: ignore[misc]
     return direction.delta(model, about["strength"], mask, about)

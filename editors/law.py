@@ -13,7 +13,14 @@ from torch import Tensor
 
 from editors.aim import Aim
 from editors.least_squares import Metric, within, write
-from editors.located import DownProjection, borrowed, chosen_layers, delta_of, down_projections
+from editors.located import (
+    DownProjection,
+    borrowed,
+    chosen_layers,
+    delta_of,
+    down_projections,
+    whole_projections,
+)
 from editors.memit import Written
 from editors.ramp import Ramp
 from editors.result import settings_of
@@ -63,6 +70,10 @@ class LaW:
     """Edit at the last token of the subject or of the prompt."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The down projections of the layers named, or of all: what may change where no mask is given."""
+        return whole_projections(model, self.layers)
 
     def run(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 from editors.result import changed
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.mask import WeightMask
+from locus.mask import WeightMask, shapes_of
 from locus.model import Model
 from locus.selection import Selection, same_bits
 from locus.weights import stored
@@ -108,6 +108,40 @@ def chosen_layers(
         return [by_layer[layer] for layer in sorted({layer % n_layers for layer in layers})]
     ranked = sorted(located, key=lambda one: (-one.selection.n, abs(one.layer - EARLY * (n_layers - 1))))
     return sorted(ranked[:most], key=lambda one: one.layer)
+
+
+def whole_projections(model: Model, layers: Sequence[int] = ()) -> WeightMask:
+    """A mask of the down projections of some layers, negative from the end; of all of them where none is named.
+
+    Raises:
+        InputError: there is no such layer.
+    """
+    n = model.atlas.n_layers
+    if absent := [str(layer) for layer in layers if not -n <= layer < n]:
+        raise InputError(f"layer {', '.join(absent)}: {model.name} has layers 0 to {n - 1}")
+    chosen = {layer % n for layer in layers} or set(range(n))
+    names = [
+        part.param
+        for layer, parts in enumerate(model.atlas.neurons)
+        for part in parts
+        if part.role == "down" and layer in chosen
+    ]
+    return WeightMask.of_parameters(
+        names, shapes_of(model.module), model.fingerprint, {"down projections of layers": sorted(chosen)}
+    )
+
+
+def layers_of(model: Model, mask: WeightMask) -> WeightMask:
+    """The mask widened to the whole down projections of the layers in which it has FFN neurons.
+
+    Raises:
+        InputError: it has none.
+    """
+    mask.check(model)
+    layers = mask.neurons_per_layer(model.atlas).nonzero().flatten().tolist()
+    if not layers:
+        raise InputError("the mask holds no FFN neurons, so there are no layers to widen it to")
+    return whole_projections(model, layers)
 
 
 @contextlib.contextmanager

@@ -15,16 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.dose import Direction, dosed
-from editors.located import down_projections
-from editors.neuron_parts import Part, located_parts
+from editors.dose import Direction, Dose, dosed
+from editors.least_squares import Metric, within
+from editors.located import DownProjection
+from editors.neuron_parts import Part, located_parts, located_values, neuron_mask
+from editors.refusals import REFUSALS
 from editors.result import settings_of
-from editors.statistics import mean_keys
+from editors.statistics import mean_keys, second_moments
 from editors.training import generator
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
-from locus.mask import WeightMask
+from locus.mask import WeightMask, shapes_of
 from locus.model import Model
 from locus.selection import Selection
 from locus.tokens import encode
@@ -45,10 +47,14 @@ class NeuronZero:
     """values: what the neurons write; keys: what they answer to; both."""
     strength: float = 1.0
     """Weights are multiplied with 1 − strength."""
-    goal: float = 0.0
-    """Take the smallest strength that brings the facts' mean probability to this; 0 for all of it."""
+    dose: Dose = Dose()
+    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The weights of the neurons listed: what may change where no mask is given."""
+        return neuron_mask(model, self.neurons, self.part)
 
     def run(
         self,
@@ -74,7 +80,7 @@ class NeuronZero:
             Direction(selections, steps),
             mask,
             strength=self.strength,
-            goal=self.goal,
+            dose=self.dose,
             forget=forget,
             retain=retain,
             text=text,
@@ -89,10 +95,14 @@ class NeuronFlip:
 
     part: Part = "values"
     """values: what the neurons write; keys: what they answer to; both."""
-    goal: float = 0.0
-    """Take the smallest part of the way to −w that brings the facts' mean probability to this; 0 for all of it."""
+    dose: Dose = Dose()
+    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The weights of the neurons listed: what may change where no mask is given."""
+        return neuron_mask(model, self.neurons, self.part)
 
     def run(
         self,
@@ -107,24 +117,33 @@ class NeuronFlip:
         log: Log | None = None,
     ) -> WeightDelta:
         """As `NeuronZero` of strength 2."""
-        zero = NeuronZero(self.part, 2.0, self.goal, self.neurons)
+        zero = NeuronZero(self.part, 2.0, self.dose, self.neurons)
         return zero.run(model, forget, retain, mask, text=text, folder=folder, resume=resume, log=log)
 
 
 @dataclass(frozen=True)
 class NeuronMean:
-    """Mean ablation: located neurons write nothing, the layer's output bias what they wrote on average.
+    """Mean ablation: located neurons write nothing but what all of them together wrote on average.
 
-    Exactly the layer with each neuron's activation put to its mean over text. Needs an output bias that is in the
-    mask; Llama, Gemma and their kin have none.
+    Where the layer has an output bias that is in the mask, the mean goes there: exactly the layer with each neuron's
+    activation put to its mean over text. Llama, Gemma and their kin have no such bias. There the mean is written by
+    the located neurons themselves, each in proportion to its weight in the best linear prediction of the constant 1
+    from their activations, a = C⁻¹ E[k]: W becomes (W E[k]) aᵀ. How constant that is, "constant" in the provenance
+    says (E[k]ᵀ a, at most 1): few neurons make a poor bias.
     """
 
     strength: float = 1.0
     """Share of the way to the mean."""
-    goal: float = 0.0
-    """Take the smallest strength that brings the facts' mean probability to this; 0 for all of it."""
+    ridge: float = 1e-3
+    """Added to C's diagonal, as a share of its mean; only where there is no output bias."""
+    dose: Dose = Dose()
+    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The weights of the neurons listed: what may change where no mask is given."""
+        return neuron_mask(model, self.neurons, "values") | _output_biases(model, self.neurons)
 
     def run(
         self,
@@ -141,44 +160,44 @@ class NeuronMean:
         """Ablate them; `text`, by default locus' neutral one, gives the means.
 
         Raises:
-            InputError: see `NeuronZero.run`; or a layer without an output bias, or with one that is not in the mask.
+            InputError: see `NeuronZero.run`; or a layer with an output bias that is not in the mask.
         """
-        selections = located_parts(model, mask, "values", self.neurons)
-        steps = {name: -_stored(model, name, chosen) for name, chosen in selections.items()}
-        touched = [one for one in down_projections(model, mask) if one.param in selections]
-        means = mean_keys(model, [one.layer for one in touched], text or neutral_text())
-        for one in touched:
-            bias = one.param.removesuffix("weight") + "bias"
-            held = mask.entries.get(bias)
-            if held is None or held.kind != "all":
-                raise InputError(
-                    f"{bias}: mean ablation puts what the neurons wrote on average there, but "
-                    + (
-                        "the mask does not hold all of it"
-                        if _has(model, bias)
-                        else "the model has no such bias"
-                    )
-                    + ": add it to the mask, or use neuron-selective"
-                )
-            update = torch.zeros(selections[one.param].shape, dtype=torch.float64)
-            selections[one.param].put_(update, steps[one.param].double())
-            lost = -(update.mT if one.transposed else update) @ means[one.layer]
-            selections[bias], steps[bias] = held, lost
+        located = located_values(model, mask, self.neurons)
+        text = text or neutral_text()
+        layers = [one.layer for one in located]
+        means = mean_keys(model, layers, text)
+        selections = {one.param: one.selection for one in located}
+        steps = {one.param: -_stored(model, one.param, one.selection) for one in located}
+        biased = {one.param: _output_bias(model, mask, one) for one in located}
+        moments = second_moments(model, [one.layer for one in located if biased[one.param] is None], text)
+        constant = {}
+        for one in located:
+            mean = means[one.layer][one.neurons]
+            lost = one.weight(model)[:, one.neurons] @ mean
+            held = biased[one.param]
+            if held is not None:
+                selections[held[0]], steps[held[0]] = held[1], lost
+                continue
+            metric = Metric.of(within(moments[one.layer].mean, one.neurons), self.ridge)
+            share = metric.solve(mean[:, None]).flatten()
+            constant[one.layer] = float(mean @ share)
+            instead = one.spread(lost[:, None] * share)
+            steps[one.param] = steps[one.param] + one.selection.take(one.stored_as(instead).contiguous())
         return dosed(
             model,
             Direction(selections, steps),
             mask,
             strength=self.strength,
-            goal=self.goal,
+            dose=self.dose,
             forget=forget,
             retain=retain,
             text=text,
-            provenance={"editor": settings_of(self)},
+            provenance={"editor": settings_of(self), "constant": constant},
             log=log,
         )
 
 
-Away = Literal["unknown", "alternatives", "noise"]
+Away = Literal["unknown", "refusal", "alternatives", "noise"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +211,8 @@ class NeuronDirection:
     """
 
     towards: Away = "unknown"
-    """unknown: the direction of `word`; alternatives: of the facts' wrong targets; noise: a random one each."""
+    """unknown: the direction of `word`; refusal: of what refusals begin with; alternatives: of the facts' wrong
+    targets; noise: a random one each."""
     word: str = " unknown"
     """The word for "unknown"."""
     old: float = 2.0
@@ -201,12 +221,16 @@ class NeuronDirection:
     """How much of the other direction is added, in norms of the value."""
     strength: float = 1.0
     """Share of both."""
-    goal: float = 0.0
-    """Take the smallest strength that brings the facts' mean probability to this; 0 for all of it."""
+    dose: Dose = Dose()
+    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
     seed: int = 0
     """Of the noise."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The weights of the neurons listed: what may change where no mask is given."""
+        return neuron_mask(model, self.neurons, "values")
 
     def __post_init__(self) -> None:
         if self.towards not in get_args(Away):
@@ -231,23 +255,19 @@ class NeuronDirection:
         """
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
-        selections = located_parts(model, mask, "values", self.neurons)
+        located = located_values(model, mask, self.neurons)
         source = generator(self.seed, "noise", 0)
         steps = {}
-        for one in down_projections(model, mask):
-            if one.param not in selections:
-                continue
-            full = torch.zeros(selections[one.param].shape, dtype=torch.float64)
-            selections[one.param].put_(full, _stored(model, one.param, selections[one.param]).double())
-            values = full.mT if one.transposed else full
+        for one in located:
+            values = torch.where(one.allowed, one.weight(model), 0.0)
             turn = self._turn(model, forget, values, source) * values.norm(dim=0)
-            steps[one.param] = selections[one.param].take(one.stored_as(turn).contiguous())
+            steps[one.param] = one.selection.take(one.stored_as(turn).contiguous())
         return dosed(
             model,
-            Direction({name: selections[name] for name in steps}, steps),
+            Direction({one.param: one.selection for one in located}, steps),
             mask,
             strength=self.strength,
-            goal=self.goal,
+            dose=self.dose,
             forget=forget,
             retain=retain,
             text=text,
@@ -273,7 +293,7 @@ class NeuronDirection:
             if not others:
                 raise InputError("none of the facts has alternatives: add some, or turn towards unknown")
         else:
-            others = [self.word]
+            others = [self.word] if self.towards == "unknown" else list(REFUSALS)
         turn: Tensor = self.new * _direction(model, forget, others) - self.old * _direction(
             model, forget, targets
         )
@@ -296,5 +316,26 @@ def _stored(model: Model, name: str, chosen: Selection) -> Tensor:
     return old.to(torch.promote_types(old.dtype, torch.float32))
 
 
-def _has(model: Model, name: str) -> bool:
-    return any(name == known for known, _ in model.module.named_parameters())
+def _output_bias(model: Model, mask: WeightMask, one: DownProjection) -> tuple[str, Selection] | None:
+    """The bias of a down projection and all of its entries; None where the model has none.
+
+    Raises:
+        InputError: the model has one and the mask does not hold all of it.
+    """
+    bias = one.param.removesuffix("weight") + "bias"
+    if bias not in shapes_of(model.module):
+        return None
+    held = mask.entries.get(bias)
+    if held is None or held.kind != "all":
+        raise InputError(
+            f"{bias}: mean ablation puts what the neurons wrote on average there, but the mask does not hold all of "
+            "it: add it to the mask, name the neurons with --neurons instead of a mask, or use neuron-selective"
+        )
+    return bias, held
+
+
+def _output_biases(model: Model, neurons: Sequence[str]) -> WeightMask:
+    """The output biases, where there are any, of the layers that have one of the listed neurons."""
+    shapes = shapes_of(model.module)
+    names = [name.removesuffix("weight") + "bias" for name in neuron_mask(model, neurons, "values").entries]
+    return WeightMask.of_parameters([name for name in names if name in shapes], shapes, model.fingerprint)

@@ -9,14 +9,21 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from editors.located import DownProjection, down_projections
 from locus.errors import InputError
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
 
-Part = Literal["values", "keys", "both"]
+Part = Literal["values", "keys", "both", "gate", "up"]
 """values: what a neuron writes (its down column); keys: what it answers to (its gate and up rows, biases too)."""
-ROLES = {"values": ("down",), "keys": ("gate", "up"), "both": ("gate", "up", "down")}
+ROLES = {
+    "values": ("down",),
+    "keys": ("gate", "up"),
+    "both": ("gate", "up", "down"),
+    "gate": ("gate",),
+    "up": ("up",),
+}
 
 
 def listed(model: Model, neurons: Sequence[str]) -> Bool[Tensor, "layer neuron"]:
@@ -42,8 +49,10 @@ def neuron_mask(model: Model, neurons: Sequence[str], part: Part = "both") -> We
     """A mask of neurons named one by one.
 
     Raises:
-        InputError: see `listed`.
+        InputError: none is named, or see `listed`.
     """
+    if not neurons:
+        raise InputError("no neurons: give --mask, or --neurons as layer:neuron")
     return WeightMask.of_neurons(
         model.atlas, listed(model, neurons), ROLES[part], model.fingerprint, {"neurons": list(neurons)}
     )
@@ -67,3 +76,17 @@ def located_parts(
     if not found.entries:
         raise InputError(f"the mask holds no {part} of FFN neurons: locate with other --parts")
     return dict(found.entries)
+
+
+def located_values(model: Model, mask: WeightMask, neurons: Sequence[str] = ()) -> list[DownProjection]:
+    """The located neurons' values, layer by layer.
+
+    Raises:
+        InputError: see `located_parts`.
+    """
+    selections = located_parts(model, mask, "values", neurons)
+    return [
+        DownProjection(one.layer, one.param, one.transposed, selections[one.param])
+        for one in down_projections(model, mask)
+        if one.param in selections
+    ]

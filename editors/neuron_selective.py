@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.dose import Direction, dosed
+from editors.dose import Direction, Dose, dosed
 from editors.least_squares import Metric, within, write
-from editors.located import DownProjection, down_projections
-from editors.neuron_parts import located_parts
+from editors.located import DownProjection
+from editors.neuron_parts import located_values, neuron_mask
 from editors.result import settings_of
 from editors.statistics import second_moments
 from editors.subject import Row, behind, openings, row, states
@@ -45,8 +45,8 @@ class NeuronSelective:
     """Positions: the last token of the subject, the last of the prompt, or all from the one to the other."""
     strength: float = 1.0
     """1 is the mean over the retain facts; more overshoots."""
-    goal: float = 0.0
-    """Take the smallest strength that brings the facts' mean probability to this; 0 for all of it."""
+    dose: Dose = Dose()
+    """How the strength is chosen and looked at."""
     weight: float = 0.02
     """λ, as a share of the number of located neurons of the layer."""
     retain_weight: float = 1.0
@@ -70,6 +70,10 @@ class NeuronSelective:
         if self.weight < 0 or self.retain_weight < 0:
             raise InputError("weight and retain_weight must not be negative")
 
+    def own_mask(self, model: Model) -> WeightMask:
+        """The values of the neurons listed: what may change where no mask is given."""
+        return neuron_mask(model, self.neurons, "values")
+
     def run(
         self,
         model: Model,
@@ -92,12 +96,7 @@ class NeuronSelective:
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
         text = text or neutral_text()
-        selections = located_parts(model, mask, "values", self.neurons)
-        located = [
-            DownProjection(one.layer, one.param, one.transposed, selections[one.param])
-            for one in down_projections(model, mask)
-            if one.param in selections
-        ]
+        located = located_values(model, mask, self.neurons)
         layers = [one.layer for one in located]
         prefixes = openings(text, self.prefixes, self.seed)
         moments = second_moments(
@@ -121,7 +120,7 @@ class NeuronSelective:
             Direction({one.param: one.selection for one in located}, steps),
             mask,
             strength=self.strength,
-            goal=self.goal,
+            dose=self.dose,
             forget=forget,
             retain=retain,
             text=text,

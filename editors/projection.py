@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.dose import Direction, dosed
+from editors.dose import Direction, Dose, dosed
 from editors.result import settings_of
 from editors.subject import Place, behind, openings, row, states
 from locus.delta import WeightDelta
@@ -52,8 +52,8 @@ class EraseSubspace:
     """Random openings before every prompt, besides the prompt itself."""
     strength: float = 1.0
     """Share of the projection; 1 erases, 2 reflects."""
-    goal: float = 0.0
-    """Take the smallest strength that brings the facts' mean probability to this; 0 for all of it."""
+    dose: Dose = Dose()
+    """How the strength is chosen and looked at."""
     seed: int = 0
     """Of the openings."""
     batch_tokens: int = 4096
@@ -117,7 +117,7 @@ class EraseSubspace:
             Direction(selections, steps),
             mask,
             strength=self.strength,
-            goal=self.goal,
+            dose=self.dose,
             forget=forget,
             retain=retain,
             text=text,

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from editors.aim import Aim, Shift, find_shifts
 from editors.least_squares import Metric, within, write
-from editors.located import DownProjection, add_, borrowed, chosen_layers, delta_of, down_projections
+from editors.located import (
+    DownProjection,
+    add_,
+    borrowed,
+    chosen_layers,
+    delta_of,
+    down_projections,
+    whole_projections,
+)
 from editors.result import settings_of
 from editors.statistics import second_moments
 from editors.subject import Place, mean_by_fact, openings, retained, rows, states
@@ -51,6 +59,10 @@ class ROME:
     """Edit at the last token of the subject or of the prompt."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The down projections of the layers named, or of all: what may change where no mask is given."""
+        return whole_projections(model, () if self.layer is None else (self.layer,))
 
     def run(
         self,

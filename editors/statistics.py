@@ -72,6 +72,8 @@ def second_moments(
     Raises:
         InputError: a damaged or foreign file in the cache, or text that cannot be encoded.
     """
+    if not layers:
+        return {}
     blocks = _blocks(model, text or neutral_text(), n_tokens)
     folder = cache_folder() / "statistics" if folder is None else folder
     files = {layer: _Kept(folder, model, layer, blocks) for layer in layers}
@@ -83,13 +85,20 @@ def second_moments(
 def mean_keys(
     model: Model, layers: Sequence[int], text: Sequence[str], batch_tokens: int = 4096
 ) -> dict[int, Float[Tensor, " neuron"]]:
-    """Mean activation of every neuron of some layers over every token of a text, float64."""
+    """Mean activation of every neuron of some layers over a text, float64.
+
+    The first token of a block is left out: nothing stands before it, and where it is the same in every text (BOS)
+    a few neurons are hundreds of times larger there than anywhere else.
+    """
+    if not layers:
+        return {}
     blocks = _blocks(model, text, 1 << 60)
     total = {layer: torch.zeros(model.atlas.d_mlp, dtype=torch.float64) for layer in layers}
     for start, end in _groups(blocks, 0, batch_tokens, set()):
-        for layer, keys in zip(layers, _keys(model, collate(blocks, range(start, end)), layers), strict=True):
-            total[layer] += keys.sum(0).cpu()
-    n_tokens = sum(len(block.ids) for block in blocks)
+        keys = _keys(model, collate(blocks, range(start, end)), layers, skip=1)
+        for layer, found in zip(layers, keys, strict=True):
+            total[layer] += found.sum(0).cpu()
+    n_tokens = sum(len(block.ids) - 1 for block in blocks)
     return {layer: summed / n_tokens for layer, summed in total.items()}
 
 
@@ -162,8 +171,14 @@ def _groups(
 
 
 @torch.no_grad()
-def _keys(model: Model, batch: Batch, layers: Sequence[int]) -> list[Float[Tensor, "token neuron"]]:
-    """What the layers' down projections read at every token of a batch, float64; nothing above them runs."""
+def _keys(
+    model: Model, batch: Batch, layers: Sequence[int], skip: int = 0
+) -> list[Float[Tensor, "token neuron"]]:
+    """What the layers' down projections read at the tokens of a batch, float64; nothing above them runs.
+
+    Args:
+        skip: Tokens at the start of every block that are left out.
+    """
     names = [model.atlas.neuron_in[layer] for layer in layers]
     batch = batch.to(model.device)
     with (
@@ -172,6 +187,7 @@ def _keys(model: Model, batch: Batch, layers: Sequence[int]) -> list[Float[Tenso
     ):
         model.module(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
     real = batch.attention_mask.bool()
+    real[:, :skip] = False
     return [seen.inputs[name][real.to(seen.inputs[name].device)].double() for name in names]
 
 

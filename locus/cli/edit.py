@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from locus.mask import WeightMask
     from locus.model import Model
 
-DELTA, ABOUT, HISTORY = "delta.safetensors", "edit.json", "history.jsonl"
+DELTA, ABOUT, HISTORY, MASK = "delta.safetensors", "edit.json", "history.jsonl", "mask.safetensors"
+DOSE = "dose.png"
 
 
 def edit(
@@ -26,8 +27,9 @@ def edit(
     facts: str,
     /,
     *tokens: MethodTokens,
-    mask: Path,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    mask: Path | None = None,
+    widen: Annotated[bool, Parameter(negative="")] = False,
     method: str = "npo",
     retain: str | None = None,
     text: Path | None = None,
@@ -38,13 +40,16 @@ def edit(
 ) -> None:
     """Make the model forget the facts by changing only the masked weights; writes a delta.
 
-    Each method has options of its own: `locus methods NAME` shows them.
+    Each method has options of its own: `locus methods NAME` shows them. Without a mask, rome, memit, alphaedit and
+    law may change the down projections of the layers named (all of them, if none is), and edits of neurons those
+    listed as `--neurons layer:neuron`; the mask they kept to is then written beside the delta.
 
     Args:
         model: The base: checkpoint folder, hub id, or smollm2.
         facts: What must go: a fact file, or demo-forget.
+        out: Folder for delta.safetensors, edit.json and history.jsonl, and dose.png where a dose was looked for.
         mask: The weights that may change: what `locus locate` wrote.
-        out: Folder for delta.safetensors, edit.json and history.jsonl.
+        widen: Let the whole down projections change of the layers in which the mask has neurons.
         method: The editor; `locus methods` lists them.
         retain: What must stay: a fact file, or demo-retain. Facts marked held_out are never trained on.
         text: Neutral paragraphs for the retain term; the default is a text that comes with locus. Every third
@@ -58,20 +63,42 @@ def edit(
 
     command = f"locus edit --method {method}"
     editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
-    located = WeightMask.load(mask)
+    given = None if mask is None else WeightMask.load(mask)
     loaded = loading.load(model)
+    located = mask_for(loaded, editor, method, given, widen)
     forget = running.facts(facts)
     kept = [] if retain is None else read_facts(retain)
     neutral, _ = split_text(neutral_text(text))
     with lock(out), talking.progress():
         delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
+        if located is not given:
+            located.save(out / MASK)
         for i in range(controls):
             control = control_mask(loaded, located, i)
             edit_into(
                 control_folder(out, i), loaded, forget, kept, neutral, control, method, editor, running.resume
             )
     about = json.loads((out / ABOUT).read_text("utf-8"))
-    talking.finish(about, f"{out / DELTA}: {summary(about, delta)}")
+    talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+
+
+def mask_for(
+    model: Model, editor: Any, method: str, given: WeightMask | None, widen: bool = False
+) -> WeightMask:
+    """The weights that an edit may change: the mask given, that one widened, or the method's own choice.
+
+    Raises:
+        InputError: none is given and the method has none of its own.
+    """
+    from editors.located import layers_of
+    from locus.errors import InputError
+
+    if given is None and hasattr(editor, "own_mask"):
+        own: WeightMask = editor.own_mask(model)
+        return own
+    if given is None:
+        raise InputError(f"locus edit --method {method} needs --mask: `locus locate` makes one")
+    return layers_of(model, given) if widen else given
 
 
 def edit_into(
@@ -125,6 +152,10 @@ def edit_into(
         "edit",
         {**about, "outcome": _plain(dict(delta.provenance)), "changed": delta.n_changed},
     )
+    if points := delta.provenance.get("dose"):
+        from locus.report import plot_dose
+
+        plot_dose(points, delta.provenance["strength"], folder / DOSE)
     _clear(folder / ".resume")
     return delta
 
@@ -150,7 +181,35 @@ def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
     """One line on how an edit ended."""
     outcome = about.get("outcome", {})
     ended = outcome.get("stopped")
-    return f"{delta.n_changed:,} weights changed" + (f"; stopped: {ended}" if ended else "")
+    said = f"{delta.n_changed:,} weights changed"
+    if "reached" in outcome:
+        said += f"; strength {outcome['strength']:.3g}" + (
+            "" if outcome["reached"] else ", the goal not reached"
+        )
+    return said + (f"; stopped: {ended}" if ended else "")
+
+
+def _told(about: Mapping[str, Any], line: str) -> Any:
+    """The summary, under the dose curve where there is one."""
+    points = about.get("outcome", {}).get("dose")
+    if not points:
+        return line
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("strength", "p(target)", "first choice", "retain right", "KL (nats)"):
+        table.add_column(title, justify="right")
+    for point in points:
+        rest = (point["retain_right"], point["kl"])
+        table.add_row(
+            f"{point['strength']:.3g}",
+            f"{point['forget_prob']:.4f}",
+            f"{point['forget_right']:.0%}",
+            "" if rest[0] is None else f"{rest[0]:.0%}",
+            "" if rest[1] is None else f"{rest[1]:.4f}",
+        )
+    return Group(table, line)
 
 
 def _clear(folder: Path) -> None:

@@ -158,7 +158,7 @@ def method_app(command: str, cls: type[S], shared: Mapping[str, Any] = MappingPr
     have the field's name in front (`--retain-weight`). Fields named in `shared` are options of the command
     itself (`--seed`): they get that value, unless it is None, and are no options here.
     """
-    app = App(name=command, version_flags=(), help_flags=(), help=(cls.__doc__ or "").strip().split("\n")[0])
+    app = App(name=command, version_flags=(), help_flags=(), help=inspect.cleandoc(cls.__doc__ or ""))
     leaves = [leaf for leaf in _leaves(cls(), ()) if _flag(leaf[0]) not in shared]
     settled = {name: value for name, value in shared.items() if value is not None}
 

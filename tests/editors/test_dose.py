@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from editors.dose import STEPS, Direction, Judge, curve, smallest
+from editors.dose import AROUND, STEPS, Direction, Dose, Judge, curve, smallest
 from editors.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
 from editors.neuron_parts import located_parts, neuron_mask
 from editors.neuron_selective import NeuronSelective
-from editors.statistics import mean_keys
+from editors.statistics import mean_keys, second_moments
 from editors.subject import row, states
 from locus.errors import InputError
 from locus.hooks import patched
@@ -100,10 +100,28 @@ def test_mean_ablation_is_activations_at_their_mean(arch: str) -> None:
         torch.testing.assert_close(logits(model), wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_without_a_bias_the_mean_is_written_by_the_neurons(arch: str) -> None:
+    """W becomes (W E[k]) aᵀ, a = C⁻¹ E[k]: on average over text, the layer's output hardly changes."""
+    model = tiny_model(arch)
+    mask = neuron_mask(model, [f"1:{i}" for i in range(24)], "values")
+    mean = mean_keys(model, [1], TEXT)[1][:24]
+    moment = second_moments(model, [1], TEXT)[1].mean[:24, :24]
+    moment += 0.01 * moment.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    share = torch.linalg.solve(moment, mean)
+    delta = NeuronMean(ridge=0.01).run(model, [], [], mask, text=TEXT)
+    (change,) = delta.changes.values()
+    old, new = change.old.double(), change.new.double()
+    torch.testing.assert_close(new, (old @ mean)[:, None] * share, rtol=1e-4, atol=1e-5)
+    assert delta.provenance["constant"][1] == pytest.approx(float(mean @ share))
+    assert 0.1 < delta.provenance["constant"][1] <= 1
+    zeroed = NeuronZero().run(model, [], [], mask)
+    by_zero, by_mean = (old - x for x in (next(iter(zeroed.changes.values())).new.double(), new))
+    assert float((by_mean @ mean).norm()) < 0.9 * float((by_zero @ mean).norm())
+
+
 def test_mean_ablation_says_what_it_lacks() -> None:
-    llama, gpt2 = tiny_model("llama"), tiny_model("gpt2")
-    with pytest.raises(InputError, match="has no such bias"):
-        NeuronMean().run(llama, [], [], neuron_mask(llama, NEURONS), text=TEXT)
+    gpt2 = tiny_model("gpt2")
     with pytest.raises(InputError, match="does not hold all of it"):
         NeuronMean().run(gpt2, [], [], neuron_mask(gpt2, NEURONS), text=TEXT)
 
@@ -174,12 +192,12 @@ def test_a_goal_that_cannot_be_reached_is_reported() -> None:
     model, three = tiny_model(), facts()
     mask = neuron_mask(model, ["0:3"], "values")
     records: list[object] = []
-    delta = NeuronZero(goal=1e-30).run(model, three, [], mask, text=TEXT, log=records.append)
+    delta = NeuronZero(dose=Dose(goal=1e-30)).run(model, three, [], mask, text=TEXT, log=records.append)
     assert delta.provenance["reached"] is False
     assert delta.provenance["strength"] == 1.0
-    assert len(records) == 1
-    with pytest.raises(InputError, match="needs some"):
-        NeuronZero(goal=0.1).run(model, [], [], mask)
+    assert len(records) == len(AROUND)  # the curve; the strength itself is one of its points
+    with pytest.raises(InputError, match="is empty"):
+        NeuronZero(dose=Dose(goal=0.1)).run(model, [], [], mask)
 
 
 def test_neurons_are_named_exactly() -> None:
@@ -198,3 +216,44 @@ def test_neurons_are_named_exactly() -> None:
             NeuronZero(neurons=wrong).run(model, [], [], mask)
     with pytest.raises(InputError, match="holds no keys"):
         NeuronZero(part="keys").run(model, [], [], mask)
+
+
+def test_a_curve_is_looked_at_where_it_is_asked_for() -> None:
+    model, three = tiny_model(), facts()
+    mask = neuron_mask(model, ["0:3", "1:0"], "values")
+    editor = NeuronZero(strength=2.0, dose=Dose(curve=(1.0, 0.0, 0.5)))
+    delta = editor.run(model, three, three, mask, text=TEXT)
+    points = delta.provenance["dose"]
+    assert [point["strength"] for point in points] == [0.0, 0.5, 1.0]
+    assert points[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert delta.provenance["strength"] == 2.0  # a curve chooses nothing
+    with pytest.raises(InputError, match="a probability below 1"):
+        Dose(goal=1.0)
+
+
+def test_listed_neurons_are_a_mask_of_their_own() -> None:
+    gpt2, llama = tiny_model("gpt2"), tiny_model("llama")
+    for editor, roles in (
+        (NeuronZero(neurons=NEURONS), {"down"}),
+        (NeuronZero(part="gate", neurons=NEURONS), {"gate"}),
+        (NeuronFlip(part="both", neurons=NEURONS), {"gate", "up", "down"}),
+        (NeuronDirection(neurons=NEURONS), {"down"}),
+        (NeuronSelective(neurons=NEURONS), {"down"}),
+    ):
+        mask = editor.own_mask(llama)
+        held = {part.role for layer in llama.atlas.neurons for part in layer if part.param in mask.entries}
+        assert held == roles
+        assert mask.neurons_per_layer(llama.atlas).tolist() == [1, 2, 0]
+    with (
+        NeuronMean(neurons=NEURONS)
+        .run(gpt2, [], [], NeuronMean(neurons=NEURONS).own_mask(gpt2), text=TEXT)
+        .applied(gpt2)
+    ):
+        listed = logits(gpt2)
+    by_hand = neuron_mask(gpt2, NEURONS, "values")
+    biases = [name.removesuffix("weight") + "bias" for name in by_hand.entries]
+    by_hand = by_hand | WeightMask.of_parameters(biases, shapes_of(gpt2.module), gpt2.fingerprint)
+    with NeuronMean().run(gpt2, [], [], by_hand, text=TEXT).applied(gpt2):
+        assert torch.equal(listed, logits(gpt2))
+    with pytest.raises(InputError, match="layer:neuron"):
+        NeuronZero().own_mask(llama)
