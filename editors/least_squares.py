@@ -157,7 +157,7 @@ def write_within(
 
 def within(moment: Float[Tensor, "neuron neuron"], neurons: Int64[Tensor, " n"]) -> Float[Tensor, "n n"]:
     """The second moment of some neurons: the metric of an update that has no other columns."""
-    return moment[neurons][:, neurons]
+    return moment if len(neurons) == len(moment) else moment[neurons][:, neurons]
 
 
 def _condition(matrix: Tensor, factor: Tensor) -> float:

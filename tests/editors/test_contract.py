@@ -19,6 +19,7 @@ from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
+from tests.editors.direct import QUICK, TEXT
 from tests.tiny import tiny_facts, tiny_model
 
 FIVE = ("smollm", "gpt2", "gemma2", "neox", "phi3")
@@ -70,11 +71,11 @@ def rough(editor: type, optimizer: str, **settings: Any) -> Any:
     return made
 
 
-def assert_contract(model: Model, mask: WeightMask, editor: Any) -> WeightDelta:
+def assert_contract(model: Model, mask: WeightMask, editor: Any, text: tuple[str, ...] = ()) -> WeightDelta:
     """Run, and look at every weight of the edited model without trusting the delta's own bookkeeping."""
     before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     forget, retain = facts()
-    delta: WeightDelta = editor.run(model, forget, retain, mask)
+    delta: WeightDelta = editor.run(model, forget, retain, mask, text=text)
     for name, p in model.module.named_parameters():
         assert torch.equal(p, before[name]), f"{name} moved in memory"
     with delta.applied(model):
@@ -128,6 +129,53 @@ def test_the_retain_term_of_hidden_states_too() -> None:
         rough(OBJECTIVES["npo"], "adamw"), retain=Retain(term="hidden", facts=1, texts=0)
     )
     assert_contract(model, mask_of(model, KINDS), editor)
+
+
+DIRECT: dict[str, dict[str, Any]] = {
+    "rome": {"aim": QUICK, "ridge": 0.1},
+    "memit": {"aim": QUICK, "layers": ()},
+    "alphaedit": {"aim": QUICK},
+    "law": {"aim": QUICK, "rounds": 1},
+    "neuron-zero": {},
+    "neuron-flip": {},
+    "neuron-mean": {},
+    "neuron-direction": {"towards": "noise"},
+    "neuron-selective": {"weight": 0.1, "prefixes": 0},
+    "neuron-descent": {"prefixes": 0, "strength": 1.0},
+    "knowledge-neurons": {"recipe": "erase"},
+    "depn": {},
+    "projection": {"protect": 1, "prefixes": 0},
+}
+
+
+def down_mask(model: Model, kind: str) -> WeightMask:
+    """A quarter of every down projection in one of the kinds, and all of the output biases."""
+    source = torch.Generator().manual_seed(5)
+    shapes = {name: tuple(p.shape) for name, p in model.module.named_parameters()}
+    entries: dict[str, Selection] = {}
+    for part in (part for layer in model.atlas.neurons for part in layer if part.role == "down"):
+        shape = shapes[part.param]
+        n = shape[0] * shape[1] if kind == "elements" else shape[1 if kind == "columns" else 0]
+        index = None if kind == "all" else torch.randperm(n, generator=source)[: max(1, n // 4)]
+        entries[part.param] = Selection(kind, index, shape)  # type: ignore[arg-type]
+        bias = part.param.removesuffix("weight") + "bias"
+        if bias in shapes:
+            entries[bias] = Selection("all", None, shapes[bias])
+    return WeightMask(entries, model.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [*zip(FIVE, itertools.cycle(KINDS), strict=False), ("neox", "elements")]
+)
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_edits(name: str, arch: str, kind: str, monkeypatch: Any, tmp_path: Any) -> None:
+    monkeypatch.setenv("LOCUS_CACHE", str(tmp_path))
+    model = model_of(arch)
+    assert_contract(model, down_mask(model, kind), EDITORS[name](**DIRECT[name]), TEXT)
+
+
+def test_every_direct_edit_is_tested() -> None:
+    assert set(DIRECT) == {name for name, editor in EDITORS.items() if not hasattr(editor, "training")}
 
 
 def test_every_digest_sees_one_bit() -> None:
