@@ -216,7 +216,8 @@ def dosed(
     about: dict[str, Any] = {**provenance, "strength": strength}
     if dose.goal or dose.curve:
         judge = Judge.of(model, forget, retain, text)
-        wanted, points = list(dose.curve), []
+        wanted = list(dose.curve)
+        points: list[Point] = []
         if dose.goal:
             about["strength"], points = smallest(judge, direction, dose.goal, strength)
             about["reached"] = min(point.forget_prob for point in points) <= dose.goal
