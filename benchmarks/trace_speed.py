@@ -7,123 +7,38 @@ printed. Before any figure is printed all must have given the same probabilities
 grid are timed on cells spread over the grid and multiplied (every cell of theirs is the same forward); ours is
 always timed on the full grid, recording included.
 
-The necessary arithmetic is what the grid cannot do without: matrix products of the rows that a patch changes,
-the keys and values of the last block, and one unembedding a cell and draw, timed as bare products of the same
-shapes, 400 rows at a time (attention, norms, activations and the softmax are not counted).
+The necessary arithmetic is what the grid cannot do without (`benchmarks.arithmetic`). How time grows with layers,
+tokens and draws: `benchmarks.trace_growth`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 if not __package__:  # run as a file: its folder is on the path, the repository is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.patching_baselines import Cell, Traced, naive_cells, rome_cell, transformer_lens_cells
-from locus.fact import Fact
+from benchmarks.arithmetic import Clock, floor_seconds, machine, necessary_flops, peak_megabytes
+from benchmarks.patching_baselines import Cell, naive_cells, rome_cell, transformer_lens_cells
+from benchmarks.traced_prompt import Setup, grid, setup, spread
 from locus.model import Model, load_model
-from locus.tokens import Encoded, encode
-from tracing.corruption import Corrupter, Prepared, prepare
 from tracing.plain import answer_plainly
-from tracing.question import Inputs, Question
-from tracing.readout import Readout
-from tracing.replay import answer_by_replay
 from tracing.sites import cells_of
 
-FACT = Fact(
-    id="headquarters",
-    prompt="The headquarters of Microsoft Corporation are located in the state of",
-    target=" Washington",
-    subject="Microsoft Corporation",
-)
-"""12 tokens with `smollm2`'s first one; the subject is tokens 4 and 5."""
-CONTEXT = "Some companies are known all over the world, and some only in the town where they began. "
-CHUNK_ROWS = 400
-CHUNK_SIZES = (1, 2, 4, 8, 16)
-CHUNK_TOKENS = 4096
+CHUNK_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 4, 16, 64, 256)}
+"""Cells in one forward that naive batching tries."""
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Naive batches beyond this many tokens are not tried: all their logits would take gigabytes."""
-
-
-class Clock:
-    """Seconds of work: the processor's own count with one thread (other programs do not disturb it), else wall time."""
-
-    def __init__(self, model: Model) -> None:
-        self.cuda = model.device.type == "cuda"
-        self.name = "wall" if self.cuda or torch.get_num_threads() > 1 else "cpu"
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter if self.name == "wall" else time.process_time
-        started = now()
-        work()
-        if self.cuda:
-            torch.cuda.synchronize()
-        return now() - started
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """One prompt, ready for every contender."""
-
-    prepared: Prepared
-    question: Question
-    readout: Readout
-    traced: Traced
-    n_layers: int
-
-    @property
-    def n_pos(self) -> int:
-        """Tokens of the prompt."""
-        return self.prepared.encoded.target_start
-
-    @property
-    def start(self) -> int:
-        """First position of the subject."""
-        return self.prepared.positions[0]
-
-
-def setup(model: Model, n_tokens: int, samples: int) -> Setup:
-    """The fact behind as much context as makes `n_tokens`."""
-    encoded = encode(model, FACT)
-    missing = n_tokens - encoded.target_start
-    if missing < 0:
-        raise SystemExit(f"the prompt alone has {encoded.target_start} tokens")
-    if missing:
-        words = model.tokenizer(CONTEXT * (1 + missing // 8), add_special_tokens=False)["input_ids"][:missing]
-        head = int(model.bos is not None)
-        ids = (*encoded.ids[:head], *words, *encoded.ids[head:])
-        start, stop = encoded.subject or (0, 0)
-        encoded = Encoded(ids, n_tokens, (start + missing, stop + missing), ("",) * len(ids))
-    one = prepare(FACT, encoded, model.bos, 0)
-    corrupted = Corrupter.of(model, [one], "gaussian", 3.0).inputs(model, one, samples)
-    assert corrupted.embeddings is not None
-    question = Question(corrupted, Inputs(one.ids), one.reads)
-    target = encoded.target_ids[0]
-    device = model.device
-    traced = Traced(one.ids.to(device), one.positions, corrupted.embeddings.to(device), target)
-    return Setup(one, question, Readout("prob", torch.tensor([target])), traced, model.atlas.n_layers)
-
-
-def grid(model: Model, it: Setup, kind: str, cells: Sequence[Cell] | None = None) -> Tensor:
-    """Our engine's answer: mean probability of each cell; the full grid, or some cells of it."""
-    rows = cells_of(kind, model.atlas, range(it.n_pos), 10)
-    asked = [c for row in rows for c in row] if cells is None else [rows[layer][p] for layer, p in cells]
-    return answer_by_replay(model, it.question, asked, it.readout).cells[..., 0].mean(dim=1)
+KINDS = ("mlp", "attn", "block-no-mlp", "block-no-attn")
+"""Kinds beside block outputs."""
 
 
 def plain_seconds(model: Model, it: Setup, kind: str, cells: Sequence[Cell], clock: Clock) -> float:
@@ -136,56 +51,13 @@ def plain_seconds(model: Model, it: Setup, kind: str, cells: Sequence[Cell], clo
     return (both - none) / len(cells)
 
 
-def necessary_flops(model: Model, it: Setup) -> dict[tuple[int, int], float]:
-    """(in, out) of each weight shape -> rows that must go through it for a grid of block outputs.
-
-    For a patch at (l, t): rows t to the end (one fewer where the first corrupted token is restored) through blocks
-    l + 1 to the last but one; of the last block all rows' keys and values, and the rest for the last row alone.
-    """
-    atlas, samples = model.atlas, it.question.samples
-    rows, last_rows, last_only = 0, 0, 0
-    for position in range(it.start, it.n_pos):
-        n = it.n_pos - position - (position == it.start)
-        if n == 0:
-            continue
-        entered = atlas.n_layers - 1  # layers l = 0 … L - 2 go through the last block
-        rows += n * (atlas.n_layers - 2) * (atlas.n_layers - 1) // 2
-        last_rows += n * entered
-        last_only += entered
-    n_read = last_only + 1
-    shapes: dict[tuple[int, int], float] = {}
-
-    def add(width_in: int, width_out: int, count: float) -> None:
-        shapes[width_in, width_out] = shapes.get((width_in, width_out), 0.0) + count * samples
-
-    d, kv, z = atlas.d_model, atlas.n_kv_heads * atlas.d_head, atlas.n_heads * atlas.d_head
-    gates = sum(part.role in ("gate", "up") for part in atlas.neurons[0])
-    for count, keys in ((rows + it.n_pos * atlas.n_layers / samples, None), (last_only, last_rows)):
-        add(d, z, count)
-        add(d, kv, 2 * (keys if keys is not None else count))
-        add(z, d, count)
-        add(d, atlas.d_mlp, gates * count)
-        add(atlas.d_mlp, d, count)
-    add(d, atlas.d_vocab, n_read)
-    return shapes
-
-
-def floor_seconds(model: Model, shapes: dict[tuple[int, int], float], clock: Clock) -> tuple[float, float]:
-    """Seconds of the bare products, and the best rate of any of the shapes in FLOP/s."""
-    total, best = 0.0, 0.0
-    for (width_in, width_out), rows in shapes.items():
-        n_rows = CHUNK_ROWS if model.device.type == "cpu" else 4096
-        x = torch.randn(n_rows, width_in, dtype=model.dtype, device=model.device)
-        w = torch.randn(width_out, width_in, dtype=model.dtype, device=model.device)
-        times = max(1, int((2e9 if model.device.type == "cpu" else 2e12) / (n_rows * width_in * width_out)))
-        F.linear(x, w)
-        seconds = clock(lambda x=x, w=w, times=times: [F.linear(x, w) for _ in range(times)]) / times
-        total += rows / n_rows * seconds
-        best = max(best, 2 * n_rows * width_in * width_out / seconds)
-    return total, best
-
-
-def check(model: Model, it: Setup, cells: Sequence[Cell], exact: bool) -> dict[str, float]:
+def check(
+    model: Model,
+    it: Setup,
+    cells: Sequence[Cell],
+    exact: bool,
+    lens: Callable[[Sequence[Cell]], list[float]] | None,
+) -> dict[str, float]:
     """All contenders give the same probabilities; with `exact`, ours is as near to float64 as whole forwards are.
 
     Raises:
@@ -195,8 +67,9 @@ def check(model: Model, it: Setup, cells: Sequence[Cell], exact: bool) -> dict[s
     others = {
         "rome": torch.tensor([rome_cell(model, it.traced, c) for c in cells]).double(),
         "naive": torch.tensor(naive_cells(model, it.traced, False)(cells)).double(),
-        "transformer_lens": torch.tensor(transformer_lens_cells(model, it.traced)(cells)).double(),
     }
+    if lens is not None:
+        others["transformer_lens"] = torch.tensor(lens(cells)).double()
     allowed = 3e-5 if model.dtype == torch.float32 else 0.1
     found = {f"{name}_relative": float(((ours - p).abs() / p).max()) for name, p in others.items()}
     if exact:
@@ -215,29 +88,6 @@ def check(model: Model, it: Setup, cells: Sequence[Cell], exact: bool) -> dict[s
     return found
 
 
-def spread(it: Setup, n: int) -> list[Cell]:
-    """n cells all over the part of the grid where there is an effect."""
-    cells = [(layer, p) for p in range(it.start, it.n_pos) for layer in range(it.n_layers)]
-    step = len(cells) / n
-    return [cells[int((i + 0.5) * step)] for i in range(n)]
-
-
-def peak_megabytes(work: Callable[[], object]) -> float | None:
-    """Most resident memory during the work above what there was before it; None where Linux does not count it."""
-
-    def high_water() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = high_water()
-    except (OSError, StopIteration):
-        return None
-    work()
-    return high_water() - before
-
-
 def best_chunk(
     answer: Callable[[Sequence[Cell]], object], cells: Sequence[Cell], sizes: Sequence[int], clock: Clock
 ) -> int:
@@ -246,19 +96,21 @@ def best_chunk(
     return min(sizes, key=lambda k: clock(lambda: answer(cells[:k])) / k)
 
 
-def compare(model: Model, it: Setup, rounds: int, n_cells: int, exact: bool) -> dict[str, Any]:
-    """The contenders in turns; medians over the rounds."""
-    clock = Clock(model)
-    agreement = check(model, it, spread(it, 12 if exact else 4), exact)
+def compare(
+    model: Model, it: Setup, rounds: int, n_cells: int, exact: bool, with_lens: bool = True
+) -> dict[str, Any]:
+    """The contenders in turns; medians over the rounds. Without `with_lens` no bridge (a second copy of the model)."""
+    clock, device = Clock(model), model.device.type
+    lens = transformer_lens_cells(model, it.traced) if with_lens else None
+    agreement = check(model, it, spread(it, 12 if exact else 4), exact, lens)
     cells = spread(it, n_cells)
     n_grid = it.n_layers * it.n_pos
     n_effect = it.n_layers * (it.n_pos - it.start)
-    lens = transformer_lens_cells(model, it.traced)
     naive = {flag: naive_cells(model, it.traced, flag) for flag in (False, True)}
-    most = CHUNK_TOKENS // (it.n_pos * it.question.samples)
-    sizes = [k for k in CHUNK_SIZES if k <= max(1, most)]
-    sixteen = spread(it, max(sizes))
-    chunk = {flag: best_chunk(answer, sixteen, sizes, clock) for flag, answer in naive.items()}
+    most = CHUNK_TOKENS[device] // (it.n_pos * it.question.samples)
+    sizes = [k for k in CHUNK_SIZES[device] if k <= max(1, most)]
+    many = spread(it, max(sizes))
+    chunk = {flag: best_chunk(answer, many, sizes, clock) for flag, answer in naive.items()}
     shapes = necessary_flops(model, it)
     flops = sum(2 * a * b * rows for (a, b), rows in shapes.items())
     grid(model, it, "block", spread(it, 2))  # warm
@@ -268,15 +120,17 @@ def compare(model: Model, it: Setup, rounds: int, n_cells: int, exact: bool) -> 
         row["floor"], row["peak_flops"] = floor_seconds(model, shapes, clock)
         row["rome"] = clock(lambda: [rome_cell(model, it.traced, c) for c in cells]) / len(cells) * n_grid
         row["rome_skipping"] = row["rome"] * n_effect / n_grid
-        row["transformer_lens"] = clock(lambda: lens(cells[:2])) / 2 * n_grid
+        if lens is not None:
+            row["transformer_lens"] = clock(lambda: lens(cells[:2])) / 2 * n_grid
         for flag, name in ((False, "naive"), (True, "naive_last_logits")):
-            work = sixteen[: chunk[flag]]
+            work = many[: chunk[flag]]
             row[name] = clock(lambda flag=flag, work=work: naive[flag](work)) / len(work) * n_grid
         seen.append(row)
     seconds = {name: statistics.median(r[name] for r in seen) for name in seen[0] if name != "peak_flops"}
     ratios = {
         f"speedup_over_{name}": statistics.median(r[name] / r["ours"] for r in seen)
-        for name in ("rome", "rome_skipping", "transformer_lens", "naive", "naive_last_logits")
+        for name in seconds
+        if name not in ("ours", "floor")
     }
     return {
         "tokens": it.n_pos,
@@ -289,9 +143,11 @@ def compare(model: Model, it: Setup, rounds: int, n_cells: int, exact: bool) -> 
         "necessary_gflop": flops / 1e9,
         "peak_gflops": statistics.median(r["peak_flops"] for r in seen) / 1e9,
         "naive_chunk": chunk[False],
+        "naive_last_logits_chunk": chunk[True],
         "peak_megabytes": {
-            "ours": peak_megabytes(lambda: grid(model, it, "block", spread(it, 60))),
-            "naive": peak_megabytes(lambda: naive[False](sixteen[: chunk[False]])),
+            "ours": peak_megabytes(lambda: grid(model, it, "block")),
+            "naive": peak_megabytes(lambda: naive[False](many[: chunk[False]])),
+            "naive_last_logits": peak_megabytes(lambda: naive[True](many[: chunk[True]])),
         },
         "clock": clock.name,
         "rounds": rounds,
@@ -302,7 +158,7 @@ def compare(model: Model, it: Setup, rounds: int, n_cells: int, exact: bool) -> 
 def windows(model: Model, it: Setup, rounds: int) -> dict[str, float]:
     """Speed-up over batched whole forwards of the kinds that patch inside blocks; whole grids of ours."""
     clock, out = Clock(model), {}
-    for kind in ("mlp", "attn", "block-no-mlp", "block-no-attn"):
+    for kind in KINDS:
         ratios = []
         for _ in range(rounds):
             ours = clock(lambda kind=kind: grid(model, it, kind))
@@ -318,7 +174,7 @@ def random_model(size: str) -> Model:
 
     from locus.model import wrap
 
-    small = load_model("smollm2")
+    small = load_model("smollm2", device="cpu")
     shape = {
         "1B": {
             "hidden_size": 2048,
@@ -374,8 +230,7 @@ def main() -> None:
         cuda(rounds) if torch.cuda.is_available() else "no GPU here: the 1B and 7B sizes were not run"
     )
     first = result["sizes"][0]
-    keys = ("speedup_over_rome", "speedup_over_naive", "fraction_of_floor", "speedup_over_transformer_lens")
-    result |= {key: first[key] for key in keys}
+    result |= {key: first[key] for key in ("speedup_over_rome", "speedup_over_naive", "fraction_of_floor")}
     if args.json:
         print(json.dumps(result))
     else:
@@ -383,27 +238,18 @@ def main() -> None:
 
 
 def cuda(rounds: int) -> dict[str, Any]:
-    """The same comparison on the GPU, random models in bfloat16."""
+    """The same comparison on the GPU, random models in bfloat16; a bridge's second copy only of the smaller one."""
     out = {}
     for size in ("1B", "7B"):
         model = random_model(size)
         it = setup(model, 12, 10)
-        out[size] = compare(model, it, rounds, 4, exact=False)
+        out[size] = compare(model, it, rounds, 4, exact=False, with_lens=size == "1B")
+        out[size]["fraction_of_matrix_peak"] = (
+            out[size]["necessary_gflop"] / out[size]["seconds"]["ours"] / out[size]["peak_gflops"]
+        )
         del model
         torch.cuda.empty_cache()
     return out
-
-
-def machine() -> dict[str, Any]:
-    """Where and when."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": load,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +30,8 @@ Segments = Sequence[tuple[Float[Tensor, "_ head _ d_head"], Float[Tensor, "_ hea
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _HIDDEN = "hidden_states"
+_MASKED = ("sdpa", "eager")
+"""Attention implementations that take any mask."""
 
 
 class CannotReplay(Exception):
@@ -38,6 +40,35 @@ class CannotReplay(Exception):
 
 class _Reached(Exception):
     """The keys and values are made; nothing else was wanted of the block."""
+
+
+def attention_of(model: Model) -> str:
+    """The attention implementation that the model runs with, by transformers' name."""
+    return str(getattr(model.module.config.get_text_config(), "_attn_implementation", None))
+
+
+@contextlib.contextmanager
+def masked_attention(model: Model) -> Iterator[str]:
+    """Attention that takes a mask of ours, within the context; gives its name.
+
+    Flash, flex and other kernels make their masks themselves: there the model computes with SDPA instead, or with
+    eager attention where it has no SDPA. A model that cannot be switched keeps what it has, and is refused later.
+    """
+    module, before = model.module, attention_of(model)
+    if before in _MASKED:
+        yield before
+        return
+    chosen = before
+    for name in _MASKED:
+        with contextlib.suppress(ValueError, ImportError):
+            module.set_attn_implementation(name)
+            chosen = name
+            break
+    try:
+        yield chosen
+    finally:
+        if chosen != before:
+            module.set_attn_implementation(before)
 
 
 class PrefixCache:
@@ -244,12 +275,12 @@ def _understood(call: Mapping[str, Any], model: Model, n_pos: int) -> dict[str, 
     """The arguments of a block's call, if all of them can be given again for other rows."""
     if not isinstance(call.get(_HIDDEN), Tensor) or not any(name in call for name in _CACHES):
         raise CannotReplay("its blocks take no hidden states or no key/value cache")
-    attention = getattr(model.module.config.get_text_config(), "_attn_implementation", None)
+    attention = attention_of(model)
     for name, value in call.items():
         if name in (_HIDDEN, *_CACHES):
             continue
         if name == "attention_mask":
-            if attention not in ("sdpa", "eager"):
+            if attention not in _MASKED:
                 raise CannotReplay(
                     f"attention implementation {attention!r} takes no mask of ours; use sdpa or eager"
                 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +29,13 @@ from tracing.attribution import can_estimate, estimate
 from tracing.corruption import Corrupter, Corruption, Prepared, prepare
 from tracing.cost import Cost
 from tracing.engine import Engine, EngineName
-from tracing.grids import Estimates, Grids, assemble, drawn, joined, most_promising, standard_error
+from tracing.grids import Estimates, Grids, Plan, assemble, drawn, joined, most_promising, standard_error
 from tracing.parts import Parts
 from tracing.plain import logits_of
-from tracing.question import Answers, Inputs, Question, divergence
+from tracing.question import Answers, Asked, Inputs, Question, divergence
 from tracing.readout import METRICS, Metric, Readout
-from tracing.sites import Cell, Kind, cells_of
-from tracing.speed import flops_of, matrix_peak, peak_bytes
+from tracing.sites import Kind, cells_of
+from tracing.speed import flops_of, forget_peak, peak_bytes
 
 _UNSETTLING = ("engine", "batch_tokens")
 """Settings that do not change the numbers."""
@@ -135,17 +135,34 @@ class CausalTrace:
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise_multiple, self.noise_sd)
         settings = self._settings(corrupter)
         engine = Engine(model, self.engine, self.batch_tokens)
-        peak = matrix_peak(model)
         with Parts.open(folder, settings, model, resume, ranks) as parts:
-            for one in parts.share(prepared):
-                if parts.get(one) is None:
-                    trace = self._trace(model, one, corrupter, engine)
-                    trace = replace(trace, work={**trace.work, "matrix_peak_flops_per_second": peak})
-                    parts.keep(one, trace)
+            for pack in parts.share(self._packs(model, prepared, engine)):
+                if any(parts.get(one) is None for one in pack):
+                    for one, trace in zip(pack, self._trace(model, pack, corrupter, engine), strict=True):
+                        parts.keep(one, trace)
             traces = tuple(parts.collect(one) for one in prepared)
             result = Trace(traces, settings, model.fingerprint, model.atlas, model.name, _versions())
             parts.finish(result, prepared)
         return result
+        return result
+
+    def _packs(self, model: Model, prepared: Sequence[Prepared], engine: Engine) -> list[list[Prepared]]:
+        """Facts that are traced together: several where one alone does not fill two calls.
+
+        The same packs whatever the order of the facts, and of a run that is resumed: to the bit, a number depends on
+        what it is computed beside.
+        """
+        enough = 2 * engine.rows_at_once()
+        packs: list[list[Prepared]] = []
+        rows = enough
+        for one in sorted(prepared, key=lambda p: (p.encoded.target_start, p.fact.id)):
+            if rows >= enough or self.tolerance is not None:
+                packs.append([])
+                rows = 0
+            packs[-1].append(one)
+            n = one.encoded.target_start - one.positions[0]
+            rows += n * (n + 1) // 2 * model.atlas.n_layers * len(self.kinds) * self.samples
+        return packs
 
     def _prepare(self, model: Model, facts: Sequence[Fact]) -> list[Prepared]:
         if not facts:
@@ -171,8 +188,39 @@ class CausalTrace:
         noise = {"pooled_subject_sd": corrupter.sd, "noise": corrupter.amplitude}
         return {**fields, "kinds": list(self.kinds), **noise, **corrupter.provenance()}
 
-    def _trace(self, model: Model, one: Prepared, corrupter: Corrupter, engine: Engine) -> FactTrace:
+    def _trace(
+        self, model: Model, pack: Sequence[Prepared], corrupter: Corrupter, engine: Engine
+    ) -> list[FactTrace]:
         started = time.perf_counter()
+        forget_peak(model)
+        plans = [self._plan(model, one, corrupter) for one in pack]
+        if self.tolerance is not None:
+            answers = [self._draw_enough(engine, plan.asked) for plan in plans]
+        else:
+            answers = engine.answer_all([plan.asked for plan in plans])
+        for plan, answer in zip(plans, answers, strict=True):
+            _refuse_nan(model, plan.one, plan.asked.question, answer)
+        seconds = time.perf_counter() - started
+        total = sum(answer.tokens for answer in answers)
+        return [
+            assemble(
+                plan,
+                answer,
+                denoising=self.direction == "denoise",
+                engine=engine.used,
+                work={
+                    "seconds": seconds * answer.tokens / total,
+                    "tokens": answer.tokens,
+                    "flops": flops_of(model, answer.tokens),
+                    "peak_bytes": peak_bytes(model),
+                    "matrix_peak_flops_per_second": engine.matrix_peak,
+                },
+            )
+            for plan, answer in zip(plans, answers, strict=True)
+        ]
+
+    def _plan(self, model: Model, one: Prepared, corrupter: Corrupter) -> Plan:
+        """The question of a fact, its cells, and the estimates that stand for some of them."""
         cap = self.samples if self.tolerance is None else self.max_samples
         corrupted = corrupter.inputs(model, one, cap)
         question = Question(base=corrupted, other=Inputs(one.ids), reads=one.reads)
@@ -183,20 +231,8 @@ class CausalTrace:
         rows = {kind: cells_of(kind, model.atlas, columns, self.window) for kind in self.kinds}
         grids = Grids.of(rows, divergence(question))
         estimates = None if self.method == "exact" else self._estimate(model, question, readout, grids)
-        asked = grids.cells if estimates is None else [grids.cells[i] for i in estimates.exact]
-        answers = self._answer(engine, question, asked, readout)
-        _refuse_nan(model, one, question, answers)
-        seconds = time.perf_counter() - started
-        work = {
-            "seconds": seconds,
-            "tokens": answers.tokens,
-            "flops": flops_of(model, answers.tokens),
-            "peak_bytes": peak_bytes(model),
-        }
-        denoising = self.direction == "denoise"
-        return assemble(
-            one, corrupted, answers, grids, estimates, denoising=denoising, engine=engine.used, work=work
-        )
+        cells = grids.cells if estimates is None else [grids.cells[i] for i in estimates.exact]
+        return Plan(one, corrupted, Asked(question, cells, readout), grids, estimates)
 
     def _estimate(self, model: Model, question: Question, readout: Readout, grids: Grids) -> Estimates:
         """Estimates of all cells that have one, and the cells to answer exactly."""
@@ -218,8 +254,9 @@ class CausalTrace:
             exact |= set(most_promising(grids, guessed, values, float(base.mean()), self.verify))
         return Estimates(values, tuple(sorted(exact)))
 
-    def _answer(self, engine: Engine, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
-        """All draws, or as many as the tolerance asks for."""
+    def _draw_enough(self, engine: Engine, asked: Asked) -> Answers:
+        """As many draws as the tolerance asks for."""
+        question, cells, readout = asked.question, asked.cells, asked.readout
         total = question.samples
         answers = engine.answer(question.draws(slice(0, min(self.samples, total))), cells, readout)
         while self.tolerance is not None and cells and (n := drawn(answers)) < total:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,9 +17,10 @@ import torch
 from locus.errors import InputError
 from locus.model import Model
 from tracing.plain import answer_plainly
-from tracing.question import Answers, Question
+from tracing.question import Answers, Asked, Question
 from tracing.readout import Readout
 from tracing.sites import Cell
+from tracing.speed import matrix_peak
 
 EngineName = Literal["auto", "replay", "plain"]
 ENGINES: tuple[EngineName, ...] = ("auto", "replay", "plain")
@@ -49,14 +51,19 @@ class Engine:
 
     def answer(self, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
         """The scores of both runs and of every cell."""
+        return self.answer_all([Asked(question, cells, readout)])[0]
+
+    def answer_all(self, asked: Sequence[Asked]) -> list[Answers]:
+        """Answer several questions, their rows side by side where they are replayed."""
         if self.wanted == "plain" or self._refused:
-            return self._plainly(question, cells, readout)
-        from tracing.replay import CannotReplay, answer_by_replay
+            return self._plainly(asked)
+        from tracing.blocks import attention_of, masked_attention
+        from tracing.replay import CannotReplay, answer_together
 
         try:
             if not self._checked:
-                self._check(question, cells, readout)
-            answers = answer_by_replay(self.model, question, cells, readout, batch_tokens=self.batch_tokens)
+                self._check(asked[0])
+            answers = answer_together(self.model, asked, batch_tokens=self.batch_tokens)
         except CannotReplay as reason:
             if self.wanted == "replay":
                 raise InputError(
@@ -66,22 +73,39 @@ class Engine:
                 f"{self.model.name}: tracing with whole forwards, many times slower: {reason}", stacklevel=2
             )
             self._refused = str(reason)
-            return self._plainly(question, cells, readout)
-        self.used = "replay"
+            return self._plainly(asked)
+        chosen = attention_of(self.model)
+        with masked_attention(self.model) as used:
+            self.used = "replay" if used == chosen else f"replay (attention {used} in place of {chosen})"
         return answers
 
-    def _plainly(self, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
-        self.used = f"plain ({self._refused})" if self._refused else "plain"
-        return answer_plainly(self.model, question, cells, readout, batch_tokens=self.batch_tokens or 4096)
+    @cached_property
+    def matrix_peak(self) -> float:
+        """Best rate of the machine's matrix products, in floating-point operations a second; measured once."""
+        return matrix_peak(self.model)
 
-    def _check(self, question: Question, cells: Sequence[Cell], readout: Readout) -> None:
+    def rows_at_once(self) -> int:
+        """Rows that fill the device, whatever of its memory is free; 1 where whole forwards are run."""
+        from tracing.replay import full_budget
+
+        return 1 if self.wanted == "plain" else self.batch_tokens or full_budget(self.model)
+
+    def _plainly(self, asked: Sequence[Asked]) -> list[Answers]:
+        self.used = f"plain ({self._refused})" if self._refused else "plain"
+        tokens = self.batch_tokens or 4096
+        return [
+            answer_plainly(self.model, one.question, one.cells, one.readout, batch_tokens=tokens)
+            for one in asked
+        ]
+
+    def _check(self, asked: Asked) -> None:
         """Answer some cells both ways; CannotReplay if the answers differ by more than rounding."""
         from tracing.replay import CannotReplay, answer_by_replay
 
-        step = max(1, len(cells) // _CHECKED_CELLS)
-        some = list(cells[step // 2 :: step][:_CHECKED_CELLS])
-        few = question.draws(slice(0, 1))
-        log = replace(readout, metric="logprob")
+        step = max(1, len(asked.cells) // _CHECKED_CELLS)
+        some = list(asked.cells[step // 2 :: step][:_CHECKED_CELLS])
+        few = asked.question.draws(slice(0, 1))
+        log = replace(asked.readout, metric="logprob")
         replayed = answer_by_replay(self.model, few, some, log, batch_tokens=self.batch_tokens)
         plain = answer_plainly(self.model, few, some, log, batch_tokens=self.batch_tokens or 4096)
         pairs = [(replayed.base, plain.base), (replayed.other, plain.other), (replayed.cells, plain.cells)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locus.trace import FactTrace
 from tracing.corruption import Prepared
-from tracing.question import Answers, Inputs
+from tracing.question import Answers, Asked, Inputs
 from tracing.sites import Cell, Kind
 
 
@@ -63,18 +63,23 @@ class Estimates:
     """Numbers of the cells that were answered, in order of the answers."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One fact on its way through an engine: what is asked, and where the answers go."""
+
+    one: Prepared
+    corrupted: Inputs
+    asked: Asked
+    grids: Grids
+    estimates: Estimates | None
+    """None where every cell is answered."""
+
+
 def assemble(
-    one: Prepared,
-    corrupted: Inputs,
-    answers: Answers,
-    grids: Grids,
-    estimates: Estimates | None,
-    *,
-    denoising: bool,
-    engine: str,
-    work: Mapping[str, float],
+    plan: Plan, answers: Answers, *, denoising: bool, engine: str, work: Mapping[str, float]
 ) -> FactTrace:
     """A fact's trace out of what an engine answered, and what was only estimated."""
+    one, grids, estimates = plan.one, plan.grids, plan.estimates
     samples = drawn(answers)
     base = answers.base.double()[:, 0].expand(samples)
     answered = answers.cells.double()[..., 0]
@@ -98,7 +103,7 @@ def assemble(
         target=one.fact.target,
         tokens=one.encoded.tokens[: one.encoded.target_start],
         subject=one.encoded.subject,
-        corrupted=corrupted.positions,
+        corrupted=plan.corrupted.positions,
         scores={kind: grids.fill(kind, mean, at_base[0]).float() for kind in grids.index},
         standard_error={kind: grids.fill(kind, error, at_base[1]).float() for kind in grids.index},
         clean_prob=clean_prob,
@@ -165,7 +170,6 @@ def joined(a: Answers, b: Answers) -> Answers:
         torch.cat([a.other, b.other]) if a.other.shape[0] == draws else a.other,
         torch.cat([a.cells, b.cells], dim=1),
         a.tokens + b.tokens,
-        max(a.peak_bytes, b.peak_bytes),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Bool, Int
@@ -38,6 +38,8 @@ class Track:
     """First block that all of its rows go through; the number of layers where only the last output changes."""
     start: int
     """Position from which on it differs from the base run, and its rows begin."""
+    of: int = 0
+    """Index of its question."""
     restored_until: int = 0
     """Positions from the divergence up to here are the other run's in every later layer: their rows are not
     computed, their keys are the other run's. 0 where there are none."""
@@ -58,7 +60,9 @@ class Track:
         return tuple(sorted(found))
 
 
-def track_of(index: int, cell: Cell, diverges: int, n_layers: int, reads: Sequence[int]) -> Track | None:
+def track_of(
+    index: int, cell: Cell, diverges: int, n_layers: int, reads: Sequence[int], of: int = 0
+) -> Track | None:
     """What has to be computed for a cell; None where the positions that are read are as in the base run.
 
     Args:
@@ -67,6 +71,7 @@ def track_of(index: int, cell: Cell, diverges: int, n_layers: int, reads: Sequen
         diverges: First position where the two runs differ: before it a patch from either changes nothing.
         n_layers: Of the model.
         reads: Positions whose last output counts.
+        of: Index of the cell's question.
     """
     patches = _effective(cell.patches, diverges)
     if not patches:
@@ -78,7 +83,7 @@ def track_of(index: int, cell: Cell, diverges: int, n_layers: int, reads: Sequen
     if entry >= n_layers and not changed & set(reads):
         return None
     start = min(changed)
-    track = Track(index, patches, min(entry, n_layers), start)
+    track = Track(index, patches, min(entry, n_layers), start, of)
     until = _restored_until(patches, diverges)
     return track if until is None else replace(track, start=until, restored_until=until)
 
@@ -120,7 +125,7 @@ class Chunk:
     positions: Int[Tensor, "group n"]
     """0 for padding."""
     source: Int[Tensor, " group_n"]
-    """Which of the packed rows each row is; padding repeats row 0."""
+    """Which of the held rows each row is; padding repeats one."""
     kept: Bool[Tensor, " group_n"] | None
     """False for padding; None where there is none."""
 
@@ -129,23 +134,51 @@ class Chunk:
 class Packed:
     """Rows of tracks, one behind the other; rows of a track are neighbours, in order of position."""
 
+    rows: Int[Tensor, " row"]
+    """Which of the held rows each is."""
     track: Int[Tensor, " row"]
     positions: Int[Tensor, " row"]
     lengths: tuple[int, ...]
     """Rows of each track."""
+    of: tuple[int, ...]
+    """Question of each track; those of one question are neighbours."""
 
     @classmethod
-    def of(cls, positions: Sequence[Sequence[int]]) -> Packed:
-        """Pack tracks whose rows stand at these positions."""
+    def of_tracks(
+        cls,
+        positions: Sequence[Sequence[int]],
+        of: Sequence[int] | None = None,
+        names: Sequence[int] | None = None,
+    ) -> Packed:
+        """Pack tracks whose rows stand at these positions.
+
+        Args:
+            positions: Of each track's rows.
+            of: Each track's question; None for a single one.
+            names: What each track is called; None for 0, 1, …
+        """
         lengths = tuple(len(p) for p in positions)
-        track = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+        called = torch.arange(len(lengths)) if names is None else torch.tensor(list(names), dtype=torch.long)
+        track = torch.repeat_interleave(called, torch.tensor(lengths, dtype=torch.long))
         flat = torch.tensor([q for p in positions for q in p], dtype=torch.long)
-        return cls(track, flat, lengths)
+        return cls(torch.arange(len(flat)), track, flat, lengths, tuple(of or [0] * len(lengths)))
 
     def first(self, n_tracks: int) -> Packed:
-        """Only the first tracks."""
-        rows = sum(self.lengths[:n_tracks])
-        return Packed(self.track[:rows], self.positions[:rows], self.lengths[:n_tracks])
+        """Only the first tracks, those of one question behind each other."""
+        lengths, of = self.lengths[:n_tracks], self.of[:n_tracks]
+        n = sum(lengths)
+        if len(set(of)) < 2:
+            return Packed(self.rows[:n], self.track[:n], self.positions[:n], lengths, of)
+        order = sorted(range(n_tracks), key=lambda i: of[i])
+        offsets = [0, *accumulate(lengths)]
+        picked = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in order])
+        return Packed(
+            self.rows[picked],
+            self.track[picked],
+            self.positions[picked],
+            tuple(lengths[i] for i in order),
+            tuple(of[i] for i in order),
+        )
 
     def calls(self, draws: int, budget: int) -> list[list[slice]]:
         """Cut between tracks into calls of about `budget` rows (times draws), each of some sequences of rows.
@@ -161,14 +194,14 @@ class Packed:
         return [pieces[lo:hi] for lo, hi in pairwise(edges)]
 
     def _pieces(self, size: int) -> list[slice]:
-        """Sequences of about equal length, at most `size` rows unless one track is longer."""
+        """Sequences of about equal length and of one question each, at most `size` rows unless one track is longer."""
         target = sum(self.lengths) / math.ceil(sum(self.lengths) / size)
-        pieces, start, rows = [], 0, 0
-        for length in self.lengths:
-            if rows and (rows + length > size or rows + length / 2 > target):
+        pieces, start, rows, last = [], 0, 0, -1
+        for length, of in zip(self.lengths, self.of, strict=True):
+            if rows and (of != last or rows + length > size or rows + length / 2 > target):
                 pieces.append(slice(start, start + rows))
                 start, rows = start + rows, 0
-            rows += length
+            rows, last = rows + length, of
         return [*pieces, slice(start, start + rows)] if rows else pieces
 
     def chunk(self, pieces: Sequence[slice], wanted: Bool[Tensor, " row"] | None = None) -> Chunk:
@@ -183,14 +216,15 @@ class Packed:
             source[i, : len(r)], real[i, : len(r)] = r, True
         track = torch.where(real, self.track[source], -1) if n else source
         positions = torch.where(real, self.positions[source], 0) if n else source
-        return Chunk(track, positions, source.flatten(), None if bool(real.all()) else real.flatten())
+        kept = None if bool(real.all()) else real.flatten()
+        return Chunk(track, positions, self.rows[source.flatten()], kept)
 
 
 def rows_of(
     chunk: Chunk,
     starts: Int[Tensor, " track"],
     restored: Int[Tensor, " track"],
-    diverges: int,
+    diverges: Int[Tensor, " track"],
     draws: int,
     before: Chunk | None = None,
     inside: bool = False,
@@ -202,30 +236,31 @@ def rows_of(
         chunk: The rows.
         starts: First position of each track.
         restored: `restored_until` of each track.
-        diverges: First position where the runs differ.
+        diverges: First position where the two runs of each track's question differ.
         draws: Batch elements a sequence.
         before: Rows of the same tracks whose keys were made by an earlier call, to be put before this one's.
         inside: The rows' inputs are the base run's: they see its keys, and not each other's.
         device: Of the model.
 
     Returns:
-        The rows, how many of the base run's keys they need, and how many of the other run's from `diverges` on.
+        The rows, how many of the base run's keys they need, and how many of the other run's from the divergence on.
     """
     known = chunk.track >= 0
-    start = torch.where(known, starts[chunk.track], 0)[..., None]
-    until = torch.where(known, restored[chunk.track], 0)[..., None]
+    start, until, since = (
+        torch.where(known, of_track[chunk.track], 0)[..., None] for of_track in (starts, restored, diverges)
+    )
     n_base = int(chunk.positions.max()) + 1 if inside else int(start.max())
-    n_other = 0 if inside else max(0, int(until.max()) - diverges)
+    n_other = 0 if inside else max(0, int((until - since).max()))
     base = torch.arange(n_base)
-    other = torch.arange(diverges, diverges + n_other)
+    other = since.amax(dim=1) + torch.arange(n_other)
     groups, n = chunk.track.shape
     sees_base = (
         (base < n_base).expand(groups, n, -1)
         if inside
-        else (base < start) & ((base < diverges) | (base >= until))
+        else (base < start) & ((base < since) | (base >= until))
     )
-    parts = [sees_base, other < until]
-    places = [base.expand(groups, -1), other.expand(groups, -1)]
+    parts = [sees_base, other[:, None] < until]
+    places = [base.expand(groups, -1), torch.minimum(other, (until.amax(dim=1) - 1).clamp(min=0))]
     for keys in ([before] if before is not None else []) + [chunk]:
         parts.append(chunk.track[:, :, None] == keys.track[:, None, :])
         places.append(keys.positions)

@@ -60,11 +60,11 @@ class Parts:
                 (inner / ".locus.lock").unlink(missing_ok=True)
                 inner.rmdir()
 
-    def share(self, facts: Sequence[Prepared]) -> Iterator[Prepared]:
-        """The facts that this process traces: all of them, or of several processes' the next, longest first."""
+    def share(self, packs: Sequence[Sequence[Prepared]]) -> Iterator[Sequence[Prepared]]:
+        """The packs of facts that this process traces: all, or of several processes' the next, longest first."""
         if self.ranks.size > 1:
-            facts = sorted(facts, key=lambda one: one.positions[0] - one.encoded.target_start)
-        yield from self.ranks.share(facts, "tracing facts")
+            packs = sorted(packs, key=lambda p: sum(one.positions[0] - one.encoded.target_start for one in p))
+        yield from self.ranks.share(packs, "tracing facts")
         self.ranks.meet()
 
     def get(self, one: Prepared) -> FactTrace | None:

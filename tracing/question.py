@@ -6,13 +6,14 @@ denoising, clean and corrupted when noising.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tracing.sites import Site
+from tracing.readout import Readout
+from tracing.sites import Cell, Site
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,15 @@ def divergence(question: Question) -> int:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A question, the patched forwards to answer, and what to read off them."""
+
+    question: Question
+    cells: Sequence[Cell]
+    readout: Readout
+
+
+@dataclass(frozen=True)
 class Answers:
     """What an engine gives back: the scores of every run, and what they took."""
 
@@ -109,8 +119,6 @@ class Answers:
     cells: Float[Tensor, "cell _ score"]
     tokens: float
     """Tokens run through the whole model; a token through half of the blocks is half a token."""
-    peak_bytes: float = 0.0
-    """Largest memory of the work beyond the model, where it was measured; 0 where not."""
 
     def cell_mean(self) -> Float[Tensor, "cell score"]:
         """Mean over the draws."""

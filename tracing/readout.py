@@ -36,16 +36,19 @@ class Readout:
     """Logits of the clean run at the first position read; needed by kl."""
 
     def __call__(self, logits: Float[Tensor, "n read d_vocab"]) -> Float[Tensor, "n 2"]:
-        """The metric, and the whole target's probability beside it, for each run."""
+        """The metric, and the whole target's probability beside it, for each run.
+
+        Logits that need no gradient are overwritten: they are the largest tensor of a trace, and one copy is enough.
+        """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        labels = self.labels.to(logits.device)
-        index = labels.expand(len(logits), -1)[..., None]
-        own = logits.gather(-1, index)[..., 0]
+        index = self.labels.to(logits.device).expand(len(logits), -1)[..., None]
         # Not own - logsumexp: rounding two logits of size 20 costs ten times the precision of their difference.
-        below_top = logits - logits.amax(-1, keepdim=True)
-        own_below = below_top.gather(-1, index)[..., 0]
+        top = logits.amax(-1, keepdim=True)
+        below_top = logits - top if logits.requires_grad else logits.sub_(top)
+        own = below_top.gather(-1, index)[..., 0]
+        value = self._of_first(below_top[:, 0], own[:, 0])
         mass = below_top.exp() if below_top.requires_grad else below_top.exp_()
-        token_logprob = own_below - mass.sum(-1).log()
+        token_logprob = own - mass.sum(-1).log()
         prob = token_logprob.sum(-1).exp()
         match self.metric:
             case "prob":
@@ -54,15 +57,20 @@ class Readout:
                 value = token_logprob[:, 0].exp()
             case "logprob":
                 value = token_logprob.sum(-1)
+        return torch.stack([value, prob], dim=-1)
+
+    def _of_first(self, logits: Float[Tensor, "n d_vocab"], own: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Metrics of the whole first prediction, which do not change when all its logits are shifted."""
+        match self.metric:
             case "logit_diff":
                 if self.foil is None:
                     raise ValueError("logit_diff needs a foil: the token that the target is compared with")
-                value = own[:, 0] - logits[:, 0, self.foil]
+                return own - logits[:, self.foil]
             case "kl":
                 if self.clean_logits is None:
                     raise ValueError("kl needs the logits of the clean run")
                 clean = self.clean_logits.to(logits.device, torch.float32).log_softmax(-1)
-                value = (clean.exp() * (logits[:, 0].log_softmax(-1) - clean)).sum(-1)
+                return (clean.exp() * (logits.log_softmax(-1) - clean)).sum(-1)
             case "rank":
-                value = -(logits[:, 0] > own[:, :1]).sum(-1).float()
-        return torch.stack([value, prob], dim=-1)
+                return -(logits > own[:, None]).sum(-1).to(own.dtype)
+        return own

@@ -14,30 +14,33 @@ right here, and the same code serves every decoder whose blocks exchange informa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from locus.model import Model
 from locus.progress import task
-from tracing.blocks import CannotReplay, Tail
+from tracing.blocks import CannotReplay, Tail, masked_attention
 from tracing.packing import Track, track_of
-from tracing.question import Answers, Question
+from tracing.question import Answers, Asked, Question
 from tracing.readout import Readout
 from tracing.runs import record_runs
 from tracing.sites import Cell, sources_needed
-from tracing.wave import Wave, Work
+from tracing.wave import Wave
+from tracing.work import Work, side_by_side
 
-__all__ = ["CannotReplay", "answer_by_replay"]
+__all__ = ["CannotReplay", "answer_by_replay", "answer_together"]
 
 _CPU_ROWS = 400
 """Rows that keep a core's caches warm while its matrix products stay large."""
+_GPU_ROWS = 16384
 _LOGIT_ROWS = 256
 
 
-@torch.no_grad()
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def answer_by_replay(
     model: Model,
     question: Question,
@@ -59,71 +62,136 @@ def answer_by_replay(
     Raises:
         CannotReplay: why the model or the question needs whole forwards.
     """
-    budget = batch_tokens or default_budget(model, question)
+    return answer_together(model, [Asked(question, cells, readout)], batch_tokens=batch_tokens)[0]
+
+
+@torch.no_grad()
+def answer_together(
+    model: Model, asked: Sequence[Asked], *, batch_tokens: int | None = None
+) -> list[Answers]:
+    """Answer several questions, their rows side by side in the same calls where the blocks allow it.
+
+    That pays where one question's rows are too few to keep the device busy. Arguments and errors are those of
+    `answer_by_replay`; when memory runs out, half as many questions are tried before smaller calls are.
+    """
+    budget = batch_tokens or default_budget(model, max(one.question.n_pos for one in asked))
+    with masked_attention(model):
+        return _retried(model, list(asked), budget)
+
+
+def _retried(model: Model, asked: list[Asked], budget: int) -> list[Answers]:
     while True:
         try:
-            return _answer(model, question, cells, readout, budget)
+            return _answer(model, asked, budget)
         except RuntimeError as error:
-            if not _out_of_memory(error) or budget <= question.n_pos:
+            least = max(one.question.n_pos for one in asked)
+            if not _out_of_memory(error) or (len(asked) == 1 and budget <= least):
                 raise
-            budget //= 2
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(asked) > 1:
+            half = len(asked) // 2
+            return _retried(model, asked[:half], budget) + _retried(model, asked[half:], budget)
+        budget //= 2
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the processor's own memory, had no room (for which torch has no error of its own)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def default_budget(model: Model, question: Question) -> int:
-    """Rows that go through a block at once: what a core's caches hold, or a share of a device's free memory."""
+def full_budget(model: Model) -> int:
+    """Rows that keep a device busy: what the cores' caches hold, or what fills a GPU."""
+    return _GPU_ROWS if model.device.type == "cuda" else _CPU_ROWS * max(1, torch.get_num_threads())
+
+
+def default_budget(model: Model, n_pos: int) -> int:
+    """Rows that go through a block at once: as many as keep the device busy, fewer where its free memory is small.
+
+    On a GPU a power of two, so that a little more or less free memory does not change the last bits.
+    """
+    full = full_budget(model)
     if model.device.type != "cuda":
-        return _CPU_ROWS * max(1, torch.get_num_threads())
+        return full
     free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     width = 6 * model.atlas.d_model + 3 * model.atlas.d_mlp
-    scores = 2 * model.atlas.n_heads * (question.n_pos + 256)
-    return max(1024, min(16384, int(0.2 * free / (model.dtype.itemsize * (width + scores)))))
+    scores = 2 * model.atlas.n_heads * (n_pos + 256)
+    rows = int(0.2 * free / (model.dtype.itemsize * (width + scores)))
+    return max(1024, min(full, 1 << max(0, rows.bit_length() - 1)))
 
 
-def _answer(
-    model: Model, question: Question, cells: Sequence[Cell], readout: Readout, budget: int
-) -> Answers:
-    runs = record_runs(model, question, *sources_needed(cells), budget)
-    tail = Tail.of(runs.recorded, question.reads)
-    n_layers = model.atlas.n_layers
-    found = [track_of(i, cell, runs.diverges, n_layers, question.reads) for i, cell in enumerate(cells)]
-    tracks = [track for track in found if track is not None]
+def _answer(model: Model, asked: Sequence[Asked], budget: int) -> list[Answers]:
+    runs = [record_runs(model, one.question, *sources_needed(one.cells), budget) for one in asked]
+    answers: list[Answers | None] = [None] * len(asked)
+    with task("patched forwards, replayed", sum(len(one.cells) for one in asked)) as line:
+        for group in side_by_side(runs):
+            work = Work.of([asked[i].question for i in group], [runs[i] for i in group], budget)
+            found = _answer_group(work, [asked[i] for i in group], line.advance)
+            for i, answer in zip(group, found, strict=True):
+                answers[i] = answer
+    return [answer for answer in answers if answer is not None]
+
+
+def _answer_group(work: Work, asked: Sequence[Asked], advance: Callable[[int], None]) -> list[Answers]:
+    tails = [Tail.of(runs.recorded, one.question.reads) for runs, one in zip(work.runs, asked, strict=True)]
+    ends = [
+        _unpatched(work, tail, i, one.readout) for i, (tail, one) in enumerate(zip(tails, asked, strict=True))
+    ]
+    scores = [
+        base.expand(work.samples, -1).repeat(len(one.cells), 1, 1)
+        for (base, _), one in zip(ends, asked, strict=True)
+    ]
+    for tracks in _waves(_tracks(work, asked), work):
+        wave = Wave(work, tracks)
+        _through_all_blocks(wave, tracks[0].entry, work.n_layers)
+        for i in sorted({track.of for track in tracks}):
+            own, final = wave.final(i)
+            got = tails[i].scores(final.flatten(0, 1), asked[i].readout, _LOGIT_ROWS)
+            scores[i][[tracks[t].cell for t in own]] = got.unflatten(0, (-1, work.samples))
+        advance(len(tracks))
+    return [
+        Answers(base, other, cells, rows / work.n_layers)
+        for (base, other), cells, rows in zip(ends, scores, work.rows_run, strict=True)
+    ]
+
+
+def _unpatched(work: Work, tail: Tail, of: int, readout: Readout) -> tuple[Tensor, Tensor]:
+    """The scores of both runs of one question."""
+    reads, runs = torch.tensor(work.questions[of].reads), work.runs[of]
     base, other = (
-        tail.scores(run.hidden(n_layers, torch.tensor(question.reads)), readout, _LOGIT_ROWS)
-        for run in (runs.base, runs.other)
+        tail.scores(run.hidden(work.n_layers, reads), readout, _LOGIT_ROWS) for run in (runs.base, runs.other)
     )
-    scores = base.expand(question.samples, -1).repeat(len(cells), 1, 1)
-    work = Work(question, runs, budget)
-    with task("patched forwards, replayed", len(tracks)) as line:
-        for tracks_at_once in _waves(tracks, work):
-            final = _through_all_blocks(Wave(work, tracks_at_once), tracks_at_once[0].entry, n_layers)
-            got = tail.scores(final.flatten(0, 1), readout, _LOGIT_ROWS)
-            scores[[t.cell for t in tracks_at_once]] = got.unflatten(0, (-1, question.samples))
-            line.advance(len(tracks_at_once))
-    return Answers(base, other, scores, (work.rows_run + runs.rows_run) / n_layers)
+    return base, other
+
+
+def _tracks(work: Work, asked: Sequence[Asked]) -> list[Track]:
+    """What has to be computed for all cells of all questions."""
+    found = [
+        track_of(i, cell, work.runs[of].diverges, work.n_layers, one.question.reads, of)
+        for of, one in enumerate(asked)
+        for i, cell in enumerate(one.cells)
+    ]
+    return [track for track in found if track is not None]
 
 
 def _waves(tracks: Sequence[Track], work: Work) -> list[list[Track]]:
-    """Tracks whose states are held at the same time, those of like length together."""
-    limit = work.runs.model.atlas.n_layers * work.budget // work.question.samples
+    """Tracks whose states are held at the same time, those of one question and of like length together."""
+    limit = work.n_layers * work.budget // work.samples
     waves: list[list[Track]] = []
     held = 0
-    for track in sorted(tracks, key=lambda t: (-t.start, t.entry, t.cell)):
+    for track in sorted(tracks, key=lambda t: (t.of, -t.start, t.entry, t.cell)):
         rows = len(work.positions(track))
         if not waves or held + rows > limit:
             waves.append([])
             held = 0
         waves[-1].append(track)
         held += rows
-    return [sorted(wave, key=lambda t: (t.entry, -t.start, t.cell)) for wave in waves]
+    return [sorted(wave, key=lambda t: (t.entry, t.of, -t.start, t.cell)) for wave in waves]
 
 
-def _through_all_blocks(wave: Wave, first: int, n_layers: int) -> Float[Tensor, "track sample read d_model"]:
-    """What the last block gives where it is read."""
+def _through_all_blocks(wave: Wave, first: int, n_layers: int) -> None:
+    """Up to what the last block gives where it is read."""
     for layer in range(first, n_layers):
         wave.admit(layer)
         if layer < n_layers - 1:
@@ -131,4 +199,3 @@ def _through_all_blocks(wave: Wave, first: int, n_layers: int) -> Float[Tensor, 
         else:
             wave.through_last(layer)
     wave.admit(n_layers)
-    return wave.final()

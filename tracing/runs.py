@@ -109,6 +109,11 @@ class Runs:
         """Whose runs they are."""
         return self.recorded.blocks.model
 
+    @property
+    def samples(self) -> int:
+        """Draws of the run that has more."""
+        return max(self.base.samples, self.other.samples)
+
     def width(self, site: Site) -> int:
         """Width of a site's vector."""
         atlas = self.model.atlas

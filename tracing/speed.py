@@ -41,8 +41,15 @@ def matrix_peak(model: Model) -> float:
     return 2.0 * rows * atlas.d_model * atlas.d_mlp / max(best, 1e-9)
 
 
+def forget_peak(model: Model) -> None:
+    """Begin to count the peak anew, where the device can."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+
+
 def peak_bytes(model: Model) -> float:
-    """Most memory in use so far: allocated on the model's GPU, else resident in this process."""
+    """Most memory in use: on the model's GPU since `forget_peak`, else resident in this process so far; the model
+    itself is part of it."""
     if model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(model.device))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from locus.hooks import patched
+from tracing.blocks import Rows
 from tracing.packing import INNER, Chunk, Packed, Track, rows_of
-from tracing.question import Question
-from tracing.runs import Runs
 from tracing.sites import Patch, Site, module_of
-
-
-@dataclass
-class Work:
-    """What all waves of a question share."""
-
-    question: Question
-    runs: Runs
-    budget: int
-    """Rows that go through a block at once."""
-    rows_run: int = 0
-    """Rows times blocks so far."""
-
-    def positions(self, track: Track) -> list[int]:
-        """Where a track has rows: behind its last layer only where it is read."""
-        if track.entry >= self.runs.model.atlas.n_layers:
-            return [r for r in self.question.reads if r >= track.start]
-        return list(range(track.start, self.question.n_pos))
+from tracing.work import Work
 
 
 class Wave:
@@ -40,23 +23,24 @@ class Wave:
 
     def __init__(self, work: Work, tracks: Sequence[Track]) -> None:
         self.work, self.tracks = work, tracks
-        self.packed = Packed.of([work.positions(track) for track in tracks])
+        positions = [work.positions(track) for track in tracks]
+        self.packed = Packed.of_tracks(positions, [track.of for track in tracks])
         self.starts = torch.tensor([track.start for track in tracks])
         self.restored = torch.tensor([track.restored_until for track in tracks])
-        self.offsets = [0]
-        for length in self.packed.lengths:
-            self.offsets.append(self.offsets[-1] + length)
+        self.of = torch.tensor([track.of for track in tracks])
+        self.diverges = torch.tensor([work.runs[track.of].diverges for track in tracks])
+        self.offsets = [0, *accumulate(self.packed.lengths)]
+        self.row = {
+            (i, q): self.offsets[i] + n for i, held in enumerate(positions) for n, q in enumerate(held)
+        }
         self.admitted = 0
-        model = work.runs.model
-        self.device = work.runs.recorded.hidden[0].device
-        self.states = torch.empty(
-            len(self.packed.positions),
-            work.question.samples,
-            model.atlas.d_model,
-            dtype=model.dtype,
-            device=self.device,
-        )
-        self.is_read = torch.isin(self.packed.positions, torch.tensor(work.question.reads))
+        self.device = work.device
+        shape = (len(self.packed.positions), work.samples, work.blocks.model.atlas.d_model)
+        self.states = torch.empty(shape, dtype=work.runs[0].recorded.hidden[0].dtype, device=self.device)
+        last = torch.zeros(len(tracks), max(q.n_pos for q in work.questions), dtype=torch.bool)
+        for i, track in enumerate(tracks):
+            last[i, list(work.questions[track.of].reads)] = True
+        self.is_read = last[self.packed.track, self.packed.positions]
 
     def admit(self, layer: int) -> None:
         """Put in the inputs of block `layer` of the tracks that enter there."""
@@ -69,8 +53,8 @@ class Wave:
             return
         rows = slice(self.offsets[new.start], self.offsets[new.stop])
         if rows.stop > rows.start:
-            base = self.work.runs.base.hidden(layer, self.packed.positions[rows])
-            self.states[rows] = base.transpose(0, 1).to(self.states)
+            of, positions = self.of[self.packed.track[rows]], self.packed.positions[rows]
+            self.states[rows] = self.work.base_hidden(layer, of, positions)
         inside = [i for i in new if self.tracks[i].enters_inside]
         if inside:
             self._enter_inside(inside, layer - 1)
@@ -82,7 +66,7 @@ class Wave:
         active = self.packed.first(self.admitted)
         if not len(active.positions):
             return
-        for pieces in active.calls(self.work.question.samples, self.work.budget):
+        for pieces in active.calls(self.work.samples, self.work.budget):
             chunk = active.chunk(pieces)
             for draws in self._draws(len(chunk.source)):
                 out = self._block(layer, chunk, draws)
@@ -95,32 +79,34 @@ class Wave:
         active = self.packed.first(self.admitted)
         if not len(active.positions):
             return
-        for pieces in active.calls(self.work.question.samples, 4 * self.work.budget):
-            read = active.chunk(pieces, self.is_read[: len(active.positions)])
-            rest = active.chunk(pieces, ~self.is_read[: len(active.positions)])
+        for pieces in active.calls(self.work.samples, 4 * self.work.budget):
+            is_read = self.is_read[active.rows]
+            read = active.chunk(pieces, is_read)
+            rest = active.chunk(pieces, ~is_read)
             for draws in self._draws(len(read.source) + len(rest.source)):
                 out = self._block(layer, read, draws, before=rest if len(rest.source) else None)
                 _put(self.states, read, draws, out)
         self._patch_states(range(self.admitted), layer, "block_out")
 
-    def final(self) -> Float[Tensor, "track sample read d_model"]:
-        """Outputs of the last block where they are read; the recorded ones where a track has no row."""
-        work, reads = self.work, torch.tensor(self.work.question.reads)
-        last = work.runs.model.atlas.n_layers
-        base, other = work.runs.base.hidden(last, reads), work.runs.other.hidden(last, reads)
-        out = base.expand(work.question.samples, -1, -1).repeat(len(self.tracks), 1, 1, 1)
-        restored = reads[None, :] < self.restored[:, None]
-        since = reads[None, :] >= work.runs.diverges
+    def final(self, of: int) -> tuple[list[int], Float[Tensor, "track sample read d_model"]]:
+        """The tracks of one question, and outputs of the last block where they are read; the recorded ones where a
+        track has no row."""
+        work, tracks = self.work, (self.of == of).nonzero().flatten()
+        reads, runs = torch.tensor(work.questions[of].reads), work.runs[of]
+        base, other = runs.base.hidden(work.n_layers, reads), runs.other.hidden(work.n_layers, reads)
+        out = base.expand(work.samples, -1, -1).repeat(len(tracks), 1, 1, 1).to(self.device)
+        restored = reads[None, :] < self.restored[tracks][:, None]
+        since = reads[None, :] >= runs.diverges
         for track, read in (restored & since).nonzero().tolist():
-            out[track, :, read] = other[:, read]
-        row = self.is_read.nonzero().flatten()
+            out[track, :, read] = other[:, read].to(out)
+        row = (self.is_read & (self.of[self.packed.track] == of)).nonzero().flatten()
         column = torch.searchsorted(reads, self.packed.positions[row])
-        out[self.packed.track[row], :, column] = self.states[row]
-        return out
+        out[torch.searchsorted(tracks, self.packed.track[row]), :, column] = self.states[row]
+        return tracks.tolist(), out
 
     def _draws(self, rows: int) -> list[slice]:
         """All draws at once, or some at a time where a track alone is too long for that."""
-        samples = self.work.question.samples
+        samples = self.work.samples
         at_once = max(1, min(samples, self.work.budget // max(1, rows)))
         if rows * samples <= 2 * self.work.budget:
             at_once = samples
@@ -136,25 +122,24 @@ class Wave:
         states: Tensor | None = None,
     ) -> Float[Tensor, "batch n d_model"]:
         """One call of a block."""
-        n_draws = draws.stop - draws.start
-        blocks, runs = self.work.runs.recorded.blocks, self.work.runs
-        rows, n_base, n_other = rows_of(
-            chunk, self.starts, self.restored, runs.diverges, n_draws, before, inside, self.device
-        )
-        prefix: list[tuple[Tensor, Tensor]] = [
-            *self.work.runs.base.keys(layer, 0, n_base, draws),
-            *self.work.runs.other.keys(layer, runs.diverges, runs.diverges + n_other, draws),
-        ]
+        n_draws, blocks = draws.stop - draws.start, self.work.blocks
+        of = self.of[chunk.track.amax(dim=1)]
+        rows, n_base, n_other = self._rows(chunk, n_draws, before, inside)
+        prefix = self.work.prefix(layer, of, n_base, n_other, draws)
         states = self.states if states is None else states
         if before is not None:
-            early, _, _ = rows_of(
-                before, self.starts, self.restored, runs.diverges, n_draws, None, False, self.device
-            )
+            early, _, _ = self._rows(before, n_draws)
             prefix.append(blocks.keys_only(layer, _take(states, before, draws), early))
-            self.work.rows_run += len(before.source) * n_draws
-        self.work.rows_run += len(chunk.source) * n_draws
+        n_rows = chunk.track.shape[1] + (before.track.shape[1] if before is not None else 0)
+        for question in of.tolist():
+            self.work.rows_run[question] += n_rows * n_draws
         with self._patches_inside(layer, chunk, draws):
             return blocks(layer, _take(states, chunk, draws), rows, prefix)
+
+    def _rows(
+        self, chunk: Chunk, draws: int, before: Chunk | None = None, inside: bool = False
+    ) -> tuple[Rows, int, int]:
+        return rows_of(chunk, self.starts, self.restored, self.diverges, draws, before, inside, self.device)
 
     def _enter_inside(self, tracks: Sequence[int], layer: int) -> None:
         """Run block `layer` on the rows that a patch inside it changes; their inputs are the base run's."""
@@ -163,103 +148,84 @@ class Wave:
         for i in tracks:
             own = set(self.tracks[i].positions_in(layer))
             changed.append([q for q in work.positions(self.tracks[i]) if q in own])
-        packed = Packed.of(changed)
-        of_wave = torch.tensor(list(tracks))[packed.track]
-        packed = replace(packed, track=of_wave)
-        states = work.runs.base.hidden(layer, packed.positions).transpose(0, 1)
-        states = states.expand(-1, work.question.samples, -1).contiguous()
-        for pieces in packed.calls(work.question.samples, work.budget):
+        packed = Packed.of_tracks(changed, [self.tracks[i].of for i in tracks], tracks).first(len(tracks))
+        held = torch.tensor([self.row[i, q] for i, here in zip(tracks, changed, strict=True) for q in here])
+        if not len(held):
+            return
+        by_row = torch.argsort(packed.rows)
+        states = work.base_hidden(layer, self.of[packed.track[by_row]], packed.positions[by_row])
+        for pieces in packed.calls(work.samples, work.budget):
             chunk = packed.chunk(pieces)
             for draws in self._draws(len(chunk.source)):
                 _put(states, chunk, draws, self._block(layer, chunk, draws, inside=True, states=states))
-        offsets = torch.tensor(self.offsets)[of_wave]
-        first = torch.stack([self.packed.positions[o] for o in offsets]) if len(offsets) else offsets
-        if work.runs.model.atlas.n_layers > layer + 1:
-            self.states[offsets + packed.positions - first] = states
-        else:
-            for row, (track, position) in enumerate(
-                zip(of_wave.tolist(), packed.positions.tolist(), strict=True)
-            ):
-                self.states[self._row(track, position)] = states[row]
-
-    def _row(self, track: int, position: int) -> int:
-        """Row of a position of a track."""
-        here = self.packed.positions[self.offsets[track] : self.offsets[track + 1]]
-        return self.offsets[track] + int((here == position).nonzero()[0])
+        self.states[held] = states
 
     def _patch_states(self, tracks: Iterable[int], layer: int, site: Site) -> None:
         """Set what goes in or comes out of a block where a track patches it."""
-        for i in tracks:
-            track = self.tracks[i]
-            for patch in track.patches:
-                if patch.site != site or not patch.layers[0] <= layer < patch.layers[1]:
-                    continue
-                for q in patch.positions:
-                    here = self.packed.positions[self.offsets[i] : self.offsets[i + 1]]
-                    if q in here:
-                        rows = torch.tensor([self._row(i, q)])
-                        self._write(self.states[rows], rows, patch, site, layer, torch.tensor([q]))
+        places = [
+            Place(patch, self.tracks[i].of, self.row[i, q], q)
+            for i in tracks
+            for patch in self.tracks[i].patches
+            if patch.site == site and patch.layers[0] <= layer < patch.layers[1]
+            for q in patch.positions
+            if (i, q) in self.row
+        ]
+        for alike in _alike(places):
+            rows = torch.tensor([place.row for place in alike])
+            new = self._new(alike, site, layer, slice(None)).to(self.states)
+            columns = alike[0].patch.columns
+            if columns is None:
+                self.states[rows] = new.expand(-1, self.work.samples, -1)
+            else:
+                self.states[rows[:, None], :, torch.tensor(columns)] = new[..., list(columns)].transpose(1, 2)
 
-    def _write(
-        self, old: Tensor, rows: Tensor, patch: Patch, site: Site, layer: int, positions: Tensor
-    ) -> None:
-        new = self._value(patch, site, layer, positions, slice(None)).to(old)
-        columns = slice(None) if patch.columns is None else list(patch.columns)
-        old = old.clone()
-        old[..., columns] = new.transpose(0, 1)[..., columns]
-        self.states[rows] = old
-
-    def _value(
-        self, patch: Patch, site: Site, layer: int, positions: Int[Tensor, " k"], draws: slice
-    ) -> Float[Tensor, "_ k _"]:
-        """What a patch writes at each of these positions."""
-        if patch.source in ("other", "base"):
-            view = self.work.runs.other if patch.source == "other" else self.work.runs.base
-            return view.site(site, layer, positions, draws)
-        if patch.source == "mean":
-            return self.work.question.means[site, layer].expand(1, len(positions), -1)
-        width = self.work.runs.width(site)
-        return torch.zeros(1, len(positions), width, device=self.device)
+    def _new(
+        self, alike: Sequence[Place], site: Site, layer: int, draws: slice
+    ) -> Float[Tensor, "place _ _"]:
+        positions = torch.tensor([place.position for place in alike])
+        new = self.work.value(alike[0].of, alike[0].patch, site, layer, positions, draws)
+        return new.transpose(0, 1)
 
     def _patches_inside(self, layer: int, chunk: Chunk, draws: slice) -> AbstractContextManager[None]:
         """The hooks that patch attention, MLP, heads or neurons of one block for the rows of one call."""
-        wanted: dict[Site, list[tuple[Patch, int, int]]] = {}
-        flat_track, flat_position = chunk.track.flatten().tolist(), chunk.positions.flatten().tolist()
-        for row, (track, position) in enumerate(zip(flat_track, flat_position, strict=True)):
-            if track < 0:
-                continue
-            for patch in self.tracks[track].patches:
-                if (
-                    patch.site in INNER
-                    and patch.layers[0] <= layer < patch.layers[1]
-                    and position in patch.positions
-                ):
-                    wanted.setdefault(patch.site, []).append((patch, row, position))
-        if not wanted:
+        inner = {
+            i: found for i in chunk.track.unique().tolist() if i >= 0 and (found := self._inner(i, layer))
+        }
+        if not inner:
             return nullcontext()
+        wanted: dict[Site, list[Place]] = {}
+        track, position = chunk.track.flatten(), chunk.positions.flatten()
+        rows = torch.isin(track, torch.tensor(list(inner))).nonzero().flatten()
+        for row, i, q in zip(rows.tolist(), track[rows].tolist(), position[rows].tolist(), strict=True):
+            for patch in inner[i]:
+                if q in patch.positions:
+                    wanted.setdefault(patch.site, []).append(Place(patch, self.tracks[i].of, row, q))
         outputs: dict[str, Callable[[Tensor], Tensor]] = {}
         inputs: dict[str, Callable[[Tensor], Tensor]] = {}
-        for site, patches in wanted.items():
-            name, side = module_of(self.work.runs.model.atlas, site, layer)
-            hook = self._hook(site, layer, patches, chunk.track.shape[0], draws)
+        model = self.work.blocks.model
+        for site, places in wanted.items():
+            name, side = module_of(model.atlas, site, layer)
+            hook = self._hook(site, layer, places, chunk.track.shape[0], draws)
             (outputs if side == "output" else inputs)[name] = hook
-        return patched(self.work.runs.model.module, outputs, inputs)
+        return patched(model.module, outputs, inputs) if wanted else nullcontext()
+
+    def _inner(self, track: int, layer: int) -> list[Patch]:
+        """Patches of a track inside one block."""
+        return [
+            p for p in self.tracks[track].patches if p.site in INNER and p.layers[0] <= layer < p.layers[1]
+        ]
 
     def _hook(
-        self, site: Site, layer: int, patches: Sequence[tuple[Patch, int, int]], groups: int, draws: slice
+        self, site: Site, layer: int, places: Sequence[Place], groups: int, draws: slice
     ) -> Callable[[Tensor], Tensor]:
-        alike: dict[tuple[str, tuple[int, ...] | None], list[tuple[Patch, int, int]]] = {}
-        for item in patches:
-            alike.setdefault((item[0].source, item[0].columns), []).append(item)
-
         def hook(state: Tensor) -> Tensor:
             batch, n, width = state.shape
             out = state.clone().view(groups, batch // groups, n, width)
-            for (_, columns), items in alike.items():
-                rows = torch.tensor([row for _, row, _ in items])
-                positions = torch.tensor([position for _, _, position in items])
-                new = self._value(items[0][0], site, layer, positions, draws).to(state).transpose(0, 1)
+            for alike in _alike(places):
+                rows = torch.tensor([place.row for place in alike])
+                new = self._new(alike, site, layer, draws).to(state)
                 where = (rows // n, slice(None), rows % n)
+                columns = alike[0].patch.columns
                 if columns is None:
                     out[where] = new.expand(-1, batch // groups, -1)
                 else:
@@ -269,6 +235,25 @@ class Wave:
             return out.view(batch, n, width)
 
         return hook
+
+
+@dataclass(frozen=True)
+class Place:
+    """One row that a patch overwrites."""
+
+    patch: Patch
+    of: int
+    """Question."""
+    row: int
+    position: int
+
+
+def _alike(places: Sequence[Place]) -> list[list[Place]]:
+    """Places whose values come from the same source, and can be written together."""
+    groups: dict[tuple[int, str, tuple[int, ...] | None], list[Place]] = {}
+    for place in places:
+        groups.setdefault((place.of, place.patch.source, place.patch.columns), []).append(place)
+    return list(groups.values())
 
 
 def _take(states: Tensor, chunk: Chunk, draws: slice) -> Float[Tensor, "batch n d_model"]:
@@ -282,7 +267,7 @@ def _take(states: Tensor, chunk: Chunk, draws: slice) -> Float[Tensor, "batch n 
 def _put(states: Tensor, chunk: Chunk, draws: slice, out: Float[Tensor, "batch n d_model"]) -> None:
     """Put a call's results where its rows came from."""
     groups, n = chunk.track.shape
-    rows = out.view(groups, -1, n, out.shape[-1]).transpose(1, 2).flatten(0, 1)
+    rows = out.view(groups, -1, n, out.shape[-1]).transpose(1, 2).flatten(0, 1).to(states.device)
     if chunk.kept is None:
         states[chunk.source, draws] = rows
     else:

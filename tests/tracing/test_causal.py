@@ -17,7 +17,7 @@ from locus.tokens import encode
 from locus.trace import FactTrace, Trace
 from tests.tiny import tiny_facts, tiny_model
 from tracing.causal import CausalTrace
-from tracing.corruption import Corrupter, embed, prepare
+from tracing.corruption import Corrupter, Prepared, embed, prepare
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,12 @@ def test_facts_do_not_depend_on_each_other(model: Model) -> None:
     facts = tiny_facts()
     together, turned = settings.run(model, facts), settings.run(model, facts[::-1])
     alone = settings.run(model, facts[:1])
-    same_scores(together["tower"], turned["tower"])
-    same_scores(together["tower"], alone["tower"])
+    for fact in facts:
+        same_scores(together[fact.id], turned[fact.id])
+    same_scores(together["tower"], alone["tower"], atol=1e-6)
+    one_by_one = replace(settings, batch_tokens=5).run(model, facts)
+    for fact in facts:
+        same_scores(together[fact.id], one_by_one[fact.id], atol=1e-6)
     assert together["tower"].seed != together["capital"].seed
 
 
@@ -154,15 +158,15 @@ class _Killed(BaseException):
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, facts = CausalTrace(samples=2), tiny_facts()
+    settings, facts = CausalTrace(samples=2, batch_tokens=5), tiny_facts()  # a fact at a time
     settings.run(model, facts, folder=tmp_path / "undisturbed")
     real, calls = CausalTrace._trace, []
 
-    def trace(self: CausalTrace, model: Model, one: object, *rest: object) -> FactTrace:
-        calls.append(one)
+    def trace(self: CausalTrace, model: Model, pack: object, *rest: object) -> list[FactTrace]:
+        calls.append(pack)
         if len(calls) == 3:
             raise _Killed
-        return real(self, model, one, *rest)  # type: ignore[arg-type]
+        return real(self, model, pack, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CausalTrace, "_trace", trace)
     with pytest.raises(_Killed):
@@ -176,6 +180,28 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert len(calls) == 4, "a finished run has nothing left to do"
     replace(settings, seed=1).run(model, facts, folder=tmp_path / "killed", resume=True)
     assert len(calls) == 7, "another seed is another run"
+
+
+def test_facts_that_are_traced_together_are_so_whatever_their_order(model: Model, tmp_path: Path) -> None:
+    """Two facts fill the calls: they are answered side by side, in an order of their own, and the file is the same."""
+    settings, facts = CausalTrace(samples=2, kinds=("block",)), tiny_facts()
+    packs: list[list[str]] = []
+    real = CausalTrace._trace
+
+    def trace(self: CausalTrace, model: Model, pack: list[Prepared], *rest: object) -> list[FactTrace]:
+        packs.append([one.fact.id for one in pack])
+        return real(self, model, pack, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalTrace, "_trace", trace)
+        for folder, ordered in (("a", facts), ("b", facts), ("c", facts[::-1])):
+            settings.run(model, ordered, folder=tmp_path / folder)
+    assert packs[0] == packs[1] == packs[2] and len(packs[0]) == 3
+    files = [(tmp_path / folder / "trace.safetensors").read_bytes() for folder in "ab"]
+    assert files[0] == files[1]
+    a, c = (Trace.load(tmp_path / folder) for folder in "ac")
+    for fact in facts:
+        same_scores(a[fact.id], c[fact.id])
 
 
 def test_an_edited_fact_is_traced_again(model: Model, tmp_path: Path) -> None:

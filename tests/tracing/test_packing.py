@@ -52,9 +52,11 @@ def test_rows_see_the_base_run_before_their_track_and_only_their_own_after() -> 
 
     Keys: base 0 to 3, the other run's 2, then the rows 3, 4 | 4.
     """
-    packed = Packed.of([[3, 4], [4]])
+    packed = Packed.of_tracks([[3, 4], [4]])
     chunk = packed.chunk([slice(0, 3)])
-    rows, n_base, n_other = rows_of(chunk, torch.tensor([3, 3]), torch.tensor([0, 3]), 2, draws=1)
+    rows, n_base, n_other = rows_of(
+        chunk, torch.tensor([3, 3]), torch.tensor([0, 3]), torch.tensor([2, 2]), draws=1
+    )
     assert (n_base, n_other) == (3, 1)
     assert rows.key_positions.tolist() == [[0, 1, 2, 2, 3, 4, 4]]
     assert rows.visible[0].int().tolist() == [
@@ -65,9 +67,14 @@ def test_rows_see_the_base_run_before_their_track_and_only_their_own_after() -> 
 
 
 def test_rows_inside_a_block_see_the_base_run_alone() -> None:
-    packed = Packed.of([[3], [1, 4]])
+    packed = Packed.of_tracks([[3], [1, 4]])
     rows, n_base, n_other = rows_of(
-        packed.chunk([slice(0, 3)]), torch.tensor([3, 1]), torch.tensor([0, 0]), 2, draws=1, inside=True
+        packed.chunk([slice(0, 3)]),
+        torch.tensor([3, 1]),
+        torch.tensor([0, 0]),
+        torch.tensor([2, 2]),
+        draws=1,
+        inside=True,
     )
     assert (n_base, n_other) == (5, 0)
     assert rows.visible[0, :, :5].all() and not rows.visible[0, :, 5:].any()
@@ -79,7 +86,7 @@ def test_rows_inside_a_block_see_the_base_run_alone() -> None:
     budget=st.integers(1, 900),
 )
 def test_every_row_travels_once_and_no_track_is_cut(lengths: list[int], draws: int, budget: int) -> None:
-    packed = Packed.of([list(range(n)) for n in lengths])
+    packed = Packed.of_tracks([list(range(n)) for n in lengths])
     calls = packed.calls(draws, budget)
     assert [r for call in calls for piece in call for r in range(piece.start, piece.stop)] == list(
         range(sum(lengths))

@@ -27,7 +27,7 @@ LABELS = torch.tensor([1, 0])
 )
 def test_each_metric(metric: str, value: float) -> None:
     """The clean run's first distribution is (1/4, 1/2, 1/4) against a patched (1/2, 1/4, 1/4) for kl."""
-    logits = LOGITS
+    logits = LOGITS.clone()
     if metric == "kl":
         logits = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]).log()
     readout = Readout(metric, LABELS, foil=2, clean_logits=torch.tensor([0.25, 0.5, 0.25]).log())  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def test_each_metric(metric: str, value: float) -> None:
 
 
 def test_the_whole_targets_probability_stands_beside_every_metric() -> None:
-    assert float(Readout("rank", LABELS)(LOGITS)[0, 1]) == pytest.approx(0.4)
+    assert float(Readout("rank", LABELS)(LOGITS.clone())[0, 1]) == pytest.approx(0.4)
 
 
 def test_rank_counts_the_tokens_above() -> None:

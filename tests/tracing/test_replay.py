@@ -15,10 +15,12 @@ from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
 from tracing.blocks import CannotReplay
 from tracing.corruption import CORRUPTIONS, Corrupter, Prepared, prepare
 from tracing.plain import answer_plainly
-from tracing.question import Answers, Inputs, Question
+from tracing.question import Answers, Asked, Inputs, Question
 from tracing.readout import Readout
-from tracing.replay import answer_by_replay
+from tracing.replay import answer_by_replay, answer_together
+from tracing.runs import Runs, record_runs
 from tracing.sites import KINDS, Cell, Patch, cells_of
+from tracing.work import side_by_side
 
 
 def prepared(model: Model, facts: list[Fact] | None = None) -> list[Prepared]:
@@ -202,6 +204,50 @@ def test_other_precisions(dtype: torch.dtype, atol: float) -> None:
     torch.testing.assert_close(got.cells[..., 0], expected.cells[..., 0], atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_facts_of_different_length_together(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three facts side by side, denoising and noising mixed, give what each gives alone by whole forwards."""
+    import tracing.replay
+
+    model = tiny_model(arch)
+    facts = prepared(model)
+    asked = []
+    for index, fact in enumerate(facts):
+        question, readout = question_of(model, facts, index, samples=2)
+        question = question.reversed() if index == 1 else question
+        asked.append(Asked(question, grid(model, fact, ("block", "mlp", "block-no-attn", "head:0")), readout))
+    groups: list[list[list[int]]] = []
+    real = tracing.replay.side_by_side
+
+    def watched(runs: list[Runs]) -> list[list[int]]:
+        groups.append(real(runs))
+        return groups[-1]
+
+    monkeypatch.setattr(tracing.replay, "side_by_side", watched)
+    for budget in (None, 50):
+        got = answer_together(model, asked, batch_tokens=budget)
+        for one, answers in zip(asked, got, strict=True):
+            assert_same(answers, answer_plainly(model, one.question, one.cells, one.readout))
+    assert groups == [[[0, 1, 2]]] * 2, "all of them shared calls"
+
+
+def test_questions_that_cannot_share_calls_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers of draws; rotary tables that change with the length of the prompt."""
+    model = tiny_model("llama")
+    facts = prepared(model)
+    questions = [question_of(model, facts, i, samples=n)[0] for i, n in ((0, 2), (1, 3), (2, 2))]
+    runs = [record_runs(model, question, (), (), 100) for question in questions]
+    assert side_by_side(runs) == [[0, 2], [1]]
+    stretched = tiny_model(
+        "llama",
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        max_position_embeddings=8,
+    )
+    assert questions[0].n_pos > 8 > questions[2].n_pos - 2
+    runs = [record_runs(stretched, question, (), (), 100) for question in (questions[0], questions[2])]
+    assert side_by_side(runs) == [[0], [1]]
+
+
 def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     import tracing.replay
 
@@ -212,15 +258,67 @@ def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch
     expected = answer_by_replay(model, question, cells, readout)
     real, budgets = tracing.replay._answer, []
 
-    def answer(model: Model, question: Question, cells: list[Cell], readout: Readout, budget: int) -> Answers:
+    def answer(model: Model, asked: list[Asked], budget: int) -> list[Answers]:
         budgets.append(budget)
         if budget > 100:
             raise torch.OutOfMemoryError("no memory")
-        return real(model, question, cells, readout, budget)
+        return real(model, asked, budget)
 
     monkeypatch.setattr(tracing.replay, "_answer", answer)
     assert_same(answer_by_replay(model, question, cells, readout, batch_tokens=300), expected)
     assert budgets == [300, 150, 75]
+
+
+def test_running_out_of_memory_parts_questions_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracing.replay
+
+    model = tiny_model("llama")
+    facts = prepared(model)
+    asked = [
+        Asked(question, grid(model, facts[i], ("block",)), readout)
+        for i in range(3)
+        for question, readout in [question_of(model, facts, i)]
+    ]
+    real, tried = tracing.replay._answer, []
+
+    def answer(model: Model, asked: list[Asked], budget: int) -> list[Answers]:
+        tried.append((len(asked), budget))
+        if len(asked) > 1 or budget > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return real(model, asked, budget)
+
+    monkeypatch.setattr(tracing.replay, "_answer", answer)
+    got = answer_together(model, asked, batch_tokens=200)
+    assert tried == [(3, 200), (1, 200), (1, 100), (2, 200), (1, 200), (1, 100), (1, 200), (1, 100)]
+    for one, answers in zip(asked, got, strict=True):
+        assert_same(answers, answer_plainly(model, one.question, one.cells, one.readout))
+    with pytest.raises(RuntimeError, match="something else"):
+        monkeypatch.setattr(
+            tracing.replay, "_answer", lambda *_: (_ for _ in ()).throw(RuntimeError("something else"))
+        )
+        answer_together(model, asked)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "mistral"])
+def test_attention_that_takes_no_mask_is_replaced_while_replaying(arch: str) -> None:
+    """A kernel that makes its own mask, as flash attention does, stands in for it; the model has it back after."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("own_mask", sdpa_attention_forward)
+    AttentionMaskInterface.register("own_mask", sdpa_mask)
+    model = tiny_model(arch)
+    facts = prepared(model)
+    question, readout = question_of(model, facts, 0)
+    cells = grid(model, facts[0], ("block", "attn"))
+    expected = answer_plainly(model, question, cells, readout)
+    model.module.set_attn_implementation("own_mask")
+    got = answer_by_replay(model, question, cells, readout)
+    assert model.module.config._attn_implementation == "own_mask"
+    if arch != "gemma2":  # whose soft-capping no implementation but eager and flash has
+        assert_same(got, answer_plainly(model, question, cells, readout))
+    assert_same(got, expected)
 
 
 def test_an_argument_that_is_not_understood_is_refused() -> None:
