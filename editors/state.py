@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
+from locus.schema import understood, value_of
 
 KIND = "edit-state"
 FILE = "state.safetensors"
@@ -96,10 +97,20 @@ def load_state(
     if not path.exists():
         return None
     tensors, meta = load_tensors(path, KIND)
-    if meta["run"] != run:
+    if meta.get("run") != run:
         raise InputError(
             f"{path}: begun with other settings, mask, facts or another model; use a new folder or do not resume"
         )
+    with understood(path, "state of an edit", "begin again without --resume"):
+        return _restored(tensors, meta, deltas, optimizer)
+
+
+def _restored(
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    deltas: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> RunState:
     for name, value in deltas.items():
         value.copy_(tensors[f"delta/{name}"])
     slots: dict[int, dict[str, Any]] = {}
@@ -113,13 +124,14 @@ def load_state(
     if slots:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     good = {name: tensors[f"good/{name}"].to(value.device) for name, value in deltas.items()}
+    numbers = {name: value_of(int, meta[name], name) for name in ("good_step", "bad_looks", "step")}
+    history = value_of(tuple[Mapping[str, Any], ...], meta["history"], "history")
+    stopped = value_of(str, meta["stopped"], "stopped")
     return RunState(
         nll=tensors["nll"],
         correct=tensors["correct"],
         good=good,
-        good_step=meta["good_step"],
-        bad_looks=meta["bad_looks"],
-        step=meta["step"],
-        history=meta["history"],
-        stopped=meta["stopped"],
+        history=list(history),
+        stopped=stopped,
+        **numbers,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from locus.errors import InputError
+from locus.schema import built
 
 Role = Literal["gate", "gate_bias", "up", "up_bias", "down"]
 Site = Literal["block_in", "block_out", "attn_out", "mlp_out", "attn_z", "neuron"]
@@ -96,13 +97,10 @@ class Atlas:
         """The atlas that `to_json` wrote.
 
         Raises:
-            InputError: a field is missing or unknown.
+            InputError: a field is missing, unknown or of another type, or the layers are not as many as it says.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if wrong := known ^ set(obj):
-            raise InputError(f"not an atlas: field {', '.join(sorted(wrong))} is missing or unknown")
-        neurons = tuple(tuple(NeuronPart(**part) for part in layer) for layer in obj["neurons"])
-        rest: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list | tuple) else v for k, v in obj.items() if k != "neurons"
-        }
-        return cls(**rest, neurons=neurons)
+        atlas = built(cls, obj)
+        for name in ("blocks", "attn", "mlp", "attn_out", "mlp_out", "attn_z", "neuron_in", "neurons"):
+            if len(getattr(atlas, name)) != atlas.n_layers:
+                raise InputError(f"not an atlas: {name} has not {atlas.n_layers} layers")
+        return atlas

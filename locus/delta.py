@@ -20,6 +20,7 @@ from locus.fingerprint import tensor_digest
 from locus.folder import Checkpoint
 from locus.mask import WeightMask
 from locus.naming import canonical, resolve
+from locus.schema import built, understood, value_of
 from locus.selection import Selection, same_bits
 from locus.weights import Weights, in_memory, module_of, stored
 
@@ -257,7 +258,7 @@ class WeightDelta:
             InputError: missing, damaged, or not a delta.
         """
         file, meta = open_tensors(path, "delta")
-        try:
+        with understood(path, "delta", "edit again"):
             entries = dict(meta["entries"])
             changes = StoredChanges(
                 file, {name: (e["form"], tuple(e["shape"])) for name, e in entries.items()}
@@ -266,12 +267,12 @@ class WeightDelta:
                 changes.half(name, changes.selection(name), "new")  # so that a bad one is told now
             before = {name: str(entry["before"]) for name, entry in entries.items()}
             after = {name: str(entry["after"]) for name, entry in entries.items()}
-            rounding = Rounding(**meta["rounding"])
-            return cls(changes, before, after, meta["base_fingerprint"], meta["provenance"], rounding)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: not a delta that locus wrote ({error}); edit again") from error
+            about = {
+                "base_fingerprint": value_of(str, meta["base_fingerprint"], "base_fingerprint"),
+                "provenance": value_of(Mapping[str, Any], meta["provenance"], "provenance"),
+                "rounding": built(Rounding, meta["rounding"]),
+            }
+            return cls(changes, before, after, **about)
 
     def _checked(self, model: Model | nn.Module) -> Iterator[tuple[Tensor, Change]]:
         """Each touched parameter with its change, after all of them were found to hold the old values."""

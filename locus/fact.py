@@ -86,6 +86,8 @@ class Fact:
     def _check(self) -> None:
         _check_id(self.id)
         _ = self.example, self.paraphrase_examples
+        if _half_character(self.relation or ""):
+            raise InputError("the relation holds half a character (a lone surrogate): write it in UTF-8")
         for target in self.alternatives:
             Example(self.prompt, target)
         if self.subject is None:

@@ -169,7 +169,13 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{path}: has no weight_map; fetch it again")
         for shard in weight_map.values():
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            named = (
+                isinstance(shard, str)
+                and Path(shard).name == shard
+                and len(shard) < 200
+                and shard.isprintable()
+            )
+            if not named or not shard.endswith(".safetensors"):
                 raise InputError(
                     f"{path}: names the shard {shard!r}; shards are .safetensors files beside the index"
                 )

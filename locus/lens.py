@@ -21,6 +21,7 @@ from locus.errors import InputError
 from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
+from locus.schema import understood
 from locus.tokens import Encoded
 
 
@@ -220,17 +221,18 @@ def save_grids(grids: Sequence[LensGrid], path: str | Path, meta: Mapping[str, A
 def load_grids(path: str | Path) -> list[LensGrid]:
     """Read what `save_grids` wrote. Raises InputError for anything else."""
     tensors, meta = load_tensors(Path(path), "lens")
-    return [
-        LensGrid(
-            fact_id=one["fact_id"],
-            site=one["site"],
-            tokens=tuple(one["tokens"]),
-            target=one["target"],
-            top_tokens=tuple(tuple(row) for row in one["top_tokens"]),
-            **{name: tensors[f"{one['fact_id']}/{one['site']}/{name}"] for name in _TENSORS},
-        )
-        for one in meta["grids"]
-    ]
+    with understood(path, "lens", "run locus lens again"):
+        return [
+            LensGrid(
+                fact_id=one["fact_id"],
+                site=one["site"],
+                tokens=tuple(one["tokens"]),
+                target=one["target"],
+                top_tokens=tuple(tuple(row) for row in one["top_tokens"]),
+                **{name: tensors[f"{one['fact_id']}/{one['site']}/{name}"] for name in _TENSORS},
+            )
+            for one in meta["grids"]
+        ]
 
 
 _TENSORS = ("rank", "prob", "entropy", "kl", "top_probs", "top_ids")

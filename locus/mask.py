@@ -16,6 +16,7 @@ from torch import Tensor
 
 from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
+from locus.schema import understood, value_of
 from locus.selection import Selection
 from locus.tensorfile import tensor_bytes
 
@@ -229,14 +230,13 @@ class WeightMask:
             InputError: missing, damaged, or not a mask.
         """
         tensors, meta = load_tensors(path, "mask")
-        try:
+        with understood(path, "mask", "locate again"):
             entries = {
                 name: Selection.restored(entry["form"], tensors.get(name), tuple(entry["shape"]))
                 for name, entry in meta["entries"].items()
             }
-            return cls(entries, meta["fingerprint"], meta["provenance"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not a mask that locus wrote ({error}); locate again") from error
+            fingerprint = value_of(str, meta["fingerprint"], "fingerprint")
+            return cls(entries, fingerprint, value_of(Mapping[str, Any], meta["provenance"], "provenance"))
 
     def _combined(
         self,

@@ -18,6 +18,7 @@ from locus.artefact import load_tensors, save_tensors
 from locus.atlas import Atlas
 from locus.errors import InputError
 from locus.mask import WeightMask
+from locus.schema import understood, value_of
 
 PARTS = ("gate", "up", "down")
 
@@ -124,8 +125,10 @@ class NeuronScores:
     def load(cls, path: str | Path) -> NeuronScores:
         """Read what `save` wrote. Raises InputError for anything else."""
         tensors, meta = load_tensors(Path(path), "neuron-scores")
-        atlas = Atlas.from_json(meta["atlas"])
-        return cls(tensors["values"], meta["method"], meta["fingerprint"], atlas, meta["settings"])
+        with understood(path, "file of neuron scores", "locate again"):
+            said = {key: value_of(str, meta[key], key) for key in ("method", "fingerprint")}
+            settings = value_of(Mapping[str, Any], meta["settings"], "settings")
+            return cls(tensors["values"], **said, atlas=Atlas.from_json(meta["atlas"]), settings=settings)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from locus.artefact import load_json, load_tensors, save_json, save_tensors
 from locus.atlas import Atlas
 from locus.errors import InputError
+from locus.schema import built, understood, value_of
 from locus.scores import LayerScores
 
 TOKEN_CLASSES = (
@@ -34,6 +35,8 @@ TOKEN_CLASSES = (
 """Classes of prompt positions, after Meng et al. 2022 (arXiv:2202.05262). Each position is in exactly one."""
 
 _SCALARS = ("clean_prob", "corrupted_prob", "clean_score", "corrupted_score")
+_LARGEST = 1e30
+"""No metric comes near it; what is above, or is no number, was not traced."""
 _GRIDS = ("scores", "standard_error")
 
 
@@ -122,7 +125,8 @@ class FactTrace:
     def load(cls, path: str | Path) -> FactTrace:
         """Read what `save` wrote. Raises InputError for anything else."""
         tensors, meta = load_tensors(Path(path), "fact-trace")
-        return _decode(meta["fact"], tensors, meta["work"])
+        with understood(path, "trace of a fact", "remove it, and trace again"):
+            return _decode(meta["fact"], tensors, meta["work"])
 
 
 @dataclass(frozen=True)
@@ -263,21 +267,23 @@ class Trace:
         path = path if path.suffix == ".safetensors" else path / "trace.safetensors"
         tensors, meta = load_tensors(path, "trace")
         info = path.with_name("trace.json")
-        work = load_json(info, "trace-info")["timing"]["facts"] if info.exists() else {}
-        facts = []
-        for about in meta["facts"]:
-            prefix = f"{about['fact_id']}/"
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            facts.append(_decode(about, own, work.get(about["fact_id"], {})))
-        atlas = Atlas.from_json(meta["atlas"])
-        return cls(
-            tuple(facts),
-            meta["settings"],
-            meta["fingerprint"],
-            atlas,
-            meta["model"],
-            meta.get("versions", {}),
-        )
+        timing = load_json(info, "trace-info") if info.exists() else {"timing": {"facts": {}}}
+        with understood(info, "trace", "trace again"):
+            work = timing["timing"]["facts"]
+            value_of(Mapping[str, Mapping[str, float]], work, "timing.facts")
+        with understood(path, "trace", "trace again"):
+            facts = []
+            for about in meta["facts"]:
+                prefix = f"{about['fact_id']}/"
+                own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                facts.append(_decode(about, own, work.get(about["fact_id"], {})))
+            if len({fact.kinds for fact in facts}) > 1:
+                raise InputError("its facts were traced for different kinds of states")
+            names = {name: value_of(str, meta[name], name) for name in ("fingerprint", "model")}
+            settings = value_of(Mapping[str, Any], meta["settings"], "settings")
+            versions = value_of(Mapping[str, str], meta.get("versions", {}), "versions")
+            atlas = Atlas.from_json(meta["atlas"])
+            return cls(tuple(facts), settings, atlas=atlas, versions=versions, **names)
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -338,25 +344,21 @@ def _decode(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], work: Mappin
     def grids(name: str) -> dict[str, Tensor]:
         return {kind: tensors[f"{kind}/{name}"] for kind in meta["kinds"] if f"{kind}/{name}" in tensors}
 
-    subject = None if meta["subject"] is None else (meta["subject"][0], meta["subject"][1])
-    return FactTrace(
-        fact_id=meta["fact_id"],
-        prompt=meta["prompt"],
-        target=meta["target"],
-        tokens=tuple(meta["tokens"]),
-        subject=subject,
-        corrupted=tuple(meta["corrupted"]),
-        scores=grids("scores"),
-        standard_error=grids("standard_error"),
-        clean_prob=float(tensors["clean_prob"]),
-        corrupted_prob=float(tensors["corrupted_prob"]),
-        clean_score=float(tensors["clean_score"]),
-        corrupted_score=float(tensors["corrupted_score"]),
-        seed=meta["seed"],
-        samples=meta["samples"],
-        patched_forwards=meta["patched_forwards"],
-        engine=meta["engine"],
-        verified=grids("verified"),
-        rank_correlation=meta["rank_correlation"],
-        work=work,
+    scalars = {name: float(tensors[name]) for name in _SCALARS}
+    told = {key: value for key, value in meta.items() if key != "kinds"}
+    read = {**told, **scalars, "scores": {}, "standard_error": {}, "verified": {}, "work": work}
+    fact = built(FactTrace, read)
+    size = len(fact.tokens)
+    start, stop = fact.subject or (0, 1)
+    if not (0 <= start < stop <= size and all(0 <= p < size for p in fact.corrupted)):
+        raise InputError(f"fact {fact.fact_id[:60]!r}: its subject is not among its {size} tokens")
+    finite = all(abs(value) < _LARGEST for value in scalars.values())
+    finite &= all(bool((grid.abs() < _LARGEST).all()) for grid in grids("scores").values())
+    shapes = {tuple(grid.shape[1:]) for name in (*_GRIDS, "verified") for grid in grids(name).values()}
+    if shapes != {(size,)} or not finite:
+        raise InputError(
+            f"fact {fact.fact_id[:60]!r}: a grid does not fit its {size} tokens, or is not finite"
+        )
+    return replace(
+        fact, scores=grids("scores"), standard_error=grids("standard_error"), verified=grids("verified")
     )

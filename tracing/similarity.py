@@ -29,6 +29,7 @@ from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.mask import WeightMask
 from locus.model import Model
+from locus.schema import understood
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
 from tracing.cost import Cost
@@ -102,11 +103,12 @@ class UnitScores:
     def load(cls, path: str | Path) -> UnitScores:
         """Read what `save` wrote. Raises InputError for anything else."""
         tensors, meta = load_tensors(Path(path), "unit-scores")
-        shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
-        atlas = Atlas.from_json(meta["atlas"])
-        return cls(
-            tensors, shapes, meta["units"], meta["method"], meta["fingerprint"], atlas, meta["settings"]
-        )
+        with understood(path, "file of scores", "locate again"):
+            shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+            atlas = Atlas.from_json(meta["atlas"])
+            return cls(
+                tensors, shapes, meta["units"], meta["method"], meta["fingerprint"], atlas, meta["settings"]
+            )
 
     def _mask(self, chosen: Mapping[str, Tensor], how: Mapping[str, Any]) -> WeightMask:
         entries = {}

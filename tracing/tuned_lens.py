@@ -30,6 +30,7 @@ from locus.hooks import record
 from locus.lens import LensScores, lens_logits
 from locus.model import Model
 from locus.progress import task
+from locus.schema import understood
 from locus.tokens import Encoded, encode_text
 from tracing.cost import Cost
 
@@ -98,7 +99,8 @@ class TunedLens:
     def load(cls, path: str | Path) -> TunedLens:
         """Read what `save` wrote. Raises InputError for anything else."""
         tensors, meta = load_tensors(Path(path), "tuned-lens")
-        return cls(tensors["matrices"], tensors["biases"], meta["fingerprint"], meta["settings"])
+        with understood(path, "tuned lens", "train it again"):
+            return cls(tensors["matrices"], tensors["biases"], meta["fingerprint"], meta["settings"])
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from locus.forward import Batch, batches
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.progress import track
+from locus.schema import understood
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
 from tracing.cost import Cost
@@ -134,8 +135,9 @@ class WeightScores:
     def load(cls, path: str | Path) -> WeightScores:
         """Read what `save` wrote. Raises InputError for anything else."""
         tensors, meta = load_tensors(Path(path), "weight-scores")
-        atlas = Atlas.from_json(meta["atlas"])
-        return cls(tensors, meta["method"], meta["fingerprint"], atlas, meta["settings"])
+        with understood(path, "file of weight scores", "locate again"):
+            atlas = Atlas.from_json(meta["atlas"])
+            return cls(tensors, meta["method"], meta["fingerprint"], atlas, meta["settings"])
 
 
 @dataclass(frozen=True)

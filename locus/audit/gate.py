@@ -81,6 +81,8 @@ def read_gate(path: str | Path) -> Gate:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text in UTF-8 ({error})") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from error
     known = {
@@ -90,13 +92,13 @@ def read_gate(path: str | Path) -> Gate:
     }
     thresholds: list[Threshold] = []
     for name, keys in known.items():
-        for key, bounds in table.pop(name, {}).items():
+        for key, bounds in _table(path, table, name).items():
             if key not in keys:
                 raise InputError(f"{path}: [{name}] has no {key!r}; there are {', '.join(keys)}")
             thresholds.append(_threshold(path, name, key, bounds))
     verdicts = {}
-    for question, answers in table.pop("verdicts", {}).items():
-        passing = (answers,) if isinstance(answers, str) else tuple(answers)
+    for question, answers in _table(path, table, "verdicts").items():
+        passing = tuple(answers) if isinstance(answers, list) else (answers,)
         if question not in QUESTIONS or not passing or any(a not in ANSWERS[:4] for a in passing):
             raise InputError(
                 f"{path}: [verdicts] {question}: questions are {', '.join(QUESTIONS)}; answers yes, partly, no"
@@ -131,6 +133,14 @@ def check_gate(audit: Audit | Mapping[str, Any], gate: Gate) -> list[GateResult]
     return results
 
 
+def _table(path: Path, table: dict[str, Any], name: str) -> dict[str, Any]:
+    """Take one table out of the file; empty where it is not there."""
+    inner = table.pop(name, {})
+    if not isinstance(inner, dict):
+        raise InputError(f"{path}: {name} must be a table: [{name}] or [{name}.KEY]")
+    return inner
+
+
 def _threshold(path: Path, table: str, key: str, bounds: object) -> Threshold:
     if (
         not isinstance(bounds, dict)
@@ -139,7 +149,7 @@ def _threshold(path: Path, table: str, key: str, bounds: object) -> Threshold:
     ):
         raise InputError(f'{path}: [{table}.{key}] takes min, max (at least one) and end = "mean" or "worst"')
     numbers = {name: bounds[name] for name in ("min", "max") if name in bounds}
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers.values()):
+    if any(type(v) not in (int, float) or not abs(v) < 1e300 for v in numbers.values()):
         raise InputError(f"{path}: [{table}.{key}] min and max must be numbers")
     end = bounds.get("end", "mean")
     if end not in ("mean", "worst"):

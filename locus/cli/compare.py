@@ -25,10 +25,12 @@ def compare(
     from locus.audit import read_audit
     from locus.audit.compare import compare as side_by_side
     from locus.report import compare_report
+    from locus.schema import understood
 
     documents = {_name(path): read_audit(path) for path in audits}
-    side = side_by_side(documents)
-    page = compare_report(documents, out)
+    with understood(", ".join(map(str, audits)), "set of audits", "audit again"):
+        side = side_by_side(documents)
+        page = compare_report(documents, out)
     table = Table(box=None, pad_edge=False)
     table.add_column("edit")
     for objective in side.objectives:

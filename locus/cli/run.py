@@ -88,6 +88,8 @@ class Walk:
                 raise InputError(
                     f"{path}: unknown table [{table}]; there are {', '.join(f'[{t}]' for t in _TABLES)}"
                 )
+            if not isinstance(given, dict):
+                raise InputError(f"{path}: {table} must be a table: [{table}]")
             allowed = _TABLES[table]
             unknown = sorted(set(given) - allowed) if allowed is not None else []
             if unknown:
@@ -128,7 +130,7 @@ class Walk:
             "locate": ("saliency", LOCALIZERS, "localizer"),
             "edit": ("npo", EDITORS, "editor"),
         }[stage]
-        name = self.config[stage].get("method", name)
+        name = str(self.config[stage].get("method", name))
         return name, settings_from(f"{self.where} [{stage}]", method_class(methods, name, kind), table)
 
     def go(self) -> None:

@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 def write_page(path: str | Path, template: str, **values: Any) -> Path:
     """Render a template of `locus/report/templates` into a file, atomically; returns its path."""
+    from jinja2 import UndefinedError
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = _environment().get_template(template).render(**values)
+    try:
+        text = _environment().get_template(template).render(**values)
+    except UndefinedError as error:
+        raise LookupError(f"the page needs what it was not given: {error}") from error
     with atomic_file(path) as temp:
         temp.write_text(text, encoding="utf-8")
     return path
