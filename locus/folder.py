@@ -177,7 +177,7 @@ class Checkpoint:
             )
             if not named or not shard.endswith(".safetensors"):
                 raise InputError(
-                    f"{path}: names the shard {shard!r}; shards are .safetensors files beside the index"
+                    f"{path}: names the shard {str(shard)[:80]!r}; shards are .safetensors files beside the index"
                 )
         missing = sorted({shard for shard in weight_map.values() if not (self.folder / shard).exists()})
         if missing:

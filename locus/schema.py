@@ -81,7 +81,7 @@ def value_of(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif hint in (NoneType, None) and value is None:
         return None
-    elif hint in (int, str, bool) and type(value) is hint and not (hint is int and abs(value) >= 1 << 63):
+    elif hint in (int, str, bool) and type(value) is hint and not (hint is int and abs(value) >= 1 << 53):
         return value
     raise InputError(f"{where} is {_short(value)}: {_named(hint)} was expected")
 
