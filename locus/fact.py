@@ -72,6 +72,8 @@ class Fact:
     """Facts close by that an edit must leave alone."""
     alternatives: tuple[str, ...] = ()
     """Wrong targets of the same kind."""
+    paraphrased_target: str | None = None
+    """The right target in other words, with its leading space; None where there is none."""
     held_out: bool = False
     """Kept from the editor, to judge it by."""
     source: str = ""
@@ -88,7 +90,7 @@ class Fact:
         _ = self.example, self.paraphrase_examples
         if _half_character(self.relation or ""):
             raise InputError("the relation holds half a character (a lone surrogate): write it in UTF-8")
-        for target in self.alternatives:
+        for target in (*self.alternatives, *filter(None, [self.paraphrased_target])):
             Example(self.prompt, target)
         if self.subject is None:
             if self.subject_start is not None:
@@ -260,6 +262,7 @@ def _fact(record: Record, number: int) -> Fact:
         paraphrases=tuple(record.texts("paraphrases")),
         neighbours=tuple(_example(neighbour) for neighbour in record.objects("neighbours")),
         alternatives=tuple(record.texts("alternatives")),
+        paraphrased_target=record.optional_text("paraphrased_target"),
         held_out=held_out,
         source=record.place,
     )

@@ -55,7 +55,8 @@ def counterfact(record: Record) -> Record:
 def tofu(record: Record) -> Record:
     """TOFU's questions and answers, through `TOFU_TEMPLATE` (Maini et al. 2024, arXiv:2401.06121).
 
-    Perturbed answers (else the options that are not the answer) become the alternatives. There is no subject.
+    Perturbed answers (else the options that are not the answer) become the alternatives, the paraphrased
+    answer the paraphrased target. There is no subject.
     """
     answer = record.text("answer")
     wrong = record.texts("perturbed_answer") or [
@@ -66,6 +67,8 @@ def tofu(record: Record) -> Record:
     fields = _spaced(TOFU_TEMPLATE.format(record.text("question")), answer)
     fields["paraphrases"] = [TOFU_TEMPLATE.format(text) for text in record.texts("paraphrased_question")]
     fields["alternatives"] = [_space(text) for text in wrong]
+    if (said := record.optional_text("paraphrased_answer")) is not None:
+        fields["paraphrased_target"] = _space(said)
     return _translated(record, fields)
 
 

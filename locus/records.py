@@ -251,7 +251,9 @@ def text_blocks(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str
 
 
 def hub_records(name: str) -> Iterator[Record]:
-    """Rows of a dataset of the Hugging Face hub, streamed: `hf://owner/name[/config][#split]`, split train.
+    """Rows of a dataset of the Hugging Face hub: `hf://owner/name[/config][#split]`, split train.
+
+    Streamed, or taken from the local cache alone where HF_HUB_OFFLINE is set.
 
     Raises:
         InputError: the optional package `datasets` is not installed, or it cannot find the dataset.
@@ -259,20 +261,25 @@ def hub_records(name: str) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
-        raise InputError(f'{name}: reading the hub needs `pip install "locus-unlearn[datasets]"`') from None
+        raise InputError(f'{name}: reading the hub needs `pip install "locus-unlearn[hub]"`') from None
     path, _, split = name.removeprefix("hf://").partition("#")
     owner, _, rest = path.partition("/")
     dataset, _, config = rest.partition("/")
     if not owner or not dataset:
         raise InputError(f"{name}: name it as hf://owner/dataset, hf://owner/dataset/config or …#split")
+    offline = bool(datasets.config.HF_HUB_OFFLINE)
     try:
         rows = datasets.load_dataset(
-            f"{owner}/{dataset}", config or None, split=split or "train", streaming=True
+            f"{owner}/{dataset}", config or None, split=split or "train", streaming=not offline
         )
+        for number, row in enumerate(rows, 1):
+            yield _record(f"{name}, row {number}", dict(row))
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {str(error).splitlines()[0]}") from None
-    for number, row in enumerate(rows, 1):
-        yield _record(f"{name}, row {number}", dict(row))
+        if isinstance(error, InputError):
+            raise
+        where = " (HF_HUB_OFFLINE is set, so only the local cache was asked)" if offline else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name}: the hub did not give it{where}: {reason}") from None
 
 
 def _record(place: str, value: object) -> Record:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from locus.audit.answers import ask, questions_of
 from locus.audit.context import Context
+from locus.audit.found import Found
 from locus.audit.interval import Items
 from locus.audit.state import State
 from locus.fact import Example, Fact
-from locus.metrics import multiple_choice, probability_among
+from locus.metrics import multiple_choice, probability_among, truth_ratio, truth_ratio_score
 from locus.model import Model
 
 LETTERS = "ABCDEFGHIJ"
 
 
-def run(state: State, context: Context) -> Mapping[str, Items]:
-    """Cloze and letter form over the facts that have wrong alternatives; nothing where none has."""
+def run(state: State, context: Context) -> Found:
+    """Cloze form, letter form and truth ratio over the facts that have wrong alternatives."""
     facts = [f for f in context.facts if f.alternatives]
     if not facts:
-        return {}
+        return Found()
     ids = tuple(f.id for f in facts)
     with state.active() as model:
         cloze, among = _cloze(model, facts, context.max_tokens)
         letters = by_letter(model, [letter_question(f, context.seed) for f in facts], context.max_tokens)
-    return {
-        "choice.cloze": Items(ids, torch.tensor(cloze)),
-        "familiarity.probability": Items(ids, torch.tensor(among)),
-        "choice.letter": Items(ids, torch.tensor(letters)),
-    }
+        ratios = _truth_ratios(model, facts, context)
+    return Found(
+        {
+            "choice.cloze": Items(ids, torch.tensor(cloze)),
+            "familiarity.probability": Items(ids, torch.tensor(among)),
+            "choice.letter": Items(ids, torch.tensor(letters)),
+            "choice.truth_ratio": Items(ids, torch.tensor(ratios)),
+        }
+    )
 
 
 def letter_question(fact: Fact, seed: int) -> tuple[str, int, int]:
@@ -71,3 +76,24 @@ def _cloze(model: Model, facts: Sequence[Fact], max_tokens: int) -> tuple[list[f
         shares.append(float(probability_among(nll, n).nan_to_num(0.0)))
         start = stop
     return hits, shares
+
+
+def _truth_ratios(model: Model, facts: Sequence[Fact], context: Context) -> list[float]:
+    """TOFU's truth-ratio score of each fact: 1 where right and wrong targets are equally likely.
+
+    The right target is the paraphrased one where the fact has it, as TOFU's wrong answers are made from that.
+    """
+    pairs = [
+        (f.id, Example(f.prompt, t))
+        for f in facts
+        for t in (f.paraphrased_target or f.target, *f.alternatives)
+    ]
+    answers = ask(model, questions_of(model, pairs), context.max_tokens)
+    per_token, mode = answers.nll / answers.n_tokens, context.settings.truth_ratio
+    scores, start = [], 0
+    for fact in facts:
+        stop = start + 1 + len(fact.alternatives)
+        ratio = truth_ratio(per_token[start : start + 1], per_token[None, start + 1 : stop], mode)
+        scores.append(float(truth_ratio_score(ratio, True, mode).nan_to_num(0.0)))
+        start = stop
+    return scores

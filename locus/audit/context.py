@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from locus.audit.answers import Questions
+from locus.audit.settings import AuditSettings
 from locus.audit.state import State
 from locus.fact import Fact
 
@@ -20,8 +21,13 @@ class Context:
     retain: Sequence[Fact]
     """What had to stay: attackers may train on those that are not held out."""
     questions: Mapping[str, Questions]
-    max_tokens: int = 4096
+    settings: AuditSettings = field(default_factory=AuditSettings)
     max_new_tokens: int = 24
     seed: int = 0
     never_knew: State | None = None
     """A model retrained without the forget set, where there is one."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Batch size in tokens."""
+        return self.settings.max_tokens

@@ -8,13 +8,14 @@ no score, only the drop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from locus.audit.context import Context
+from locus.audit.found import Curve, Found
 from locus.audit.interval import Items
 from locus.audit.state import State
 from locus.forward import Batch, batches, label_logits, label_nll
@@ -26,17 +27,19 @@ THRESHOLD = 0.05
 """Layers where the retrained model causes a smaller drop (nats a token) do not hold the knowledge."""
 
 
-def run(state: State, context: Context) -> Mapping[str, Items]:
-    """Drop of log p(target) per token by patching, and the score where a retrained model is given."""
+def run(state: State, context: Context) -> Found:
+    """Drop of log p(target) per token by patching, layer by layer, and the score where a retrained model is given."""
     forget = context.questions["forget"]
     drop = drops(context.base, state, forget.encoded, context.max_tokens)
     found = {"depth.drop": Items(forget.facts, drop.mean(1))}
+    by_layer = tuple(Items(forget.facts, drop[:, layer]) for layer in range(drop.shape[1]))
+    curve = Curve("layer", tuple(map(float, range(len(by_layer)))), by_layer)
     if context.never_knew is not None:
         reference = drops(context.base, context.never_knew, forget.encoded, context.max_tokens)
         scores, known = depth_score(drop, reference)
         kept = tuple(f for f, k in zip(forget.facts, known.tolist(), strict=True) if k)
         found["depth.erased"] = Items(kept, scores[known])
-    return found
+    return Found(found, curves={"depth": curve})
 
 
 def depth_score(

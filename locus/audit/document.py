@@ -33,10 +33,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from locus.audit.answers import KINDS
-from locus.audit.figure import FIGURES
+from locus.audit.figure import FIGURES, figure_of
 from locus.audit.interval import Interval, Items, difference, mean_interval, ratio
+from locus.audit.judge import judge
 from locus.audit.measurement import Measurement
-from locus.audit.verdict import Verdict, compare_states, judge, recovered
+from locus.audit.resist import recovered
+from locus.audit.verdict import Verdict
+from locus.audit.versus import compare_states
 
 if TYPE_CHECKING:
     from locus.audit.examine import Audit
@@ -48,13 +51,13 @@ def document(audit: Audit) -> dict[str, Any]:
     """The audit as plain JSON values, every interval computed."""
     base, standards = audit.base, audit.settings.standards
     controls = audit.controls
-    verdicts = {edit.name: judge(edit, base, controls, standards) for edit in audit.edits}
+    verdicts = {edit.name: judge(edit, base, controls, standards, audit.reference) for edit in audit.edits}
     return {
         "schema": SCHEMA,
         "model": dict(audit.model),
         "settings": audit.settings.to_json(),
         "data": {kind: len(audit.questions.get(kind, ())) for kind in KINDS} | {"text_tokens": _tokens(base)},
-        "metrics": _metrics(),
+        "metrics": _metrics(_keys(audit)),
         "states": [_state(one, audit) for one in audit.measurements],
         "comparisons": [
             {
@@ -153,7 +156,13 @@ def _tokens(base: Measurement) -> int:
     return 0 if base.text is None else len(base.text.paragraphs)
 
 
-def _metrics() -> dict[str, Any]:
+def _keys(audit: Audit) -> tuple[str, ...]:
+    """Every figure of the table, and those of tasks that only this audit has."""
+    further = {key for m in audit.measurements for key in (*m.extra, *m.scalars)} - set(FIGURES)
+    return (*FIGURES, *sorted(further))
+
+
+def _metrics(keys: Sequence[str]) -> dict[str, Any]:
     return {
         f.key: {
             "label": f.label,
@@ -162,12 +171,12 @@ def _metrics() -> dict[str, Any]:
             "unit": f.unit,
             "definition": f.definition,
         }
-        for f in FIGURES.values()
+        for f in map(figure_of, keys)
     }
 
 
 def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
-    figures = {key: interval_json(_mean(one.items(key))) for key in FIGURES}
+    figures = {key: interval_json(_mean(one.items(key))) for key in _keys(audit)}
     for key, value in one.scalars.items():
         figures[key] = {"mean": rounded(value), "low": None, "high": None, "n": None, "n_items": None}
     change = audit.changes.get(one.name)
@@ -235,6 +244,12 @@ def _curves(one: Measurement, ks: Sequence[int]) -> dict[str, Any]:
             "n_taught": len(curve.taught),
             "n": len(curve.tested),
         }
+    for name, further in one.curves.items():
+        curves[name] = {
+            "over": further.over,
+            "xs": list(further.xs),
+            "values": [interval_json(_mean(items)) for items in further.at],
+        }
     return curves
 
 
@@ -301,6 +316,7 @@ def _forget_detail(m: Measurement, fact: str, i: int) -> dict[str, Any]:
         detail["paraphrases"] = {"right": sum(right), "of": len(right)}
     if m.lens is not None:
         detail["lens_best_rank"] = int(m.lens.rank[i].min())
+        detail["lens_rank"] = m.lens.rank[i].tolist()
     if m.relearning is not None and fact in m.relearning.tested:
         where = m.relearning.tested.index(fact)
         detail["relearned_prob"] = rounded(float(m.relearning.tested_prob[-1, where]))

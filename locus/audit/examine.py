@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ import torch
 
 from locus.artefact import load_json, save_json
 from locus.audit.answers import Questions, ask, questions_of, split_facts, subset
-from locus.audit.attacks import ATTACKS, FIGURES_OF, WHY_NOT, attack_all, attacks_of
+from locus.audit.attacks import ATTACKS, BUILT_IN, FIGURES_OF, WHY_NOT, attack_all, attacks_of
 from locus.audit.change import Change, change_of
 from locus.audit.context import Context
 from locus.audit.document import document
 from locus.audit.figure import FIGURES
+from locus.audit.found import Found
 from locus.audit.leak import look_inside
 from locus.audit.measurement import Measurement
-from locus.audit.relearn import RelearnAttack, relearn
-from locus.audit.rounding import FORMATS, Format, survive_rounding
+from locus.audit.relearn import relearn
+from locus.audit.rounding import survive_rounding
+from locus.audit.settings import AuditSettings
 from locus.audit.state import State, states_of
 from locus.audit.suites import Suite
 from locus.audit.text import TextScores, read_text
-from locus.audit.verdict import Standards
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact
@@ -35,36 +37,6 @@ from locus.progress import task
 from locus.tokens import Encoded, encode_text
 
 KIND = "audit"
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """What is measured and how."""
-
-    lens: bool = True
-    """Read every layer through the logit lens."""
-    lens_k: tuple[int, ...] = (4, 10)
-    """Sizes of the top and bottom that count as a leak."""
-    relearn: RelearnAttack | None = field(default_factory=RelearnAttack)
-    """The relearning attack; None leaves it out."""
-    rounding: tuple[Format, ...] = FORMATS
-    """Weight formats to round to; empty leaves it out."""
-    attacks: tuple[str, ...] = ()
-    """Further attacks by name (see `locus.audit.attacks`), or "all"; each costs a pass or more a state."""
-    text_block: int = 256
-    """Longest piece of neutral text, in tokens."""
-    text_tokens: int = 2048
-    """Neutral text is read up to about so many tokens; whole paragraphs, spread over what was given."""
-    max_tokens: int = 4096
-    """Batch size in tokens."""
-    max_bytes: int = 1 << 30
-    """Memory for the base's log-probabilities on neutral text."""
-    standards: Standards = field(default_factory=Standards)
-    """The lines between the verdicts."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -95,7 +67,11 @@ class Audit:
         return (self.base, *self.edits, *self.controls, *reference)
 
     def document(self) -> dict[str, Any]:
-        """The audit as JSON values; see `locus.audit.document` for the schema."""
+        """The audit as JSON values; SCHEMA.md beside this file says what each field is."""
+        return self._document
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
         return document(self)
 
     def save(self, folder: str | Path) -> Path:
@@ -125,7 +101,7 @@ def measure_model(
 ) -> Measurement:
     """Measure one model state: answers, inner layers, rounding, relearning.
 
-    Neutral text is read for all states together (`read_text`) and passed in. The base is not attacked:
+    Neutral text is read for all states together (`read_text`) and passed in. The base is not retaught:
     it has nothing to bring back.
 
     Args:
@@ -136,20 +112,32 @@ def measure_model(
         context: What the further attacks of `settings.attacks` are given; None leaves them out.
     """
     start = time.perf_counter()
-    forget, budget = questions["forget"], settings.max_tokens
+    forget, budget, attacks = questions["forget"], settings.max_tokens, attacks_of(settings.attacks)
     with state.active() as model:
         answers = {kind: ask(model, q, budget) for kind, q in questions.items() if kind not in _PARTS}
         answers |= {
             kind: subset(answers["held_out"], questions, kind) for kind in _PARTS if kind in questions
         }
-        leak = look_inside(model, forget, budget) if settings.lens else None
+        leak = look_inside(model, forget, budget) if "lens" in attacks else None
         held_out = questions.get("held_out", Questions((), (), ()))
-        survived = survive_rounding(model, forget, held_out, settings.rounding, budget)
-        attack = settings.relearn if state.role in ("edit", "control") and len(forget) > 1 else None
-        curve = None if attack is None else relearn(model, forget, attack, budget)
-    extra = {} if context is None else attack_all(attacks_of(settings.attacks), state, context)
-    seconds = time.perf_counter() - start
-    return Measurement(state.name, state.role, answers, text, leak, curve, survived, extra, seconds=seconds)
+        formats = settings.rounding if "rounding" in attacks else ()
+        survived = survive_rounding(model, forget, held_out, formats, budget)
+        teach = "relearn" in attacks and state.role != "base" and len(forget) > 1
+        curve = relearn(model, forget, settings.relearn, budget) if teach else None
+    found = Found() if context is None else attack_all(attacks, state, context)
+    return Measurement(
+        state.name,
+        state.role,
+        answers,
+        text,
+        leak,
+        curve,
+        survived,
+        found.items,
+        found.scalars,
+        found.curves,
+        seconds=time.perf_counter() - start,
+    )
 
 
 _PARTS = ("held_out_near", "held_out_far")
@@ -206,7 +194,7 @@ def audit(
     encoded = _pieces(base, text, settings)
     attacks_of(settings.attacks)
     reference = next((state for state in states if state.role == "reference"), None)
-    context = Context(states[0], facts, retain, questions, settings.max_tokens, never_knew=reference)
+    context = Context(states[0], facts, retain, questions, settings, never_knew=reference)
     texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
     measured = []
     with task("audit", total=len(states)) as line:
@@ -253,13 +241,11 @@ def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[E
 def with_suites(one: Measurement, state: State, suites: Sequence[Suite], context: Context) -> Measurement:
     """The measurement with the figures of every suite added."""
     start = time.perf_counter()
-    items, scalars = dict(one.extra), dict(one.scalars)
+    found = Found(one.extra, one.scalars, one.curves)
     for suite in suites:
-        found = suite.run(state, context)
-        items |= found.items
-        scalars |= found.scalars
+        found |= suite.run(state, context)
     seconds = one.seconds + time.perf_counter() - start
-    return replace(one, extra=items, scalars=scalars, seconds=seconds)
+    return replace(one, extra=found.items, scalars=found.scalars, curves=found.curves, seconds=seconds)
 
 
 def _missing(
@@ -270,6 +256,7 @@ def _missing(
     measured: Sequence[Measurement],
     suites: Sequence[Suite],
 ) -> list[dict[str, str]]:
+    asked = attacks_of(settings.attacks)
     absent = {
         "paraphrases": ("paraphrase" in questions, "no forget fact has paraphrases"),
         "neighbours": ("neighbour" in questions, "no forget fact has neighbours"),
@@ -281,21 +268,20 @@ def _missing(
         "retained facts": ("retained" in questions, "no retain facts to train on were given"),
         "neutral text": (text, "no text was given"),
         "controls": (controls, "no control edits with random masks of equal size were given"),
-        "inner layers": (settings.lens, "the logit lens was switched off"),
-        "relearning": (
-            settings.relearn is not None and len(questions["forget"]) > 1,
-            "switched off, or fewer than two forget facts",
+        "the untaught half under relearning": (
+            "relearn" not in asked or len(questions["forget"]) > 1,
+            "fewer than two forget facts",
         ),
-        "rounding": (bool(settings.rounding), "no weight formats were chosen"),
     }
     found = [{"what": what, "why": why} for what, (present, why) in absent.items() if not present]
-    have = {key for m in measured for key in (*m.extra, *m.scalars)}
-    wanted = [(f"attack {name}", "not asked for (settings.attacks)") for name in ATTACKS]
-    asked = attacks_of(settings.attacks)
-    found += [{"what": what, "why": why} for what, why in wanted if what.removeprefix("attack ") not in asked]
-    expected = [key for name in asked for key in FIGURES_OF[name]] + [
-        key for s in suites for key in s.figures
+    found += [
+        {"what": f"attack {name}", "why": "not asked for (--attacks)"}
+        for name in (*BUILT_IN, *ATTACKS)
+        if name not in asked
     ]
+    have = {key for m in measured for key in (*m.extra, *m.scalars)}
+    expected = [key for name in asked for key in FIGURES_OF.get(name, ())]
+    expected += [key for s in suites for key in s.figures]
     return found + [
         {"what": FIGURES[key].label, "why": WHY_NOT.get(key, "its data were not given or not usable")}
         for key in expected

@@ -6,17 +6,16 @@ The paper's second measure, by probability, is `familiarity.probability` of `loc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from locus.audit.context import Context
+from locus.audit.found import Found
 from locus.audit.generation import generate
 from locus.audit.interval import Items
 from locus.audit.state import State
 
 
-def run(state: State, context: Context) -> Mapping[str, Items]:
+def run(state: State, context: Context) -> Found:
     """Greedy completions of each prompt and its paraphrases, searched for the target."""
     asked = [context.questions[kind] for kind in ("forget", "paraphrase") if kind in context.questions]
     facts = tuple(fact for q in asked for fact in q.facts)
@@ -24,4 +23,4 @@ def run(state: State, context: Context) -> Mapping[str, Items]:
     with state.active() as model:
         written = generate(model, [e.prompt_ids for q in asked for e in q.encoded], context.max_new_tokens)
     said = [float(target in text.casefold()) for target, text in zip(targets, written, strict=True)]
-    return {"familiarity.completion": Items(facts, torch.tensor(said))}
+    return Found({"familiarity.completion": Items(facts, torch.tensor(said))})

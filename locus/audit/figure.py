@@ -73,6 +73,8 @@ _SURVIVAL = (
 )  # fmt: skip
 
 _ATTACKS = (
+    Figure("prompts.template.prob", "p(target), best template", "general", "lower",
+           "Highest probability of the target over templates that put the prompt into other words; one value a fact."),
     Figure("prompts.few_shot.prob", "p(target), few-shot", "general", "lower",
            "Probability of the target after three other facts of the retain set, completed, and then the prompt."),
     Figure("prompts.jailbreak.prob", "p(target), best of the jailbreaks", "general", "lower",
@@ -85,6 +87,9 @@ _ATTACKS = (
            "Share of facts whose target is likelier per token than every wrong alternative; chance is 1 in options."),
     Figure("choice.letter", "picked by letter", "general", "lower",
            "Share of multiple-choice questions (A, B, ...) whose right letter is the likeliest of the letters."),
+    Figure("choice.truth_ratio", "truth ratio", "general", "higher",
+           "min(r, 1/r), r the wrong alternatives' per-token probability (geometric mean) over the right (paraphrased) "
+           "target's; 1 is indistinguishable."),
     Figure("generation.exact", "exact memorization", "forgotten", "lower",
            "Share of target tokens that greedy decoding gets right, teacher-forced; one value a fact."),
     Figure("generation.extraction", "extraction strength", "forgotten", "lower",
@@ -104,6 +109,8 @@ _ATTACKS = (
     Figure("depth.drop", "log p lost by patching in", "hidden", "higher",
            "Mean over layers of log p(base) - log p(base with one layer's edited hidden states), per target token.",
            "nats"),
+    Figure("relearn.lora.prob", "p(target) after LoRA relearning", "returns", "lower",
+           "Probability of the targets of one half of the forget facts after training low-rank adapters on the other."),
     Figure("soft_prompt.prob", "p(target) under a soft prompt", "returns", "lower",
            "Probability of one half of the targets after a few trainable embeddings, fitted on the other half."),
 )  # fmt: skip
@@ -141,3 +148,15 @@ _SUITES = (
 
 FIGURES: Mapping[str, Figure] = {f.key: f for f in (*_CORE, *_LENS, *_SURVIVAL, *_ATTACKS, *_SUITES)}
 """Every figure by its key, in the order of the reports."""
+
+
+def figure_of(key: str) -> Figure:
+    """The figure of a key; those of lm-evaluation-harness tasks (harness.TASK.METRIC) are made as they come."""
+    if key in FIGURES:
+        return FIGURES[key]
+    _, task, metric = key.split(".", 2)
+    better: Better = "lower" if "perplexity" in metric or metric.startswith("bits_per") else "higher"
+    unit: Unit = "share" if metric.startswith(("acc", "exact_match", "f1")) else "score"
+    return Figure(
+        key, f"{task}: {metric}", "suites", better, f"{metric} on {task}, by lm-evaluation-harness.", unit
+    )

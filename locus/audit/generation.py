@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from locus.audit.context import Context
+from locus.audit.found import Found
 from locus.audit.interval import Items
 from locus.audit.state import State
 from locus.errors import InputError
@@ -18,7 +19,7 @@ from locus.model import Model
 from locus.tokens import Encoded
 
 
-def run(state: State, context: Context) -> Mapping[str, Items]:
+def run(state: State, context: Context) -> Found:
     """Exact memorization, extraction strength and ROUGE-L of the forget targets."""
     questions = context.questions["forget"]
     with state.active() as model:
@@ -27,11 +28,11 @@ def run(state: State, context: Context) -> Mapping[str, Items]:
     targets = [example.target for example in questions.examples]
     found = {
         "generation.exact": [exact_memorization(f) for f in flags],
-        "generation.extraction": [extraction_strength(f) for f in flags],
+        "generation.extraction": [extraction_strength(f, context.settings.extraction) for f in flags],
     }
     if (recall := rouge_recalls(targets, written)) is not None:
         found["generation.rouge"] = recall
-    return {key: Items(questions.facts, torch.tensor(values)) for key, values in found.items()}
+    return Found({key: Items(questions.facts, torch.tensor(values)) for key, values in found.items()})
 
 
 def greedy_flags(

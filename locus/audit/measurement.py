@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from locus.audit.answers import KINDS, Answers
+from locus.audit.found import Curve
 from locus.audit.interval import Items
 from locus.audit.leak import LensLeak
 from locus.audit.relearn import Relearning
@@ -31,6 +32,8 @@ class Measurement:
     """Values of the further attacks and suites, by figure key."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Figures of suites that are one number for the whole set (a p-value, a harmonic mean), by figure key."""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """Curves of the further attacks, by their own names."""
     seconds: float = 0.0
 
     def items(self, key: str) -> Items | None:

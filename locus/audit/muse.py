@@ -15,11 +15,12 @@ import torch
 
 from locus import metrics
 from locus.audit.context import Context
+from locus.audit.found import Found
 from locus.audit.generation import generate
 from locus.audit.interval import Items
 from locus.audit.membership import SCORES, membership_scores
+from locus.audit.source import Source
 from locus.audit.state import State
-from locus.audit.suites import Found, read_records
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model
@@ -99,12 +100,13 @@ class Muse:
         return {name: (forget[name], holdout[name]) for name in forget}
 
 
-def read_muse(folder: Path, limit: int | None = None) -> Muse:
-    """Read those of MUSE's files that are in a folder.
+def read_muse(place: str | Path, limit: int | None = None) -> Muse:
+    """Read those of MUSE's sets that are in a folder; from the hub (hf://muse-bench/MUSE-News) all of them.
 
     Raises:
         InputError: none of them is there, or one is not what MUSE has under that name.
     """
+    source = Source(str(place))
     wanted = {
         "verbmem/forget": ("prompt", "gt"),
         "privleak/forget": ("text",),
@@ -112,17 +114,25 @@ def read_muse(folder: Path, limit: int | None = None) -> Muse:
         **{f"knowmem/{g}_qa{i}": ("question", "answer") for g in ("forget", "retain") for i in ("", "_icl")},
     }
     sets = {
-        name: read_records(path, None if name.endswith("_icl") else limit, *needed)
+        name: source.read(name, None if name.endswith("_icl") else limit, *needed)
         for name, needed in wanted.items()
-        if (path := folder / f"{name}.json").is_file()
+        if source.has(name)
     }
     if not sets:
-        raise InputError(f"{folder}: none of {', '.join(f'{name}.json' for name in wanted)} is there")
+        raise InputError(f"{place}: none of {', '.join(f'{name}.json' for name in wanted)} is there")
     facts = {
         g: [_fact(g, i, r) for i, r in enumerate(sets.get(f"knowmem/{g}_qa", ()))]
         for g in ("forget", "retain")
     }
-    return Muse(sets, facts["forget"], facts["retain"])
+    passages = [
+        Fact(id=f"passage-{i}", prompt=str(r["prompt"]).rstrip(" "), target=_spaced(str(r["gt"])))
+        for i, r in enumerate(sets.get("verbmem/forget", ()))
+    ]
+    return Muse(sets, facts["forget"] or passages, facts["retain"])
+
+
+def _spaced(text: str) -> str:
+    return text if text[:1].isspace() else f" {text}"
 
 
 def _rouge_items(

@@ -7,7 +7,7 @@ the answer's first token, and must carry over to the forgotten ones. Its layer i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from locus.audit.answers import Questions, questions_of
 from locus.audit.context import Context
+from locus.audit.found import Curve, Found
 from locus.audit.interval import Items
 from locus.audit.state import State
 from locus.fact import Example
@@ -27,13 +28,13 @@ RIDGE = 1.0
 MIN_TRAINING = 10
 
 
-def run(state: State, context: Context) -> Mapping[str, Items]:
-    """Share of forget facts decoded by the probe; nothing where there are too few retained facts to train on."""
+def run(state: State, context: Context) -> Found:
+    """Share of forget facts decoded by the probe of each layer; nothing without retained facts to train on."""
     forget, held_out = context.questions["forget"], context.questions.get("held_out")
     with state.active() as model:
         training = _training(model, context)
         if training is None or held_out is None:
-            return {}
+            return Found()
         rows = model.module.get_parameter(f"{model.atlas.unembed}.weight").detach().float().cpu()
         taught = last_states(model, training.encoded, context.max_tokens)
         tuned = last_states(model, held_out.encoded, context.max_tokens)
@@ -46,7 +47,9 @@ def run(state: State, context: Context) -> Mapping[str, Items]:
         accuracy = hits(read(tuned[:, layer]), answers[1], rows)
         best = max(best, (float(accuracy.mean()), -layer))
         decoded.append(hits(read(tested[:, layer]), answers[2], rows))
-    return {"probe.top1": Items(forget.facts, decoded[-best[1]])}
+    by_layer = tuple(Items(forget.facts, hit) for hit in decoded)
+    curve = Curve("layer", tuple(map(float, range(len(by_layer)))), by_layer)
+    return Found({"probe.top1": by_layer[-best[1]]}, curves={"probe": curve})
 
 
 def fit(

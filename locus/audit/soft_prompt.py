@@ -6,7 +6,6 @@ forgotten data directly); the untaught half keeps it from simply storing the ans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from locus.audit.answers import Questions, ask
 from locus.audit.context import Context
+from locus.audit.found import Found
 from locus.audit.interval import Items
 from locus.audit.relearn import halves
 from locus.audit.state import State
@@ -35,18 +35,18 @@ class SoftPrompt:
     """Adam's, in units of the embeddings' standard deviation."""
 
 
-def run(state: State, context: Context) -> Mapping[str, Items]:
+def run(state: State, context: Context) -> Found:
     """p(target) of the untaught half under the fitted prompt; nothing with fewer than two facts."""
     forget = context.questions["forget"]
     if len(forget) < 2:
-        return {}
+        return Found()
     taught, tested = halves(forget.facts, context.seed)
     with state.active() as model:
         longest = max(len(e.ids) for e in forget.encoded) + SoftPrompt().n_tokens
         if model.context_length is not None and longest > model.context_length:
-            return {}
+            return Found()
         prob = attack(model, forget.take(taught), forget.take(tested), SoftPrompt(), context.max_tokens)
-    return {"soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob)}
+    return Found({"soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob)})
 
 
 def attack(model: Model, taught: Questions, tested: Questions, how: SoftPrompt, max_tokens: int) -> Tensor:

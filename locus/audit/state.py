@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.model import Model
+from locus.naming import resolve
 
 Role = Literal["base", "edit", "control", "reference"]
 """A reference is a model retrained without the forget set: what a perfect edit would be."""
@@ -37,6 +40,48 @@ class State:
         else:
             with self.delta.applied(self.model):
                 yield self.model
+
+    @contextlib.contextmanager
+    def at_strength(self, base: Model, strength: float) -> Iterator[Model]:
+        """The base with its weights moved `strength` of the way to this state, 0 to 1 and beyond.
+
+        The base is back, bit for bit, on leaving.
+        """
+        if strength == 0:
+            yield base
+        elif strength == 1:
+            with self.active() as model:
+                yield model
+        elif self.delta is not None:
+            with self.delta.applied(base):
+                held = dict(base.module.named_parameters(remove_duplicate=False))
+                for name, change in self.delta.changes.items():
+                    values = torch.lerp(change.old.float(), change.new.float(), strength)
+                    parameter = held[resolve(name, held, "the model")]
+                    change.selection.put_(parameter.data, values.to(parameter.device, parameter.dtype))
+                yield base
+        else:
+            with _interpolated(base, self.model, strength):
+                yield base
+
+
+@contextlib.contextmanager
+def _interpolated(base: Model, other: Model, strength: float) -> Iterator[None]:
+    """The base's weights moved towards those of another model of its shape."""
+    theirs = dict(other.module.named_parameters())
+    saved: dict[str, torch.Tensor] = {}
+    try:
+        with torch.no_grad():
+            for name, parameter in base.module.named_parameters():
+                new = theirs[name].to(parameter.device)
+                if not torch.equal(new, parameter):
+                    saved[name] = parameter.detach().clone()
+                    parameter.copy_(torch.lerp(parameter.float(), new.float(), strength))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, old in saved.items():
+                base.module.get_parameter(name).copy_(old)
 
 
 def states_of(

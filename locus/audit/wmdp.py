@@ -11,12 +11,14 @@ import torch
 
 from locus.audit.choice import LETTERS, by_letter
 from locus.audit.context import Context
+from locus.audit.found import Found
 from locus.audit.interval import Items
+from locus.audit.source import ENDINGS, HUB, Source, read_records
 from locus.audit.state import State
-from locus.audit.suites import Found, read_records
 from locus.errors import InputError
 from locus.fact import Fact
 
+SUBJECTS = ("wmdp-bio", "wmdp-chem", "wmdp-cyber")
 PREFACE = "The following are multiple choice questions (with answers).\n\n"
 
 
@@ -43,18 +45,26 @@ class Wmdp:
         return Found({"wmdp.accuracy": Items(ids, torch.tensor(scores))})
 
 
-def read_wmdp(place: Path, limit: int | None = None) -> Wmdp:
-    """Read a WMDP file, or every .json and .jsonl of a folder.
+def read_wmdp(place: str | Path, limit: int | None = None) -> Wmdp:
+    """Read a WMDP file, every .json and .jsonl of a folder, or hf://cais/wmdp (all three subjects) or one of its.
 
     Raises:
         InputError: nothing there, or a record without question, choices and the index of its answer.
     """
-    paths = (
-        sorted(p for p in place.iterdir() if p.suffix in (".json", ".jsonl")) if place.is_dir() else [place]
-    )
-    if not paths:
-        raise InputError(f"{place}: no .json or .jsonl file with questions")
-    records = [r for p in paths for r in read_records(p, limit, "question", "choices", "answer")]
+    needed = ("question", "choices", "answer")
+    source = Source(str(place))
+    if source.on_hub:
+        dataset, _, subject = source.place.removeprefix(HUB).partition("/")[2].partition("/")
+        owner = source.place.removeprefix(HUB).partition("/")[0]
+        hub = Source(f"{HUB}{owner}/{dataset}")
+        names = [subject] if subject else SUBJECTS
+        records = [r for name in names for r in hub.read(f"{name}/test", limit, *needed)]
+    else:
+        path = Path(place)
+        files = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS)) if path.is_dir() else [path]
+        if not files:
+            raise InputError(f"{place}: no .json or .jsonl file with questions")
+        records = [r for file in files for r in read_records(file, limit, *needed)]
     for i, r in enumerate(records):
         choices = r["choices"]
         if (

@@ -31,7 +31,7 @@ _COMMANDS = {
     "compare": "Several audited edits side by side, with the Pareto front.",
     "run": "The whole walk from one TOML file, resumable stage by stage.",
     "known": "Which facts a model knows, before anything is traced.",
-    "methods": "List the localizers and editors, or the options of one.",
+    "methods": "List the localizers, editors and attacks, or the options of one.",
     "models": "List the architectures whose parts have exact names.",
 }
 

@@ -15,6 +15,7 @@ from locus.errors import InputError
 if TYPE_CHECKING:
     from locus.audit import Audit, AuditSettings
     from locus.audit.gate import GateResult
+    from locus.audit.suites import Suite
     from locus.delta import WeightDelta
     from locus.fact import Fact
     from locus.model import Model
@@ -28,9 +29,15 @@ def audit(
     *tokens: MethodTokens,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     retain: str | None = None,
-    text: Path | None = None,
+    suite: str = "facts",
+    attacks: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    never_knew: str | None = None,
     control: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     mask: Path | None = None,
+    text: Path | None = None,
+    tasks: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    tasks_limit: int | None = None,
+    tasks_folder: Path | None = None,
     gate: Path | None = None,
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -38,37 +45,70 @@ def audit(
 ) -> int:
     """Judge an edit: what was forgotten, what survived, what came back, beside controls.
 
+    Exit 3 if a gate was given and is not met. `locus methods audit` shows the attacks and the further settings.
+
     Args:
         base: The model before the edit: checkpoint folder, hub id, or smollm2.
         edited: What to judge: the folder of `locus edit` (its controls are judged with it), a
             delta.safetensors, or a checkpoint folder.
-        facts: What had to go: a fact file, or demo-forget.
+        facts: What had to go: a fact file, or demo-forget. With --suite: that benchmark's file or folder, or
+            hf://owner/dataset (the cache alone where HF_HUB_OFFLINE is set).
         out: Folder for audit.json and report.html.
         retain: What had to stay: a fact file, or demo-retain; its held_out facts are the test of it.
-        text: Neutral paragraphs; the default is a text that comes with locus. Every third is read: those
-            that `locus edit` leaves out of training.
+        suite: What FACTS is: facts (any fact file), counterfact, tofu, muse or wmdp, with that benchmark's figures.
+        attacks: Attacks by name, or all, or none; by default lens relearn rounding prompts dose.
+        never_knew: A model retrained without the forget set: what an edit should come to. Forget quality,
+            PrivLeak and the depth score need it.
         control: Further controls: the same edit with a random mask of the same size, given like EDITED.
         mask: The mask the edit had to keep to; changes outside it are counted.
+        text: Neutral paragraphs; the default is a text that comes with locus. Every third is read: those
+            that `locus edit` leaves out of training.
+        tasks: Tasks of lm-evaluation-harness to run besides (pip install "locus-unlearn[harness]").
+        tasks_limit: At most so many documents a task.
+        tasks_folder: Folder with YAML files of further tasks.
         gate: A TOML file of thresholds and verdicts; exit 3 if one fails or its evidence is missing.
     """
     from locus.artefact import lock
     from locus.audit import AuditSettings
+    from locus.audit.attacks import attacks_of
     from locus.audit.gate import check_gate, read_gate
+    from locus.audit.harness import Harness
+    from locus.audit.suites import load_suite
     from locus.fact import neutral_text, read_facts, split_text
 
     wanted = None if gate is None else read_gate(gate)
     settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
-    loaded = loading.load(base)
-    forget = running.facts(facts)
-    kept = [] if retain is None else read_facts(retain)
+    if attacks:
+        settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
+    judged_by = load_suite(suite, facts, running.limit)
+    suites = [judged_by, *([Harness(tasks, tasks_limit, _text(tasks_folder))] if tasks else [])]
+    kept = [*judged_by.retain, *([] if retain is None else read_facts(retain))]
     _, unseen = split_text(neutral_text(text))
+    loaded = loading.load(base)
+    reference = None if never_knew is None else loading.load(never_knew)
     with lock(out), talking.progress():
-        done = audit_edits(loaded, {"edited": edited}, control, forget, kept, unseen, settings, loading, mask)
+        done = audit_edits(
+            loaded,
+            {"edited": edited},
+            control,
+            judged_by.facts,
+            kept,
+            unseen,
+            settings,
+            loading,
+            mask,
+            never_knew=reference,
+            suites=suites,
+        )
         written = write(done, out)
     results = [] if wanted is None else check_gate(done, wanted)
     failed = [r for r in results if not r.passed]
     talking.finish({**written, "gate": [dataclasses.asdict(r) for r in results]}, _table(done, out, results))
     return 3 if failed else 0
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def audit_into(
@@ -90,8 +130,11 @@ def audit_into(
 def settings_of_table(where: str, table: Mapping[str, Any]) -> AuditSettings:
     """Audit settings from a table of a TOML file."""
     from locus.audit import AuditSettings
+    from locus.audit.attacks import attacks_of
 
-    return settings_from(where, AuditSettings, table)
+    settings = settings_from(where, AuditSettings, table)
+    attacks_of(settings.attacks)
+    return settings
 
 
 def audit_edits(
@@ -104,6 +147,8 @@ def audit_edits(
     settings: AuditSettings,
     loading: Loading,
     mask: Path | None,
+    never_knew: Model | None = None,
+    suites: Sequence[Suite] = (),
 ) -> Audit:
     """Measure edits and controls given by path; an edit's own controls come with it."""
     from locus.audit import audit as judge
@@ -115,7 +160,18 @@ def audit_edits(
     for path in dict.fromkeys([*own, *controls]):
         beside[f"control {len(beside) + 1}"] = _read(path, loading)
     masks = {} if mask is None else dict.fromkeys(judged, WeightMask.load(mask))
-    return judge(model, judged, forget, retain, text, controls=beside, masks=masks, settings=settings)
+    return judge(
+        model,
+        judged,
+        forget,
+        retain,
+        text,
+        controls=beside,
+        masks=masks,
+        never_knew=never_knew,
+        suites=suites,
+        settings=settings,
+    )
 
 
 def write(done: Audit, folder: Path) -> dict[str, Any]:

@@ -29,13 +29,15 @@ def methods(
     markdown: Annotated[bool, Parameter(negative="")] = False,
     talking: Talking = Talking(),
 ) -> None:
-    """List the localizers and editors; or of one, its formula, source, cost, when to use it, and its options.
+    """List the localizers, editors and attacks; or of one, its formula, source, cost, when to use it, and its options.
 
     Args:
-        name: A method.
+        name: A method; audit shows the settings of the audit.
         markdown: Print a page about all localizers.
     """
     from editors import EDITORS
+    from locus.audit import AuditSettings
+    from locus.audit.attacks import ATTACKS, BUILT_IN
     from locus.errors import InputError
     from tracing import LOCALIZERS, CausalTrace
 
@@ -51,7 +53,11 @@ def methods(
         listing = {
             command: {m: _first_line(cls) for m, cls in table.items()} for command, table in tables.items()
         }
+        listing["audit --attacks"] = {**BUILT_IN, **{attack: what for attack, (_, what) in ATTACKS.items()}}
         talking.finish(listing, _table(listing))
+        return
+    if name == "audit" and not talking.json:
+        method_app("locus audit", AuditSettings).help_print([])
         return
     found = [(command, table[name]) for command, table in tables.items() if name in table]
     if not found:
@@ -111,7 +117,12 @@ def _first_line(cls: type[Any]) -> str:
 def _table(listing: dict[str, dict[str, str]]) -> Any:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, title="locus COMMAND --method NAME", title_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title="locus COMMAND --method NAME",
+        title_justify="left",
+    )
     table.add_column("command")
     table.add_column("method", no_wrap=True)
     table.add_column("what it does")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from locus.audit import Audit, AuditSettings, RelearnAttack, audit, read_audit
-from locus.audit.attacks import ATTACKS
+from locus.audit.attacks import NAMES
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.mask import WeightMask
@@ -20,7 +20,10 @@ from locus.selection import Selection
 from tests.locus.audit_model import TEXT, facts, knowing, never_knew, noisy
 from tests.tiny import tiny_model
 
-QUICK = AuditSettings(relearn=RelearnAttack(at=(1, 2)), rounding=("int4",))
+QUICK = AuditSettings(
+    attacks=("lens", "relearn", "rounding"), relearn=RelearnAttack(at=(1, 2)), rounding=("int4",)
+)
+BARE = AuditSettings(attacks=("none",))
 
 
 def judged(edit: WeightDelta | Model, **kwargs: Any) -> Audit:
@@ -70,7 +73,7 @@ def test_a_model_that_answers_nan_is_broken_and_the_report_can_still_be_written(
         {"edit": edit},
         *facts(),
         TEXT,
-        settings=replace(QUICK, relearn=None, lens=False, rounding=()),
+        settings=BARE,
     )
     assert answers(done)["intact"] == "no"
     done.save(tmp_path)
@@ -97,7 +100,7 @@ def test_nothing_moves_and_a_delta_measures_as_the_checkpoint_it_makes() -> None
 def test_what_was_not_measured_is_missing_and_never_a_pass() -> None:
     forget, _ = facts()
     bare = [replace(f, paraphrases=(), neighbours=(), relation=None) for f in forget]
-    settings = replace(QUICK, relearn=None, lens=False, rounding=())
+    settings = BARE
     done = audit(knowing(), {"edit": never_knew()}, bare, settings=settings)
     said = answers(done)
     assert said["forgotten"] == "yes"
@@ -110,7 +113,7 @@ def test_what_was_not_measured_is_missing_and_never_a_pass() -> None:
         "localized",
     }
     missing = {m["what"] for m in done.document()["missing"]}
-    assert {f"attack {name}" for name in ATTACKS} <= missing
+    assert {f"attack {name}" for name in NAMES} <= missing
     assert {what for what in missing if not what.startswith("attack ")} == {
         "paraphrases",
         "neighbours",
@@ -119,9 +122,6 @@ def test_what_was_not_measured_is_missing_and_never_a_pass() -> None:
         "retained facts",
         "neutral text",
         "controls",
-        "inner layers",
-        "relearning",
-        "rounding",
     }
     edit = next(s for s in done.document()["states"] if s["name"] == "edit")
     assert edit["figures"]["paraphrase.top1"] is None and edit["figures"]["text.kl"] is None
@@ -135,7 +135,7 @@ def test_too_few_facts_give_no_verdict() -> None:
 
 def test_facts_the_base_never_knew_give_no_verdict() -> None:
     forget, retain = facts()
-    done = audit(never_knew(), {"edit": knowing()}, forget, retain, settings=replace(QUICK, relearn=None))
+    done = audit(never_knew(), {"edit": knowing()}, forget, retain, settings=AuditSettings(attacks=("lens",)))
     assert answers(done)["forgotten"] == "unclear"
 
 
@@ -160,7 +160,7 @@ def test_changes_off_the_mask_are_counted() -> None:
     edited[2, :3] += 1
     delta = WeightDelta.between(base, {name: edited})
     mask = WeightMask({name: Selection("rows", torch.tensor([1]), shape)})
-    settings = replace(QUICK, relearn=None, lens=False, rounding=())
+    settings = BARE
     forget, retain = facts()
     done = audit(base, {"edit": delta}, forget, retain, masks={"edit": mask}, settings=settings)
     change = done.changes["edit"].to_json()
@@ -202,7 +202,7 @@ def test_what_cannot_be_audited_is_refused(change: Any, message: str) -> None:
         "retain": retain,
     }
     with pytest.raises(InputError, match=message):
-        audit(**change(arguments), settings=replace(QUICK, relearn=None, lens=False, rounding=()))
+        audit(**change(arguments), settings=BARE)
 
 
 def test_a_model_with_other_tokens_is_refused() -> None:
@@ -219,7 +219,7 @@ def test_a_model_with_other_tokens_is_refused() -> None:
 def test_a_retrained_model_stands_beside_the_edits_and_feeds_the_depth_score(tmp_path: Path) -> None:
     from locus.report import audit_report, terminal_table
 
-    settings = replace(QUICK, relearn=None, rounding=(), attacks=("depth",))
+    settings = AuditSettings(attacks=("lens", "depth"))
     half = noisy(knowing(), 0.05)
     forget, retain = facts()
     done = audit(knowing(), {"edit": half}, forget, retain, TEXT, never_knew=never_knew(), settings=settings)

@@ -7,15 +7,29 @@ from dataclasses import replace
 import pytest
 import torch
 
-from locus.audit import choice, depth, familiarity, generation, probe, prompts, soft_prompt
-from locus.audit.attacks import ATTACKS, FIGURES_OF, attack_all, attacks_of
+from locus.audit import (
+    AuditSettings,
+    RelearnAttack,
+    choice,
+    depth,
+    dose,
+    familiarity,
+    generation,
+    probe,
+    prompts,
+    relearn_lora,
+    soft_prompt,
+)
+from locus.audit.answers import ask, questions_of
+from locus.audit.attacks import ATTACKS, FIGURES_OF, NAMES, attack_all, attacks_of
 from locus.audit.context import Context
 from locus.audit.examine import ask_about
 from locus.audit.figure import FIGURES
+from locus.audit.found import Found
 from locus.audit.state import State
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Example
+from locus.fact import Example, Fact
 from tests.locus.audit_model import facts, knowing, never_knew
 from tests.tiny import tiny_facts, tiny_model
 
@@ -70,10 +84,10 @@ def test_greedy_flags_are_the_argmax_of_whole_forwards() -> None:
 
 
 def test_what_is_known_is_memorized_extracted_and_mentioned_and_what_is_not_is_not() -> None:
-    known = generation.run(knows(), context()) | familiarity.run(knows(), context())
+    known = (generation.run(knows(), context()) | familiarity.run(knows(), context())).items
     for key in ("generation.exact", "generation.extraction", "generation.rouge", "familiarity.completion"):
         assert known[key].values.mean() > 0.9, key
-    unknown = generation.run(ignorant(), context()) | familiarity.run(ignorant(), context())
+    unknown = (generation.run(ignorant(), context()) | familiarity.run(ignorant(), context())).items
     assert unknown["generation.exact"].values.mean() < 0.5
     assert unknown["familiarity.completion"].values.mean() < 0.5
 
@@ -84,11 +98,13 @@ def test_multiple_choice_is_likelihood_and_letters_are_where_the_text_puts_them(
     assert n == 1 + len(fact.alternatives)
     assert f"{choice.LETTERS[right]}. {fact.target.strip()}\n" in text and text.endswith("Answer:")
     assert {choice.letter_question(fact, seed)[1] for seed in range(12)} == set(range(n))
-    found = choice.run(knows(), context())
+    found = choice.run(knows(), context()).items
     assert found["choice.cloze"].values.tolist() == [1.0] * 8
     assert (found["familiarity.probability"].values > 0.9).all()
-    assert choice.run(ignorant(), context())["familiarity.probability"].values.mean() < 0.7
-    assert choice.run(knows(), context(facts=facts()[0])) == {}, "without alternatives nothing is measured"
+    assert choice.run(ignorant(), context()).items["familiarity.probability"].values.mean() < 0.7
+    assert choice.run(knows(), context(facts=facts()[0])) == Found(), (
+        "without alternatives nothing is measured"
+    )
 
 
 def test_other_prompts_show_facts_and_never_the_answer() -> None:
@@ -101,7 +117,7 @@ def test_other_prompts_show_facts_and_never_the_answer() -> None:
         for s, f in zip(shots, given.facts, strict=True)
     )
     assert prompts.few_shot(given.facts, given.retain[:2], seed=0) == []
-    found = prompts.run(knows(), given)
+    found = prompts.run(knows(), given).items
     assert set(found) == set(FIGURES_OF["prompts"])
     assert found["prompts.any.top1"].values.mean() >= 0.5
     single = prompts._asked(
@@ -147,9 +163,9 @@ def test_last_states_are_the_recorded_residual_stream() -> None:
 
 def test_probes_need_retained_facts_to_train_on() -> None:
     given = context()
-    found = probe.run(knows(), given)
+    found = probe.run(knows(), given).items
     assert set(found) == {"probe.top1"} and len(found["probe.top1"].values) == 8
-    assert probe.run(knows(), context(retain=given.retain[:4])) == {}
+    assert probe.run(knows(), context(retain=given.retain[:4])) == Found()
 
 
 def test_depth_by_hand() -> None:
@@ -162,20 +178,18 @@ def test_depth_by_hand() -> None:
 
 def test_the_base_patched_into_itself_loses_nothing_and_the_ignorant_model_is_erased() -> None:
     given = context(never_knew=ignorant())
-    same = depth.run(State("same", "edit", knowing(), WeightDelta.between(knowing(), knowing())), given)
+    same = depth.run(State("same", "edit", knowing(), WeightDelta.between(knowing(), knowing())), given).items
     torch.testing.assert_close(same["depth.drop"].values, torch.zeros(8), atol=1e-5, rtol=0)
     assert same["depth.erased"].values.max() < 1e-4
-    gone = depth.run(ignorant(), given)
+    gone = depth.run(ignorant(), given).items
     assert gone["depth.drop"].values.mean() > 0.5
     torch.testing.assert_close(gone["depth.erased"].values, torch.ones(len(gone["depth.erased"].values)))
-    assert "depth.erased" not in depth.run(ignorant(), context()), "no score without a retrained model"
+    assert "depth.erased" not in depth.run(ignorant(), context()).items, "no score without a retrained model"
 
 
 def test_the_last_layer_patched_is_the_edited_model_itself() -> None:
     questions = context().questions["forget"]
     drop = depth.drops(State("b", "base", knowing()), ignorant(), questions.encoded, 4096)
-    from locus.audit.answers import ask
-
     expected = (ask(never_knew(), questions).nll - ask(knowing(), questions).nll) / torch.tensor(
         [e.n_target for e in questions.encoded]
     )
@@ -193,7 +207,7 @@ def test_a_soft_prompt_learns_the_taught_half_and_leaves_the_weights_alone() -> 
     learned = soft_prompt.attack(model, half, half, soft_prompt.SoftPrompt(steps=40, lr=0.3), 4096)
     assert learned.mean() > start.mean() + 0.02
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
-    found = soft_prompt.run(ignorant(), context())
+    found = soft_prompt.run(ignorant(), context()).items
     assert len(found["soft_prompt.prob"].values) == 4
 
 
@@ -201,10 +215,72 @@ def test_every_attack_gives_only_figures_of_the_table() -> None:
     assert set(ATTACKS) == set(FIGURES_OF)
     assert all(key in FIGURES for keys in FIGURES_OF.values() for key in keys)
     given = context(never_knew=ignorant())
-    found = attack_all(
-        ("prompts", "choice", "generation", "familiarity", "probe", "depth"), ignorant(), given
-    )
-    assert set(found) == {k for name, keys in FIGURES_OF.items() if name != "soft_prompt" for k in keys}
-    assert attacks_of(("all",)) == tuple(ATTACKS)
-    with pytest.raises(InputError, match="no attack 'hypnosis'"):
-        attacks_of(("hypnosis",))
+    names = tuple(name for name in NAMES if name != "soft-prompt")
+    found = attack_all(names, ignorant(), given)
+    assert set(found.items) == {k for name in names for k in FIGURES_OF.get(name, ())}
+    assert attacks_of(("all",)) == NAMES and attacks_of(("none",)) == ()
+    assert attacks_of(("soft-prompt", "lens")) == ("lens", "soft-prompt"), "in the table's order"
+    for wrong, message in ((("hypnosis",), "no attack 'hypnosis'"), (("promts",), "did you mean prompts")):
+        with pytest.raises(InputError, match=message):
+            attacks_of(wrong)
+    with pytest.raises(InputError, match="none and others"):
+        attacks_of(("none", "lens"))
+
+
+def test_templates_keep_names_and_lower_what_begins_a_sentence() -> None:
+    fact = Fact("a", "The home of Ann is", " Rome", subject="Ann")
+    asked = [variant[0].prompt for variant in prompts.templates([fact])]
+    assert asked[0] == "It is a fact that the home of Ann is"
+    assert asked[-1] == "Here is something about Ann. The home of Ann is"
+    named = Fact("b", "Ann lives in the city of", " Rome")
+    assert prompts.templates([named])[0][0].prompt == "It is a fact that Ann lives in the city of"
+    assert len(prompts.templates([fact, named])) == len(prompts.TEMPLATES) - 1, "one fact has no subject"
+
+
+def test_the_dose_runs_from_the_base_to_the_edit() -> None:
+    base, edited = knowing(), never_knew()
+    given = context()
+    curves = [
+        dose.run(State("edit", "edit", *who), given).curves
+        for who in ((base, WeightDelta.between(base, edited)), (edited,))
+    ]
+    for found in curves:
+        forget = found["dose.forget"]
+        assert forget.xs == (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+        torch.testing.assert_close(forget.at[0].values, ask(base, given.questions["forget"]).prob.values)
+        torch.testing.assert_close(forget.at[4].values, ask(edited, given.questions["forget"]).prob.values)
+    for one, other in zip(curves[0]["dose.forget"].at, curves[1]["dose.forget"].at, strict=True):
+        torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-3)
+    assert dose.run(State("control", "control", edited), given) == Found()
+
+
+def test_a_strength_is_a_straight_line_between_the_weights_and_leaves_no_trace() -> None:
+    base, edited = knowing(), never_knew()
+    before = {n: p.clone() for n, p in base.module.named_parameters()}
+    after = dict(edited.module.named_parameters())
+    for state in (State("e", "edit", base, WeightDelta.between(base, edited)), State("e", "edit", edited)):
+        with state.at_strength(base, 0.25) as model:
+            for name, p in model.module.named_parameters():
+                torch.testing.assert_close(p, 0.75 * before[name] + 0.25 * after[name], msg=name)
+        assert all(torch.equal(p, before[n]) for n, p in base.module.named_parameters())
+
+
+def test_lora_relearning_is_its_own_attack() -> None:
+    given = context(settings=AuditSettings(relearn=RelearnAttack(at=(1, 3))))
+    found = relearn_lora.run(ignorant(), given)
+    curve = found.curves["relearn.lora"]
+    assert curve.xs == (0.0, 1.0, 3.0) and len(curve.at[0].values) == 4
+    torch.testing.assert_close(found.items["relearn.lora.prob"].values, curve.at[-1].values)
+    assert relearn_lora.run(given.base, given) == Found()
+
+
+def test_the_truth_ratio_of_facts_is_tofus() -> None:
+    """Geometric mean of the wrong targets over the paraphrased right one, folded at 1."""
+    fact = replace(context().facts[0], paraphrased_target=" Italy", alternatives=(" Rome", " Paris"))
+    model = knowing()
+    found = choice.run(knows(), context(facts=[fact])).items["choice.truth_ratio"]
+    pairs = [(fact.id, Example(fact.prompt, t)) for t in (" Italy", " Rome", " Paris")]
+    answers = ask(model, questions_of(model, pairs))
+    right, *wrong = (-answers.nll / answers.n_tokens).exp().tolist()
+    ratio = (wrong[0] * wrong[1]) ** 0.5 / right
+    assert found.values.item() == pytest.approx(min(ratio, 1 / ratio), rel=1e-4)

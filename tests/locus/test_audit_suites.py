@@ -199,7 +199,7 @@ def test_what_is_not_the_benchmark_is_refused(
 
 def test_an_audit_with_a_suite_shows_what_it_could_not_measure(tofu_folder: Path, tmp_path: Path) -> None:
     suite = Tofu(read_tofu(tofu_folder, limit=3).sets, max_new_tokens=2)
-    settings = AuditSettings(relearn=None, lens=False, rounding=(), attacks=("depth",))
+    settings = AuditSettings(attacks=("depth",))
     done = audit(
         knowing(), {"edit": never_knew()}, suite.facts, suite.retain, settings=settings, suites=[suite]
     )

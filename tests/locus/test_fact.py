@@ -264,7 +264,7 @@ def test_format_overrides_what_the_content_looks_like(write: Write) -> None:
 
 def test_hub_datasets_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert 'pip install "locus-unlearn[datasets]"' in refusal("hf://locuslab/TOFU/forget01")
+    assert 'pip install "locus-unlearn[hub]"' in refusal("hf://locuslab/TOFU/forget01")
 
     def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
         assert (path, config, split, streaming) == ("locuslab/TOFU", "forget01", "test", True)
