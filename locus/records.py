@@ -260,6 +260,7 @@ def hub_records(name: str) -> Iterator[Record]:
     """
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise InputError(f'{name}: reading the hub needs `pip install "locus-unlearn[hub]"`') from None
     path, _, split = name.removeprefix("hf://").partition("#")
@@ -267,7 +268,7 @@ def hub_records(name: str) -> Iterator[Record]:
     dataset, _, config = rest.partition("/")
     if not owner or not dataset:
         raise InputError(f"{name}: name it as hf://owner/dataset, hf://owner/dataset/config or …#split")
-    offline = bool(datasets.config.HF_HUB_OFFLINE)
+    offline = constants.HF_HUB_OFFLINE
     try:
         rows = datasets.load_dataset(
             f"{owner}/{dataset}", config or None, split=split or "train", streaming=not offline

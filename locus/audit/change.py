@@ -29,6 +29,8 @@ class TensorChange:
     """Form of the selection: all, rows, columns or elements."""
     n_changed: int
     """Entries whose bits differ."""
+    n_rows: int
+    """Rows of a matrix with such an entry; 0 for what is not a matrix."""
     norm: float
     """Frobenius norm of the change."""
     relative_norm: float
@@ -75,6 +77,7 @@ class Change:
         lost = sum(t.lost_bfloat16 * t.n_changed for t in self.tensors)
         return {
             "n_tensors": sum(t.n_changed > 0 for t in self.tensors),
+            "n_rows": sum(t.n_rows for t in self.tensors),
             "n_changed": changed,
             "n_parameters": self.n_parameters,
             "share": changed / max(1, self.n_parameters),
@@ -125,6 +128,7 @@ def _one(
         shape=tuple(selection.shape),
         kind=selection.kind,
         n_changed=n,
+        n_rows=_rows(selection, moved),
         norm=norm,
         relative_norm=norm / max(float(old.float().norm()), 1e-30),
         largest=float(step.abs().max()) if step.numel() else 0.0,
@@ -132,6 +136,14 @@ def _one(
         lost_bfloat16=int(lost.sum()) / n if n else 0.0,
         off_mask=None if allowed is None else _off_mask(selection, moved, allowed.get(canonical(name))),
     )
+
+
+def _rows(selection: Selection, moved: Tensor) -> int:
+    if len(selection.shape) != 2:
+        return 0
+    everywhere = torch.zeros(selection.shape, dtype=torch.bool)
+    selection.put_(everywhere, moved.cpu())
+    return int(everywhere.any(1).sum())
 
 
 def _off_mask(selection: Selection, moved: Tensor, allowed: Selection | None) -> int:

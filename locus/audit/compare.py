@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from locus.audit.figure import FIGURES
@@ -35,6 +35,8 @@ class Candidate:
     ratios: Mapping[str, Mapping[str, Any] | None]
     verdicts: Mapping[str, str]
     """Question -> answer."""
+    sentences: Mapping[str, str]
+    """Question -> what was found."""
     seconds: float | None
     on_front: bool = False
     """No other candidate is at least as good in every objective and better in one."""
@@ -54,6 +56,11 @@ class Side:
     recommended: str | None
     """Name of the edit to ship; None where none has forgotten without breaking."""
     why: str
+    """The reason in one sentence."""
+    flaws: tuple[str, ...]
+    """What is wrong with the recommended one, or with the least bad where none is recommended."""
+    others: Mapping[str, str]
+    """Name of each edit that is not recommended -> why not."""
 
 
 def compare(audits: Mapping[str, Mapping[str, Any]]) -> Side:
@@ -80,10 +87,20 @@ def compare(audits: Mapping[str, Mapping[str, Any]]) -> Side:
     ]
     have = tuple(k for k in OBJECTIVES if all(_mean(c, k) is not None for c in found))
     front = pareto([[_score(c, key) for key in have] for c in found])
-    marked = tuple(_marked(c, on) for c, on in zip(found, front, strict=True))
-    recommended, why = _recommend(marked)
+    marked = tuple(replace(c, on_front=on) for c, on in zip(found, front, strict=True))
+    best, fit, why = _recommend(marked)
     missing = tuple(k for k in OBJECTIVES if k not in have)
-    return Side(first["states"][0], marked, have, missing, recommended, why)
+    others = {c.name: _why_not(c, best if fit else None) for c in marked if c is not best or not fit}
+    return Side(
+        first["states"][0],
+        marked,
+        have,
+        missing,
+        best.name if fit else None,
+        why,
+        tuple(_flaws(best)),
+        others,
+    )
 
 
 def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
@@ -98,14 +115,16 @@ def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
 
 
 def _candidate(name: str, doc: Mapping[str, Any], state: Mapping[str, Any]) -> Candidate:
-    verdicts = {v["question"]: v["answer"] for v in doc["verdicts"][state["name"]]}
+    said = doc["verdicts"][state["name"]]
     return Candidate(
-        name, doc["headline"][state["name"]], state["figures"], state["ratios"], verdicts, state["seconds"]
+        name,
+        doc["headline"][state["name"]],
+        state["figures"],
+        state["ratios"],
+        {v["question"]: v["answer"] for v in said},
+        {v["question"]: v["sentence"] for v in said},
+        state["seconds"],
     )
-
-
-def _marked(c: Candidate, on_front: bool) -> Candidate:
-    return Candidate(c.name, c.headline, c.figures, c.ratios, c.verdicts, c.seconds, on_front)
 
 
 def _mean(c: Candidate, key: str) -> float | None:
@@ -119,31 +138,70 @@ def _score(c: Candidate, key: str) -> float:
     return value if FIGURES[key].better == "higher" else -value
 
 
-def _recommend(candidates: Sequence[Candidate]) -> tuple[str | None, str]:
-    """Only what has forgotten and broken nothing may be shipped; among those most yes, then most kept."""
-    fit = [
-        c
-        for c in candidates
-        if c.verdicts.get("forgotten") == "yes"
-        and c.verdicts.get("spared") != "no"
-        and c.verdicts.get("intact") != "no"
-    ]
-    if not fit:
-        return None, "None of them has forgotten without losing other facts or breaking the text: ship none."
+def _may_ship(c: Candidate) -> bool:
+    """Only what has forgotten, and was seen to have lost nothing and broken nothing."""
+    return c.verdicts.get("forgotten") == "yes" and not {"no", "not measured"} & {
+        c.verdicts.get("spared", "not measured"),
+        c.verdicts.get("intact", "not measured"),
+    }
 
-    def rank(c: Candidate) -> tuple[int, bool, float]:
+
+def _recommend(candidates: Sequence[Candidate]) -> tuple[Candidate, bool, str]:
+    """The best one, whether it may be shipped, and why: among those that may, most yes, then most kept."""
+
+    def rank(c: Candidate) -> tuple[bool, int, bool, float]:
         kept = c.ratios.get("kept")
-        points = sum(_GOOD.get(answer, 0) for answer in c.verdicts.values())
-        return points, c.on_front, -1.0 if kept is None or kept["mean"] is None else kept["mean"]
+        points = sum(
+            _GOOD.get(answer, 0) for question, answer in c.verdicts.items() if question != "localized"
+        )
+        return (
+            _may_ship(c),
+            points,
+            c.on_front,
+            -1.0 if kept is None or kept["mean"] is None else kept["mean"],
+        )
 
-    best = max(fit, key=rank)
-    yes = [_WORDS[q] for q, a in best.verdicts.items() if a == "yes"]
-    unmeasured = [_WORDS[q] for q, a in best.verdicts.items() if a == "not measured"]
-    why = f"{best.name}: good on {', '.join(yes)}"
+    best = max(candidates, key=rank)
+    if not _may_ship(best):
+        why = "None of them was seen to forget and to leave other facts and neutral text whole: ship none."
+        return best, False, f"{why} The least bad is {best.name}: {_blame(best)}."
+    good = [_WORDS[q] for q, a in best.verdicts.items() if a == "yes"]
+    why = f"{best.name}: good on {', '.join(good)}"
     weak = [_WORDS[q] for q, a in best.verdicts.items() if a in ("no", "partly")]
     why += f"; weak on {', '.join(weak)}" if weak else ""
+    unmeasured = [_WORDS[q] for q, a in best.verdicts.items() if a == "not measured"]
     why += f"; not measured: {', '.join(unmeasured)}" if unmeasured else ""
-    return best.name, why + "."
+    return best, True, why + "."
+
+
+def _flaws(c: Candidate) -> list[str]:
+    """What was found wrong with an edit, or not looked at, in the audit's own sentences."""
+    answers = ("no", "partly", "not measured")
+    return [
+        c.sentences[q] for a in answers for q, found in c.verdicts.items() if found == a and q != "localized"
+    ]
+
+
+def _blame(c: Candidate) -> str:
+    """Why an edit may not be shipped: the verdicts that forbid it."""
+    said = [c.sentences.get(q, "") for q in ("forgotten", "spared", "intact")
+            if c.verdicts.get(q, "not measured") in ("no", "partly", "unclear", "not measured")
+            and not (q != "forgotten" and c.verdicts.get(q) in ("partly", "unclear"))]  # fmt: skip
+    return " ".join(said).rstrip(".") or "not judged"
+
+
+def _why_not(c: Candidate, best: Candidate | None) -> str:
+    """Why this edit is not the one."""
+    if not _may_ship(c) or best is None:
+        return f"{_blame(c)}."
+    behind = [
+        _WORDS[q]
+        for q, answer in best.verdicts.items()
+        if _GOOD.get(answer, 0) > _GOOD.get(c.verdicts.get(q, ""), 0) and q != "localized"
+    ]
+    if behind:
+        return f"It may be shipped, but {best.name} is better on {', '.join(behind)}."
+    return f"It may be shipped; {best.name} kept as much or more of the other facts."
 
 
 def _same(name: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
-from locus.audit.answers import Questions
+from locus.audit.answers import Answers, Questions
 from locus.audit.settings import AuditSettings
 from locus.audit.state import State
 from locus.fact import Fact
+from locus.model import Model
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,15 @@ class Context:
     seed: int = 0
     never_knew: State | None = None
     """A model retrained without the forget set, where there is one."""
+    answers: MutableMapping[str, Mapping[str, Answers]] = field(default_factory=dict)
+    """State name -> its answers by kind of question, of the states that were asked before; nobody need ask twice."""
 
     @property
     def max_tokens(self) -> int:
         """Batch size in tokens."""
-        return self.settings.max_tokens
+        return batch_tokens(self.settings, self.base.model)
+
+
+def batch_tokens(settings: AuditSettings, model: Model) -> int:
+    """The settings' batch size, or what suits the model's device."""
+    return settings.max_tokens or (512 if model.device.type == "cpu" else 8192)

@@ -1,26 +1,7 @@
 """An audit as one JSON document: the only thing that reports, gates and comparisons read.
 
-Schema, version 1 (fields are only ever added; a changed meaning raises the version):
-
-    schema       1
-    model        {name, fingerprint, architecture, n_layers, n_parameters, dtype}
-    settings     as given; settings.standards are the verdicts' lines
-    data         {kind of question: number of questions}, text_tokens
-    metrics      {key: {label, section, better, unit, definition}}
-    states       [{name, role: base | edit | control | reference, figures, ratios, curves, change, seconds}]
-                 figures: {key: {mean, low, high, n, n_items} or null (not measured)}
-                 ratios: {kept, perplexity, remaining, recovered: like figures} beside the base
-                 curves: {lens: {k, top, bottom, n}, relearn: {steps, taught, tested, tested_top1, n_taught, n}}
-    comparisons  [{edit, key, against: base | controls, mean, low, high, n, n_items, outcome}]
-    verdicts     {edit: [{question, answer, sentence, evidence}]}
-    headline     {edit: sentence}
-    facts        [{id, group, prompt, target, paraphrases, states: {name: {prob, correct, ...}}}]
-    relations    [{relation, near, n, states: {name: share answered right}}] of held-out and retained facts
-    missing      [{what, why}]
-    versions, seconds
-
-Intervals are 95 %: bootstrap over facts (paragraphs for text), Wilson's where each fact is a single yes or
-no. A number that is not finite is written as null with "finite": false beside it.
+SCHEMA.md beside this file says what each field is; a test holds the two together. Fields are only ever added; a
+changed meaning raises the version.
 """
 
 from __future__ import annotations
@@ -188,6 +169,7 @@ def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
         "curves": _curves(one, audit.settings.lens_k),
         "change": None if change is None else change.to_json(),
         "seconds": rounded(one.seconds),
+        "processor_seconds": rounded(one.processor_seconds),
     }
 
 

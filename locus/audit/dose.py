@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from locus.audit.answers import Questions, ask
+from locus.audit.answers import Answers, Questions, ask
 from locus.audit.context import Context
 from locus.audit.found import Curve, Found
 from locus.audit.interval import Items
 from locus.audit.state import State
 
-MAX_HELD_OUT = 48
+MAX_HELD_OUT = 32
 """Held-out facts asked at each strength, the first ones of a seeded order."""
 
 
@@ -29,9 +29,11 @@ def run(state: State, context: Context) -> Found:
     strengths = tuple(sorted({0.0, 1.0, *context.settings.dose}))
     points: dict[str, list[Items]] = {kind: [] for kind in asked}
     for strength in strengths:
+        known = context.answers.get({0.0: context.base.name, 1.0: state.name}.get(strength, ""), {})
         with state.at_strength(context.base.model, strength) as model:
             for kind, questions in asked.items():
-                answers = ask(model, questions, context.max_tokens)
+                told = known.get(kind)
+                answers = ask(model, questions, context.max_tokens) if told is None else _of(told, questions)
                 points[kind].append(answers.prob if kind == "forget" else answers.top1)
     return Found(
         curves={f"dose.{kind}": Curve("strength", strengths, tuple(at)) for kind, at in points.items()}
@@ -41,3 +43,9 @@ def run(state: State, context: Context) -> Found:
 def _some(questions: Questions, seed: int) -> Questions:
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
     return questions.take(sorted(order[:MAX_HELD_OUT]))
+
+
+def _of(answers: Answers, questions: Questions) -> Answers:
+    """The answers to some of the questions; each fact was asked once."""
+    rows = [answers.facts.index(fact) for fact in questions.facts]
+    return Answers(questions.facts, answers.nll[rows], answers.n_tokens[rows], answers.correct[rows])

@@ -16,7 +16,7 @@ from locus.artefact import load_json, save_json
 from locus.audit.answers import Questions, ask, questions_of, split_facts, subset
 from locus.audit.attacks import ATTACKS, BUILT_IN, FIGURES_OF, WHY_NOT, attack_all, attacks_of
 from locus.audit.change import Change, change_of
-from locus.audit.context import Context
+from locus.audit.context import Context, batch_tokens
 from locus.audit.document import document
 from locus.audit.figure import FIGURES
 from locus.audit.found import Found
@@ -111,19 +111,25 @@ def measure_model(
         text: This state's scores on neutral text, if it was read.
         context: What the further attacks of `settings.attacks` are given; None leaves them out.
     """
-    start = time.perf_counter()
-    forget, budget, attacks = questions["forget"], settings.max_tokens, attacks_of(settings.attacks)
+    start, spent = time.perf_counter(), time.process_time()
+    forget, budget, attacks = (
+        questions["forget"],
+        batch_tokens(settings, state.model),
+        _attacks(state, settings),
+    )
     with state.active() as model:
         answers = {kind: ask(model, q, budget) for kind, q in questions.items() if kind not in _PARTS}
         answers |= {
             kind: subset(answers["held_out"], questions, kind) for kind in _PARTS if kind in questions
         }
+        if context is not None:
+            context.answers[state.name] = answers
         leak = look_inside(model, forget, budget) if "lens" in attacks else None
         held_out = questions.get("held_out", Questions((), (), ()))
         formats = settings.rounding if "rounding" in attacks else ()
         survived = survive_rounding(model, forget, held_out, formats, budget)
         teach = "relearn" in attacks and state.role != "base" and len(forget) > 1
-        curve = relearn(model, forget, settings.relearn, budget) if teach else None
+        curve = relearn(model, forget, settings.relearn, budget, answers["forget"]) if teach else None
     found = Found() if context is None else attack_all(attacks, state, context)
     return Measurement(
         state.name,
@@ -137,7 +143,14 @@ def measure_model(
         found.scalars,
         found.curves,
         seconds=time.perf_counter() - start,
+        processor_seconds=time.process_time() - spent,
     )
+
+
+def _attacks(state: State, settings: AuditSettings) -> tuple[str, ...]:
+    """What this state goes through; the controls only what they are compared on."""
+    asked = attacks_of(settings.attacks)
+    return tuple(a for a in asked if a in settings.control_attacks) if state.role == "control" else asked
 
 
 _PARTS = ("held_out_near", "held_out_far")
@@ -165,6 +178,7 @@ def audit(
     never_knew: Model | None = None,
     suites: Sequence[Suite] = (),
     settings: AuditSettings | None = None,
+    before: Audit | None = None,
 ) -> Audit:
     """Measure the base, each edit and each control on the same questions and attacks.
 
@@ -180,6 +194,8 @@ def audit(
             score compare with. Without it they are not measured.
         suites: Benchmarks to run besides (see `locus.audit.suites`).
         settings: What is measured.
+        before: An earlier audit of the same base, with the same questions and settings: what it measured of the
+            base is taken over.
 
     Raises:
         InputError: nothing to audit, a name twice, a model that does not compare with the base, a fact
@@ -192,15 +208,20 @@ def audit(
         raise InputError(f"audit: a mask for {unknown[0]!r}, which is neither an edit nor a control")
     questions = ask_about(base, facts, retain)
     encoded = _pieces(base, text, settings)
-    attacks_of(settings.attacks)
+    attacks_of(settings.attacks), attacks_of(settings.control_attacks)
     reference = next((state for state in states if state.role == "reference"), None)
     context = Context(states[0], facts, retain, questions, settings, never_knew=reference)
     texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
     measured = []
     with task("audit", total=len(states)) as line:
         for state in states:
-            one = measure_model(state, questions, settings, texts.get(state.name), context)
-            measured.append(with_suites(one, state, suites, context))
+            if state.role == "base" and before is not None:
+                one = _taken_over(before, base, questions, settings, suites)
+                context.answers[state.name] = one.answers
+                measured.append(replace(one, text=texts.get(state.name)))
+            else:
+                one = measure_model(state, questions, settings, texts.get(state.name), context)
+                measured.append(with_suites(one, state, suites, context))
             line.advance(note=state.name)
     return Audit(
         base=measured[0],
@@ -216,6 +237,20 @@ def audit(
         versions=_versions(),
         seconds=time.perf_counter() - start,
     )
+
+
+def _taken_over(
+    before: Audit,
+    base: Model,
+    questions: Mapping[str, Questions],
+    settings: AuditSettings,
+    suites: Sequence[Suite],
+) -> Measurement:
+    """What an earlier audit measured of the base, if that was the same measurement."""
+    same = before.settings == settings and before.model == _about(base) and before.questions == questions
+    if not same or any(suite.figures for suite in suites):
+        raise InputError("audit: the earlier audit is of another base, other questions, settings or suites")
+    return before.base
 
 
 def _changes(base: Model, states: Sequence[State], masks: Mapping[str, WeightMask]) -> dict[str, Change]:

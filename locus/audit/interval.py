@@ -6,6 +6,7 @@ resampled, not items.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,10 +163,13 @@ def _grouped(items: Items) -> tuple[Array, Array]:
     return sums, np.bincount(owner).astype(np.float64)
 
 
+@functools.lru_cache(maxsize=8)
 def _draws(n: int, seed: int) -> Array:
-    """How often each of n groups is drawn in each resample."""
+    """How often each of n groups is drawn in each resample; the same for every figure of as many groups."""
     size = max(500, min(RESAMPLES, 20_000_000 // n))
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _ends(means: Array) -> tuple[float, float]:

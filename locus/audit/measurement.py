@@ -35,6 +35,9 @@ class Measurement:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """Curves of the further attacks, by their own names."""
     seconds: float = 0.0
+    """On the clock, neutral text not counted."""
+    processor_seconds: float = 0.0
+    """Of all threads of the CPU, which other work on the machine does not lengthen."""
 
     def items(self, key: str) -> Items | None:
         """The values behind one figure; None where it was not measured."""

@@ -73,8 +73,21 @@ def halves(facts: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[:cut]), sorted(order[cut:])
 
 
-def relearn(model: Model, forget: Questions, attack: RelearnAttack, max_tokens: int = 4096) -> Relearning:
+def relearn(
+    model: Model,
+    forget: Questions,
+    attack: RelearnAttack,
+    max_tokens: int = 4096,
+    start: Answers | None = None,
+) -> Relearning:
     """Train on half of the forget set and test on both halves; the weights come back to the bit.
+
+    Args:
+        model: Trained inside, and back as it was on leaving.
+        forget: The questions, one a fact.
+        attack: How the attacker trains.
+        max_tokens: Batch size in tokens.
+        start: The model's answers to `forget`, where they are known already.
 
     Raises:
         InputError: fewer than two facts.
@@ -83,26 +96,28 @@ def relearn(model: Model, forget: Questions, attack: RelearnAttack, max_tokens: 
         raise InputError(
             "relearn: half of one fact cannot be taught; the attack needs at least two forget facts"
         )
-    taught, tested = (forget.take(half) for half in halves(forget.facts, attack.seed))
-    curve: list[tuple[Answers, Answers]] = [(ask(model, taught, max_tokens), ask(model, tested, max_tokens))]
+    chosen = halves(forget.facts, attack.seed)
+    taught, tested = (forget.take(half) for half in chosen)
+    curve = [start if start is not None else ask(model, forget, max_tokens)]
     training = _full(model) if attack.method == "full" else _adapters(model, attack)
     lr = attack.lr if attack.lr is not None else {"full": 5e-5, "lora": 5e-3}[attack.method]
     with training as parameters, task("relearn", total=attack.at[-1]) as line:
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # eight times faster on a CPU
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
         for step in range(1, attack.at[-1] + 1):
             optimizer.zero_grad(set_to_none=True)
             loss = _accumulate(model, taught.encoded, max_tokens)
             optimizer.step()
             line.advance(note=f"loss {loss:.3f}")
             if step in attack.at:
-                curve.append((ask(model, taught, max_tokens), ask(model, tested, max_tokens)))
+                curve.append(ask(model, forget, max_tokens))
     return Relearning(
         (0, *attack.at),
         taught.facts,
         tested.facts,
-        torch.stack([a.prob.values for a, _ in curve]),
-        torch.stack([b.prob.values for _, b in curve]),
-        torch.stack([b.correct for _, b in curve]),
+        torch.stack([answers.prob.values[chosen[0]] for answers in curve]),
+        torch.stack([answers.prob.values[chosen[1]] for answers in curve]),
+        torch.stack([answers.correct[chosen[1]] for answers in curve]),
     )
 
 

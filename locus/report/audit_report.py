@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from locus.audit import Audit
 from locus.audit.compare import compare, merge
-from locus.report.audit_view import charts, fact_rows, front_chart, state_css, table, verdict_rows
+from locus.report.audit_charts import MAX_FACTS, charts, front_chart, heat_maps
+from locus.report.audit_view import fact_rows, matrix, state_css, table, verdict_rows
 from locus.report.page import count, number, percent, write_page
 
 if TYPE_CHECKING:
@@ -42,21 +43,25 @@ def _write(doc: Mapping[str, Any], path: Path) -> Path:
     edits = [s["name"] for s in doc["states"] if s["role"] == "edit"]
     n_controls = sum(s["role"] == "control" for s in doc["states"])
     side = compare({"audit": doc}) if len(edits) > 1 else None
+    css = state_css(doc)
     return write_page(
         path,
         "audit.html.j2",
         doc=doc,
         edits=edits,
-        css=state_css(doc),
+        css=css,
         n_controls=n_controls,
         has_controls=any(c["against"] == "controls" for c in doc["comparisons"]),
         side=side,
-        front=None if side is None else front_chart(side, state_css(doc)),
+        front=None if side is None else front_chart(side, css),
         unequal=_unequal(doc),
         verdicts={edit: verdict_rows(doc["verdicts"][edit]) for edit in edits},
         sections=table(doc),
         all_sections=table(doc, everything=True),
-        charts=charts(doc),
+        matrix=matrix(doc),
+        charts=charts(doc, css),
+        maps=heat_maps(doc, css),
+        n_shown=MAX_FACTS,
         forget=fact_rows(doc, "forget"),
         held_out=fact_rows(doc, "held_out"),
         retained=fact_rows(doc, "retained"),

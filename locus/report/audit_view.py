@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from locus.audit.compare import Side
 from locus.audit.figure import FIGURES
-from locus.report.chart import Chart, Series
 from locus.report.page import number, percent, span
 
 QUESTIONS = {
@@ -32,6 +30,8 @@ SECTIONS = {
     "returns": "After an attack",
     "suites": "Benchmark suites",
 }
+N_COLOURS = 6
+"""Colours that edits have in the style sheet."""
 _ALWAYS = (
     "forget.prob",
     "forget.top1",
@@ -99,10 +99,10 @@ def state_css(doc: Mapping[str, Any]) -> dict[str, str]:
     css, n_edits = {}, 0
     for state in doc["states"]:
         if state["role"] == "edit":
-            css[state["name"]] = f"s-edit{n_edits % 3}"
+            css[state["name"]] = f"s-edit{n_edits % N_COLOURS}"
             n_edits += 1
         else:
-            css[state["name"]] = {"base": "s-base", "control": "s-control"}.get(state["role"], "s-edit3")
+            css[state["name"]] = {"base": "s-base", "control": "s-control"}.get(state["role"], "s-reference")
     return css
 
 
@@ -116,6 +116,23 @@ def verdict_rows(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "sentence": v["sentence"],
         }
         for v in verdicts
+    ]
+
+
+def matrix(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each question with the answers of all edits, for the page of several."""
+    edits = [s["name"] for s in doc["states"] if s["role"] == "edit"]
+    said = {edit: {v["question"]: v for v in doc["verdicts"][edit]} for edit in edits}
+    return [
+        {
+            "question": text,
+            "cells": [
+                {"answer": v["answer"], "tone": _TONES[v["answer"]], "sentence": v["sentence"]}
+                for edit in edits
+                for v in [said[edit].get(question, {"answer": "not measured", "sentence": ""})]
+            ],
+        }
+        for question, text in QUESTIONS.items()
     ]
 
 
@@ -156,7 +173,7 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
     figure = state["figures"].get(key)
     css = "edit" if state["role"] == "edit" else ""
     if figure is None:
-        if state["role"] in ("base", "reference") and key == "relearn.prob":
+        if state["role"] == "base" and key.startswith("relearn."):
             return Cell("", "", "Nothing was removed from it that could come back.", css)
         return Cell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
     if key == "text.kl" and state["role"] == "base":
@@ -206,129 +223,6 @@ def _signed(value: float, decimals: int) -> str:
     """With its sign, and zero without one."""
     rounded = round(value, decimals)
     return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else "0"
-
-
-def charts(doc: Mapping[str, Any]) -> list[Chart]:
-    """Lens and relearning curves of every state that has them."""
-    css = state_css(doc)
-    found = []
-    if chart := _lens_chart(doc, css):
-        found.append(chart)
-    if chart := _relearn_chart(doc, css):
-        found.append(chart)
-    return found
-
-
-def _lens_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | None:
-    series, n = [], 0
-    for state in doc["states"]:
-        if (curve := state["curves"].get("lens")) is None or not curve["k"]:
-            continue
-        k = max(curve["k"], key=int)
-        ys, n = curve["k"][k]["top"], curve["n"]
-        hover = [
-            f"{state['name']}, layer {i}: {percent(y)} of {n} answers in the top {k}"
-            for i, y in enumerate(ys)
-        ]
-        role = state["role"]
-        series.append(
-            Series(
-                state["name"], range(len(ys)), ys, css[state["name"]], dashed=role == "control", hover=hover
-            )
-        )
-    if not series:
-        return None
-    caption = (
-        f"Share of the {n} forgotten answers whose first token is among the {k} likeliest when the model is stopped "
-        "after each layer (logit lens at the last prompt position). What stays high in the edited model is hidden, "
-        "not gone."
-    )
-    return Chart(f"Readable inside: top {k} by layer", caption, "layer", "share", series, y_max=1.0)
-
-
-def _relearn_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | None:
-    series, n, n_taught = [], 0, 0
-    for state in doc["states"]:
-        if (curve := state["curves"].get("relearn")) is None:
-            continue
-        tested, n, n_taught = curve["tested"], curve["n"], curve["n_taught"]
-        ys = [one["mean"] for one in tested]
-        main = state["role"] == "edit"
-        series.append(
-            Series(
-                state["name"],
-                curve["steps"],
-                ys,
-                css[state["name"]],
-                low=[one["low"] for one in tested] if main else (),
-                high=[one["high"] for one in tested] if main else (),
-                dashed=not main,
-                hover=[
-                    f"{state['name']}, after {step} steps: p(target) {percent(one['mean'])} "
-                    f"({percent(one['low'])} to {percent(one['high'])}), n = {n}"
-                    for step, one in zip(curve["steps"], tested, strict=True)
-                ],
-            )
-        )
-    if not series:
-        return None
-    base = base_level(doc)
-    if base is not None:
-        steps = series[0].xs
-        label = f"base, all {base['n']} facts"
-        flat = [base["mean"]] * len(steps)
-        series.insert(0, Series(label, steps, flat, "s-base", dashed=True))
-    caption = (
-        f"p(target) of {n} forgotten facts while the model is fine-tuned on the other {n_taught}. A line that climbs "
-        "back towards the base shows that the knowledge was only covered up. Band: 95 %, bootstrap over facts."
-    )
-    highest = max((y for s in series for y in (*s.ys, *s.high) if y is not None), default=0.0)
-    y_max = 1.0 if highest > 0.4 else None
-    return Chart(
-        "Relearning: the half that was not taught",
-        caption,
-        "training steps",
-        "p(target)",
-        series,
-        y_max=y_max,
-    )
-
-
-def front_chart(side: Side, css: Mapping[str, str]) -> Chart | None:
-    """Forgetting against what was kept, one dot an edit; None where either was not measured."""
-    series = []
-    for c in side.candidates:
-        gone, kept = c.figures.get("forget.prob"), c.figures.get("held_out.top1")
-        if not gone or not kept or gone["mean"] is None or kept["mean"] is None:
-            continue
-        hover = f"{c.name}: p(target) {percent(gone['mean'])}, held-out right {percent(kept['mean'])}"
-        hover += ", on the Pareto front" if c.on_front else ", beaten by another edit"
-        name = f"{c.name}{' (Pareto)' if c.on_front else ''}"
-        series.append(Series(name, [100 * gone["mean"]], [kept["mean"]], css[c.name], hover=[hover]))
-    if not series:
-        return None
-    right = max(1.0, 1.1 * max(float(s.xs[0]) for s in series))
-    names = [FIGURES[key].label for key in side.objectives]
-    caption = (
-        "Upper left is best. Pareto: no other edit is at least as good on "
-        f"{', '.join(names)} and better on one of them. Means; the intervals are in the table."
-    )
-    return Chart(
-        title="Forgetting against keeping",
-        caption=caption,
-        x_label="p(target) left, %",
-        y_label="held-out right",
-        series=series,
-        y_max=1.0,
-        integer_x=False,
-        x_range=(0.0, right),
-    )
-
-
-def base_level(doc: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The base's p(target) on the forget facts."""
-    figure: Mapping[str, Any] | None = doc["states"][0]["figures"].get("forget.prob")
-    return figure if figure is not None and figure["mean"] is not None else None
 
 
 def fact_rows(doc: Mapping[str, Any], group: str) -> list[dict[str, Any]]:

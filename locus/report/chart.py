@@ -170,6 +170,10 @@ class HeatMap:
     """Ends of the colour scale, in words."""
     quantity: str
     """What a value is called when the pointer is on it."""
+    strongest: float | None = None
+    """Value of the full colour, so that two maps can share a scale; None for the map's own largest."""
+    hover: Sequence[Sequence[str]] = ()
+    """[row][column]: what the pointer reads; made of the values where it is empty."""
     cells: Sequence[Cell] = field(init=False)
     width: float = field(init=False)
     height: float = field(init=False)
@@ -183,7 +187,7 @@ class HeatMap:
         n_columns = max((len(row) for row in self.values), default=0)
         left = 8 + 6.6 * max((len(label) for label in self.labels), default=0)
         cell_width = max(4.0, min(18.0, 300 / max(1, n_columns)))
-        strongest = max((v for row in self.values for v in row), default=0.0)
+        strongest = self.strongest or max((v for row in self.values for v in row), default=0.0)
         cells = []
         for y, (label, row) in enumerate(zip(self.labels, self.values, strict=True)):
             for x, value in enumerate(row):
@@ -191,6 +195,7 @@ class HeatMap:
                     continue
                 shade = round(max(0.0, value / strongest), 2)
                 text = f"{label.rstrip('*')} · layer {x}: {self.quantity} {value:+.4f}"
+                text = self.hover[y][x] if self.hover else text
                 cells.append(Cell(round(left + x * cell_width, 2), float(y * self.row_height), shade, text))
 
         def put(name: str, value: object) -> None:

@@ -212,6 +212,9 @@ def test_tofu(write: Write) -> None:
     assert fact.paraphrases == ("Question: Who was the writer?\nAnswer:",)
     assert fact.alternatives == (" Bob did.", " Eve did.")
     assert fact.subject is None
+    assert fact.paraphrased_target is None
+    (said,) = read_facts(write("said.json", {**TOFU, "paraphrased_answer": "It was Ann."}))
+    assert said.paraphrased_target == " It was Ann."
     assert other.alternatives == (" a",)
 
 
@@ -274,6 +277,20 @@ def test_hub_datasets_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     fact, _ = read_facts("hf://locuslab/TOFU/forget01#test")
     assert (fact.target, fact.source) == (" Ann did.", "hf://locuslab/TOFU/forget01#test, row 1")
     assert "name it as hf://owner/dataset" in refusal("hf://TOFU")
+
+
+def test_offline_only_the_local_cache_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
+        assert not streaming
+        if split == "test":
+            raise ConnectionError("Couldn't reach it\nat all")
+        return [TOFU]
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_facts("hf://locuslab/TOFU/forget01")[0].target == " Ann did."
+    said = refusal("hf://locuslab/TOFU/forget01#test")
+    assert "HF_HUB_OFFLINE is set" in said and said.endswith("Couldn't reach it")
 
 
 # What is refused, and how
