@@ -45,6 +45,7 @@ ROWS = {
 def how(name: str, model: Model, forget: list[Fact], retain: list[Fact]) -> tuple[Any, WeightMask]:
     """The editor and the mask of one of the four."""
     from editors import GA, NPO, Training
+    from editors.dose import Dose
     from editors.neuron_edits import NeuronZero
     from tracing import AllNeurons, GradientSaliency, KnowledgeNeurons
 
@@ -58,7 +59,7 @@ def how(name: str, model: Model, forget: list[Fact], retain: list[Fact]) -> tupl
         case "npo-located":
             return NPO(), GradientSaliency().run(model, forget, retain).top("1%")
         case _:
-            return NeuronZero(goal=0.05), KnowledgeNeurons().run(model, forget, retain).top("1%")
+            return NeuronZero(dose=Dose(goal=0.05)), KnowledgeNeurons().run(model, forget, retain).top("1%")
 
 
 def edited(name: str, folder: Path, model: Model, forget: list[Fact], retain: list[Fact]) -> WeightDelta:

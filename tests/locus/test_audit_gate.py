@@ -153,6 +153,27 @@ def test_the_edit_to_ship_has_forgotten_and_broken_nothing() -> None:
     assert none.recommended is None and "ship none" in none.why
 
 
+def test_flaws_are_told_and_so_is_why_the_others_are_not_the_one() -> None:
+    doc = _document(good=(0.01, 0.9), lossy=(0.0, 0.5), rival=(0.01, 0.85))
+    for name in ("good", "rival"):
+        doc["verdicts"][name].append(
+            {"question": "hidden", "answer": "no", "sentence": "Still readable.", "evidence": []}
+        )
+    doc["verdicts"]["lossy"][1]["sentence"] = "Other facts were lost."
+    side = compare({"a": doc})
+    assert side.recommended == "good" and side.flaws == ("Still readable.",)
+    assert side.others["lossy"] == "Other facts were lost."
+    assert "kept as much or more" in side.others["rival"] and "good" not in side.others
+
+
+def test_an_edit_whose_side_effects_nobody_measured_is_not_shipped() -> None:
+    doc = _document(only=(0.01, 0.9))
+    doc["verdicts"]["only"][1] |= {"answer": "not measured", "sentence": "Other facts: not measured."}
+    side = compare({"a": doc})
+    assert side.recommended is None and "Other facts: not measured" in side.why
+    assert side.others == {"only": "Other facts: not measured."}
+
+
 def test_the_page_of_several_edits_says_which_to_ship(tmp_path: Path) -> None:
     from locus.audit.figure import FIGURES
     from locus.report import compare_report

@@ -212,9 +212,7 @@ def test_tofu(write: Write) -> None:
     assert fact.paraphrases == ("Question: Who was the writer?\nAnswer:",)
     assert fact.alternatives == (" Bob did.", " Eve did.")
     assert fact.subject is None
-    assert fact.paraphrased_target is None
-    (said,) = read_facts(write("said.json", {**TOFU, "paraphrased_answer": "It was Ann."}))
-    assert said.paraphrased_target == " It was Ann."
+    assert (fact.paraphrased_target, other.paraphrased_target) == (" It was Ann.", None)
     assert other.alternatives == (" a",)
 
 
