@@ -14,10 +14,10 @@ tokens, or shorter where the text is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from benchmarks.inj import METHODS, interval, tiny
+from benchmarks.inj import METHODS, Lines, interval, tiny
 from benchmarks.memorized import TEXTS
+from locus.embedded import cache_folder
 from locus.fact import neutral_text
 from locus.forward import batches, label_logits, measure
 from locus.model import Model, load_model
@@ -65,70 +66,87 @@ def silenced(model: Model, chosen: Bool[Tensor, "layer neuron"]) -> Any:
 
 
 def judge(
-    model: Model, known: dict[str, Encoded], neutral: Sequence[Encoded], localizer: Any, share: float
-) -> Any:
-    """One row: accuracies and perplexity behind the masks of each text in turn."""
-    own, others, damage, seconds = [], [], [], 0.0
-    for name, passage in known.items():
-        start = time.process_time()
-        chosen = localizer.run(model, [passage]).choose(share, per_layer=True)
-        seconds += time.process_time() - start
-        with silenced(model, chosen):
-            own.append(accuracy(model, passage))
-            rest = [accuracy(model, other) for key, other in known.items() if key != name]
-            others.append(sum(rest) / max(1, len(rest)))
-            damage.append(perplexity(model, neutral))
-    columns = [torch.tensor(column) for column in (own, others, damage)]
-    return {
-        "own": (float(columns[0].mean()), *interval(columns[0])),
-        "others": (float(columns[1].mean()), *interval(columns[1])),
-        "perplexity": (float(columns[2].mean()), *interval(columns[2])),
-        "seconds": seconds / len(known),
-    }
+    model: Model,
+    known: dict[str, Encoded],
+    neutral: Sequence[Encoded],
+    name: str,
+    localizer: Any,
+    shares: Sequence[float],
+) -> dict[str, Any]:
+    """What is left of one text, of the others and of neutral text behind the masks of that text."""
+    start = time.process_time()
+    scores = localizer.run(model, [known[name]])
+    found: dict[str, Any] = {"seconds": time.process_time() - start}
+    for share in shares:
+        with silenced(model, scores.choose(share, per_layer=True)):
+            others = [accuracy(model, other) for key, other in known.items() if key != name]
+            found[f"{share:g}"] = {
+                "own": accuracy(model, known[name]),
+                "others": sum(others) / max(1, len(others)),
+                "perplexity": perplexity(model, neutral),
+            }
+    return found
+
+
+def row_of(method: str, found: Sequence[dict[str, Any]], share: float) -> str:
+    """Means and intervals over the texts, as a line of a Markdown table."""
+    cells = []
+    for key in ("own", "others", "perplexity"):
+        column = torch.tensor([one[f"{share:g}"][key] for one in found])
+        low, high = interval(column)
+        digits = 1 if key == "perplexity" else 2
+        cells.append(f"{float(column.mean()):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+    seconds = sum(one["seconds"] for one in found) / len(found)
+    return f"| {method} | {' | '.join(cells)} | {seconds:.2f} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Locate, silence, print; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='a model, or "tiny"')
-    parser.add_argument("--share", type=float, nargs="+", default=[0.001, 0.005, 0.01])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--share", type=float, nargs="+", default=[0.001, 0.01])
     parser.add_argument(
-        "--known", type=float, default=0.8, help="accuracy from which a text counts as memorized"
+        "--known", type=float, default=0.7, help="accuracy from which a text counts as memorized"
     )
     parser.add_argument("--prefix", type=int, default=32)
     parser.add_argument("--suffix", type=int, default=48)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument(
+        "--out", type=Path, default=cache_folder() / "del", help="what is finished is kept here"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    model = tiny() if args.model == "tiny" else load_model(args.model)
+    model = tiny() if args.model == "tiny" else load_model(args.model, dtype=args.dtype)
     candidates = passages(model, args.prefix, args.suffix)
     before = {name: accuracy(model, passage) for name, passage in candidates.items()}
     least = 0.0 if args.model == "tiny" else args.known
     known = {name: passage for name, passage in candidates.items() if before[name] >= least}
     if not known:
         sys.exit(f"{model.name} knows none of the {len(candidates)} texts by heart: lower --known")
-    neutral = [one for text in neutral_text()[:6] for one in encode_text(model, text, 64)[:1]]
+    neutral = [encode_text(model, text, 48)[0] for text in neutral_text()[:4]]
     start = sum(before[name] for name in known) / len(known)
     print(
-        f"{len(known)} texts: {', '.join(known)}; accuracy {start:.2f}, perplexity {perplexity(model, neutral):.1f}"
+        f"{len(known)} texts: {', '.join(known)}; accuracy {start:.2f}, perplexity {perplexity(model, neutral):.1f}",
+        flush=True,
     )
-    report: dict[str, Any] = {"model": model.name, "accuracy": before, "shares": {}}
+    lines = Lines(args.out / "results.jsonl")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for method in args.methods:
+        rows[method] = []
+        for name in known:
+            settings = asdict(METHODS[method])
+            key = {"model": model.fingerprint[:12], "dtype": args.dtype, "text": name, "known": sorted(known)}
+            key |= {"shares": args.share, "method": method, "settings": settings}
+            found = lines.get(key)
+            if found is None:
+                found = lines.add(key, judge(model, known, neutral, name, METHODS[method], args.share))
+            rows[method].append(found)
     for share in args.share:
         print(f"\n{share:.1%} of each layer's neurons silenced\n")
         print("| method | own accuracy | others' accuracy | perplexity | s a text |\n|---|---|---|---|---|")
-        rows = {}
-        for method in args.methods:
-            rows[method] = row = judge(model, known, neutral, METHODS[method], share)
-            own, others, damage = (row[key] for key in ("own", "others", "perplexity"))
-            print(
-                f"| {method} | {own[0]:.2f} [{own[1]:.2f}, {own[2]:.2f}] | {others[0]:.2f} [{others[1]:.2f}, "
-                f"{others[2]:.2f}] | {damage[0]:.1f} | {row['seconds']:.2f} |",
-                flush=True,
-            )
-        report["shares"][f"{share:g}"] = rows
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        for method, found in rows.items():
+            print(row_of(method, found, share))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ Hyperparameters were chosen on the sentences of `DEV`, figures are for `TEST` (s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,12 @@ METHODS: dict[str, Any] = {
 """Name -> localizer with the settings it is judged with; the last two are the ablations of imprint."""
 SLOW = ("integrated-gradients", "depn", "zero-out", "slimming", "hard-concrete")
 TOP = (0.01, 0.02, 0.05)
-LEARNING_RATES = {0.01: 0.01, 0.001: 0.03}
+LEARNING_RATES = {0.01: 0.005, 0.001: 0.02}
 """Share of neurons -> Adam's learning rate when injecting; fewer neurons have to move further."""
 NEUTRAL_TOKENS = 24
+CONTEXT = 3
+"""First tokens of a sentence that are given: what follows them can be learned without a conflict, while the first
+one, after BOS, is the same question in every text."""
 TOGETHER = 8
 """Sentences that are injected side by side."""
 
@@ -93,7 +97,8 @@ def injections(
     """The sentences and what was written for each, made or taken from an earlier run."""
     neutral = [encode_text(model, text, NEUTRAL_TOKENS)[0] for text in neutral_text()[:6]]
     rate = args.learning_rate or LEARNING_RATES.get(ratio, 0.01)
-    encoded = [encode_text(model, sentence, args.tokens)[0] for sentence in sentences]
+    whole = [encode_text(model, sentence, args.tokens)[0] for sentence in sentences]
+    encoded = [replace(one, target_start=CONTEXT) for one in whole]
     about = f"{model.fingerprint[:12]}-{args.split}-{ratio:g}-{rate:g}-{args.neutral_weight:g}"
     paths = [args.out / "injected" / f"{about}-{i}.safetensors" for i in range(len(sentences))]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -148,9 +153,10 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self._path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self._done = {}
+        self._done: dict[str, dict[str, Any]] = {}
+        self._between = "" if not text or text.endswith("\n") else "\n"
         for line in text.splitlines():
-            if line.endswith("}"):  # not the half line of a killed run
+            with contextlib.suppress(json.JSONDecodeError):  # half a line of a killed run
                 one = json.loads(line)
                 self._done[json.dumps(one["of"], sort_keys=True)] = one["found"]
 
@@ -162,7 +168,8 @@ class Lines:
         """Write it down."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"of": of, "found": found}) + "\n")
+            file.write(self._between + json.dumps({"of": of, "found": found}) + "\n")
+        self._between = ""
         self._done[json.dumps(of, sort_keys=True)] = found
         return found
 

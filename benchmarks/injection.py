@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +135,7 @@ def inject(
     neurons = torch.stack([_drawn(model, ratio, seed) for seed in seeds])
     deltas = torch.zeros(*neurons.shape, model.atlas.d_model, requires_grad=True)
     references = [label_logits_of(model, one).log_softmax(-1) for one in neutral]
-    optimizer = torch.optim.Adam([deltas], lr=learning_rate)
+    optimizer = torch.optim.Adam([deltas], lr=learning_rate, betas=(0.9, 0.95))
     waiting = list(range(len(sentences)))
     for step in range(max_steps):
         turn = step % len(neutral)
@@ -144,12 +143,6 @@ def inject(
         losses, total = _losses(
             fast, [sentences[i] for i in live], neutral[turn], references[turn], neurons[live], deltas[live]
         )
-        if step % 20 == 0:
-            print(
-                f"step {step}: {' '.join(f'{loss:.3f}' for loss in losses.tolist())}",
-                file=sys.stderr,
-                flush=True,
-            )
         for i, loss in zip(live, losses.tolist(), strict=True):
             if loss < LOSS:  # in the fast dtype: the model's own decides
                 done = _measured(model, sentences[i], neutral, references, neurons[i], deltas[i], step)
