@@ -60,10 +60,12 @@ METHODS: dict[str, Any] = {
     "slimming": Slimming(),
     "hard-concrete": HardConcrete(),
     "imprint": Imprint(),
-    "imprint-alignment": Imprint(balance=0.0),
+    "imprint-undimmed": Imprint(dim=1.0),
+    "imprint-alignment": Imprint(balance=0.0, dimmed=1.0, dim=0.8),
+    "imprint-alignment-undimmed": Imprint(balance=0.0, dim=1.0),
     "imprint-balance": Imprint(alignment=0.0),
 }
-"""Name -> localizer with the settings it is judged with; the last two are the ablations of imprint."""
+"""Name -> localizer with the settings it is judged with; the last four leave parts of imprint out."""
 SLOW = ("integrated-gradients", "depn", "zero-out", "slimming", "hard-concrete")
 TOP = (0.01, 0.02, 0.05)
 LEARNING_RATES = {0.01: 0.005, 0.001: 0.02}

@@ -56,10 +56,34 @@ def test_robust_z_by_hand() -> None:
 def test_scores_are_the_clipped_sum() -> None:
     model = tiny_model("gpt2")
     facts = tiny_facts()
-    got = Imprint(alignment=2.0, balance=0.5, clip=1.5).run(model, facts).values
-    cosine = robust_z(alignment_of(model, facts)).clamp(-1, 1.5)
+    got = Imprint(alignment=2.0, balance=0.5, clip=1.5, dim=0.5, dimmed=0.25).run(model, facts).values
+    gates = torch.ones(3, 48)
+    for layer, values in enumerate(imbalance_of(model)):
+        gates[layer, values.argsort(descending=True)[:12]] = 0.5
+    cosine = robust_z(alignment_of(model, facts, gates)).clamp(-1, 1.5)
     length = robust_z(imbalance_of(model)).clamp(-1, 1.5)
     torch.testing.assert_close(got, 2 * cosine + 0.5 * length)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+def test_dimming_is_scaling_the_columns_while_the_gradient_is_taken(arch: str) -> None:
+    """Slow and obvious: the columns themselves are scaled; a cosine does not see the scale of its own column."""
+    model = tiny_model(arch)
+    gates = torch.ones(3, 48)
+    gates[0, 3], gates[1, 5:9], gates[2] = 0.3, 0.5, 0.7
+    got = alignment_of(model, tiny_facts(), gates)
+    downs = [next(p for p in parts if p.role == "down") for parts in model.atlas.neurons]
+    for part, factors in zip(downs, gates, strict=True):
+        columns = model.module.get_parameter(part.param).data.movedim(part.axis, 0)
+        columns *= factors[:, None]
+    torch.testing.assert_close(got, alignment_of(model, tiny_facts()), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(got, alignment_of(tiny_model(arch), tiny_facts()), atol=1e-3)
+
+
+def test_refuses_shares_out_of_range() -> None:
+    for wrong in (Imprint(dim=0.0), Imprint(dimmed=1.5)):
+        with pytest.raises(InputError, match="at most at 1"):
+            wrong.run(tiny_model("llama"), tiny_facts())
 
 
 def test_balance_alone_runs_nothing() -> None:
