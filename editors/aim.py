@@ -34,9 +34,12 @@ class Aim:
 
     to: To = "refusal"
     """refusal: a fixed answer; entropy: the uniform distribution at the target's tokens; alternatives: each of
-    the fact's wrong targets with the same probability; rewrite: the first of them (CounterFact's target_new)."""
+    the fact's wrong targets with the same probability; rewrite: `answer`, or the first of them (CounterFact's
+    target_new)."""
     refusal: str = " unknown"
     """The fixed answer, with its leading space."""
+    answer: str = ""
+    """What a rewrite is to, with its leading space, for every fact; "" for each fact's own."""
     prefixes: int = 2
     """Random openings before the prompt, besides the prompt itself."""
     steps: int = 25
@@ -258,6 +261,8 @@ def answers(fact: Fact, aim: Aim) -> tuple[str, ...]:
         return (aim.refusal,)
     if aim.to == "entropy":
         return (fact.target,)
+    if aim.to == "rewrite" and aim.answer:
+        return (aim.answer,)
     if not fact.alternatives:
         raise InputError(
             f"{fact.source or f'fact {fact.id!r}'}: has no alternatives, which the aim {aim.to!r} needs: "

@@ -30,6 +30,7 @@ def edit(
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     mask: Path | None = None,
     widen: Annotated[bool, Parameter(negative="")] = False,
+    target_new: str | None = None,
     method: str = "npo",
     retain: str | None = None,
     text: Path | None = None,
@@ -50,6 +51,8 @@ def edit(
         out: Folder for delta.safetensors, edit.json and history.jsonl, and dose.png where a dose was looked for.
         mask: The weights that may change: what `locus locate` wrote.
         widen: Let the whole down projections change of the layers in which the mask has neurons.
+        target_new: What rome, memit and alphaedit shall make the model answer instead, for every fact; without it
+            `--aim-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
         method: The editor; `locus methods` lists them.
         retain: What must stay: a fact file, or demo-retain. Facts marked held_out are never trained on.
         text: Neutral paragraphs for the retain term; the default is a text that comes with locus. Every third
@@ -63,6 +66,8 @@ def edit(
 
     command = f"locus edit --method {method}"
     editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
+    if target_new is not None:
+        editor = rewriting(editor, method, target_new)
     given = None if mask is None else WeightMask.load(mask)
     loaded = loading.load(model)
     located = mask_for(loaded, editor, method, given, widen)
@@ -80,6 +85,19 @@ def edit(
             )
     about = json.loads((out / ABOUT).read_text("utf-8"))
     talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+
+
+def rewriting(editor: Any, method: str, answer: str) -> Any:
+    """The editor with a rewrite to this answer for its aim.
+
+    Raises:
+        InputError: it is none that can rewrite.
+    """
+    from locus.errors import InputError
+
+    if not hasattr(editor, "aim"):
+        raise InputError(f"--target-new: {method} cannot rewrite: use rome, memit or alphaedit")
+    return dataclasses.replace(editor, aim=dataclasses.replace(editor.aim, to="rewrite", answer=answer))
 
 
 def mask_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ import locus
 from locus.checkpoint import Checkpoint
 from locus.cli import execute
 from locus.delta import WeightDelta
+from locus.forward import measure
 from locus.mask import WeightMask
 from tests.tiny import save_tiny, tiny_model
 
@@ -91,6 +93,30 @@ def test_a_walk_without_locating(place, tmp_path, method, options):
     assert Checkpoint(base).fingerprint() == Checkpoint(place / "model").fingerprint()
 
 
+def test_a_new_target_is_written(place, tmp_path):
+    options = (
+        "--method",
+        "rome",
+        "--layer",
+        "0",
+        "--aim-prefixes",
+        "0",
+        "--aim-kl",
+        "0",
+        "--aim-steps",
+        "15",
+    )
+    assert edit(place, tmp_path / "edit", *options, "--target-new", " Germany", "-q") == 0
+    model = locus.load_model(place / "model")
+    (fact,) = locus.read_facts(place / "forget.jsonl")
+    asked = [replace(fact, target=word) for word in (" Germany", " Paris", " Rome")]
+    before = measure(model, asked).nll
+    with WeightDelta.load(tmp_path / "edit" / "delta.safetensors").applied(model):
+        after = measure(model, asked).nll
+    assert after[0] < before[0] - 0.3
+    assert after[0] < after[1:].min()
+
+
 def test_a_dose_leaves_its_curve_and_its_picture(place, tmp_path, capsys):
     options = ("--method", "neuron-zero", "--neurons", "0:3", "1:7", "--dose-curve", "0", "1")
     assert edit(place, tmp_path / "edit", *options) == 0
@@ -125,6 +151,7 @@ def test_a_mask_is_widened_to_its_layers_only_when_asked(place, tmp_path):
         (("--method", "neuron-zero"), "give --mask, or --neurons"),
         (("--method", "neuron-zero", "--neurons", "3:1"), "layers 0 to 2"),
         (("--method", "rome", "--layer", "7"), "layer 7"),
+        (("--method", "neuron-zero", "--neurons", "1:1", "--target-new", " Rome"), "cannot rewrite"),
     ],
 )
 def test_what_is_missing_is_said(place, tmp_path, capsys, options, said):
