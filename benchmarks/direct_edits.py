@@ -6,7 +6,7 @@
 removal: ROME, MEMIT, AlphaEdit, LaW and projection with their defaults, each from the base. sequence: each fact's
 probability just after its own edit and after all of them, ROME fact by fact and MEMIT in batches of four. neurons:
 dose curves of neuron edits, with the smallest dose that brings the facts' mean probability to 0.05. cost: an edit of
-100 neurons, and second moments over 100,000 tokens of Python's own documentation (`pydoc_data.topics`).
+100 neurons, and second moments over `--tokens` tokens of Python's own documentation (`pydoc_data.topics`).
 
 Judged by probability and accuracy of the 16 facts of `demo-forget` and of three paraphrases each, the share that
 stays right of their neighbours and of the held-out facts of `demo-retain`, and KL(base || edited) on neutral text
@@ -45,7 +45,9 @@ from locus.tokens import encode
 from tracing import GradientSaliency, RandomNeurons
 
 GOAL = 0.05
-LEAST_SQUARES = ("rome", "memit", "alphaedit", "law")
+N_TEXT = 6
+"""Unseen paragraphs that the KL is taken over."""
+LEAST_SQUARES = ("alphaedit", "memit", "rome", "law")
 Row = dict[str, Any]
 
 
@@ -60,6 +62,8 @@ class Bench:
     """Neutral paragraphs that an edit may read."""
     yardstick: Yardstick
     folder: Path
+    moment_tokens: int = 100_000
+    """Tokens that second moments are timed over."""
 
     @classmethod
     def of(
@@ -68,7 +72,9 @@ class Bench:
         """Ask the base what it knows."""
         seen, unseen = split_text(text)
         held_out = [fact for fact in retain if fact.held_out]
-        return cls(model, forget, retain, seen, Yardstick.of(model, forget, held_out, unseen), folder)
+        return cls(
+            model, forget, retain, seen, Yardstick.of(model, forget, held_out, unseen[:N_TEXT]), folder
+        )
 
     def edit(self, name: str, editor: Any, mask: WeightMask) -> Row:
         """One row: an editor with a mask."""
@@ -155,17 +161,25 @@ def cost(bench: Bench) -> Iterator[tuple[str, Row]]:
     model, n = bench.model, min(100, bench.model.atlas.d_mlp)
 
     def hundred() -> Row:
-        start = time.monotonic()
+        assert model.fingerprint  # hashing the checkpoint is part of loading it
+        start, worked = time.monotonic(), time.process_time()
         editor = NeuronZero(neurons=tuple(f"{i % model.atlas.n_layers}:{i}" for i in range(n)))
         delta = editor.run(model, [], [], editor.own_mask(model))
-        assert delta.n_changed == n * model.atlas.d_model
-        return {"neurons": n, "seconds": time.monotonic() - start}
+        assert 0.99 < delta.n_changed / (n * model.atlas.d_model) <= 1  # a weight that is 0 stays 0
+        return {
+            "neurons": n,
+            "seconds": time.monotonic() - start,
+            "cpu_seconds": time.process_time() - worked,
+        }
 
     yield "neurons", kept_row(bench.folder / "cost-neurons.json", hundred)
-    yield "moments", kept_row(bench.folder / "cost-moments.json", lambda: _moments(model))
+    yield (
+        "moments",
+        kept_row(bench.folder / "cost-moments.json", lambda: _moments(model, bench.moment_tokens)),
+    )
 
 
-def _moments(model: Model) -> Row:
+def _moments(model: Model, n_tokens: int) -> Row:
     from pydoc_data.topics import topics
 
     text = [topics[name] for name in sorted(topics)]
@@ -174,7 +188,7 @@ def _moments(model: Model) -> Row:
     with tempfile.TemporaryDirectory() as place:
         for what in ("first", "again"):
             start, worked = time.monotonic(), time.process_time()
-            moments = second_moments(model, sorted(set(layers)), text, folder=Path(place))
+            moments = second_moments(model, sorted(set(layers)), text, n_tokens=n_tokens, folder=Path(place))
             found |= {f"{what}_s": time.monotonic() - start, f"{what}_cpu_s": time.process_time() - worked}
     found["tokens"] = moments[layers[0]].n_tokens
     return found
@@ -194,6 +208,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("-o", "--out", type=Path, help="folder that keeps finished rows")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=100_000, help="that second moments are timed over")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny random model: does everything still run?"
     )
@@ -210,7 +225,7 @@ def main() -> None:
     bench = Bench.of(
         load_model("smollm2"), read_facts("demo-forget"), read_facts("demo-retain"), neutral_text(), args.out
     )
-    report(bench, args.parts)
+    report(replace(bench, moment_tokens=args.tokens), args.parts)
 
 
 def report(bench: Bench, parts: Sequence[str] | Mapping[str, Any]) -> None:
@@ -234,7 +249,8 @@ def tiny(folder: Path) -> Bench:
         "The capital of Italy is Rome. Paris is not far.",
     ]
     kept = replace(facts[2], id="kept", held_out=False)
-    return Bench.of(model, facts[:2], [facts[2], kept], text * 2, folder)
+    bench = Bench.of(model, facts[:2], [facts[2], kept], text * 2, folder)
+    return replace(bench, moment_tokens=5_000)
 
 
 def _answered(model: Model, fact: Fact) -> Fact:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from editors.dose import Direction, Dose, dosed
 from editors.least_squares import Metric, within
-from editors.located import DownProjection
+from editors.located import DownProjection, add_, borrowed
 from editors.neuron_parts import located_values, neuron_mask
 from editors.result import settings_of
-from editors.statistics import second_moments
+from editors.statistics import SecondMoment, second_moments
 from editors.subject import Row, behind, openings, row
 from editors.value_slopes import Slopes, value_slopes
+from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
@@ -30,19 +31,26 @@ Where = Literal["subject", "prompt", "after", "all"]
 
 @dataclass(frozen=True)
 class NeuronDescent:
-    """The cheapest change of what located neurons write that takes the same from every target's log-probability.
+    """Lower the targets' log-probability by the cheapest change of what located neurons write; nothing is searched for.
 
     With G the gradient of a fact's log-probability with respect to the values W of a layer's located neurons, the
     update D minimizes Σ tr(D C Dᵀ) over layers (the mean squared change of what the layers write over text) subject
-    to Σ ⟨G, D⟩ = −1 nat for every forget fact and 0 for every retain fact. That is D = Σ a_f G_f C⁻¹ with as many
-    unknowns as there are facts. A neuron is not switched off: it writes otherwise where its layer sees the facts.
+    to Σ ⟨G, D⟩ = −δ for each forget fact and 0 for each retain fact, in nats. That is D = Σ a_f G_f C⁻¹ with as many
+    unknowns as there are facts. δ takes a fact to the probability `enough`, by at most `nats` a round; a fact that is
+    there is held where it is. No neuron is switched off: it writes otherwise where its layer sees the facts.
     """
 
-    where: Where = "after"
+    where: Where = "subject"
     """Positions that G is summed over: the last token of the subject, the last of the prompt, all from the one to
     the other, or every token."""
-    strength: float = 12.0
-    """Nats, to first order, that each target loses."""
+    enough: float = 0.01
+    """Probability that each target is brought down to, to first order."""
+    nats: float = 2.0
+    """How much a target loses in one round, at most."""
+    rounds: int = 4
+    """Rounds at most, each with new gradients."""
+    strength: float = 1.0
+    """Share of the way."""
     dose: Dose = Dose()
     """How the strength is chosen and looked at."""
     prefixes: int = 2
@@ -67,6 +75,8 @@ class NeuronDescent:
             raise InputError(f"where = {self.where!r}: not one of {', '.join(get_args(Where))}")
         if min(self.retain_weight, self.slack) < 0:
             raise InputError("retain_weight and slack must not be negative")
+        if not (0 < self.enough < 1 and self.nats > 0 and self.rounds > 0):
+            raise InputError("enough must be a probability between 0 and 1, nats and rounds positive")
 
     def own_mask(self, model: Model) -> WeightMask:
         """The values of the neurons listed: what may change where no mask is given."""
@@ -99,21 +109,29 @@ class NeuronDescent:
         moments = second_moments(
             model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )
-        slopes = self._slopes(model, forget, [fact for fact in retain if not fact.held_out], layers, text)
-        kept = slopes.owner >= len(forget)
-        metrics = {}
-        for one in located:
-            moment = within(moments[one.layer].mean, one.neurons)
-            others = slopes.keys[one.layer][kept][:, one.neurons]
-            if len(others):
-                moment = moment + self.retain_weight * others.mT @ others / len(others)
-            metrics[one.layer] = Metric.of(moment, self.ridge)
-        wanted = torch.zeros(int(slopes.owner.max()) + 1, dtype=torch.float64)
-        wanted[: len(forget)] = -1.0
-        updates = cheapest(slopes, located, metrics, wanted, self.slack)
+        kept = [fact for fact in retain if not fact.held_out]
+        rows = self._rows(model, forget, kept, text)
+        metrics: dict[int, Metric] = {}
+        total = {one.param: torch.zeros(one.allowed.shape, dtype=torch.float64) for one in located}
+        left: list[int] = []
+        with borrowed(model, total):
+            for _ in progress.track(range(self.rounds), "rounds"):
+                slopes, prob = self._slopes(model, rows, len(forget), layers)
+                wanted = torch.zeros(len(forget) + len(kept), dtype=torch.float64)
+                wanted[: len(forget)] = -(prob / self.enough).log().clamp(0, self.nats)
+                left.append(int((wanted < 0).sum()))
+                if not left[-1]:
+                    break
+                metrics = metrics or {
+                    one.layer: self._metric(one, moments, slopes, len(forget)) for one in located
+                }
+                updates = cheapest(slopes, located, metrics, wanted, self.slack)
+                for one in located:
+                    update = one.spread(updates[one.layer])
+                    add_(model, one, update)
+                    total[one.param] += update
         steps = {
-            one.param: one.selection.take(one.stored_as(one.spread(updates[one.layer])).contiguous())
-            for one in located
+            one.param: one.selection.take(one.stored_as(total[one.param]).contiguous()) for one in located
         }
         return dosed(
             model,
@@ -127,32 +145,47 @@ class NeuronDescent:
             provenance={
                 "editor": settings_of(self),
                 "layers": layers,
-                "conditions": [metrics[layer].condition for layer in layers],
-                "costs": [metrics[layer].cost(updates[layer]) for layer in layers],
+                "facts_by_round": left,
+                "conditions": [metrics[layer].condition for layer in layers if metrics],
+                "costs": [
+                    metrics[one.layer].cost(total[one.param][:, one.neurons]) for one in located if metrics
+                ],
             },
             log=log,
         )
 
-    def _slopes(
-        self,
-        model: Model,
-        forget: Sequence[Fact],
-        kept: Sequence[Fact],
-        layers: Sequence[int],
-        text: Sequence[str],
-    ) -> Slopes:
-        """Gradients of the forget facts behind every opening, mean over them, then of the retain facts."""
+    def _rows(
+        self, model: Model, forget: Sequence[Fact], kept: Sequence[Fact], text: Sequence[str]
+    ) -> list[Row]:
+        """The forget facts behind every opening, then the retain facts as they are."""
         prefixes = ("", *openings(text, self.prefixes, self.seed))
         rows = [
             self._row(model, behind(fact, prefix), number)
             for number, fact in enumerate(forget)
             for prefix in prefixes
         ]
-        rows += [self._row(model, fact, number) for number, fact in enumerate(kept, len(forget))]
+        return rows + [self._row(model, fact, number) for number, fact in enumerate(kept, len(forget))]
+
+    def _slopes(
+        self, model: Model, rows: Sequence[Row], n_forget: int, layers: Sequence[int]
+    ) -> tuple[Slopes, Float[Tensor, " fact"]]:
+        """Gradients, means over a fact's openings, and the forget targets' probability, a geometric mean over them."""
         found = value_slopes(model, rows, layers, self._counted, self.batch_tokens)
-        share = torch.where(found.owner < len(forget), 1.0 / len(prefixes), 1.0)[:, None]
-        pulls = {layer: pull * share for layer, pull in found.pulls.items()}
-        return Slopes(found.keys, pulls, found.owner, found.logprob)
+        owner = torch.tensor([one.fact for one in rows])
+        n_rows = torch.bincount(owner).double()
+        pulls = {layer: pull / n_rows[found.owner][:, None] for layer, pull in found.pulls.items()}
+        logprob = torch.zeros(len(n_rows), dtype=torch.float64).index_add(0, owner, found.logprob) / n_rows
+        return Slopes(found.keys, pulls, found.owner, found.logprob), logprob[:n_forget].exp()
+
+    def _metric(
+        self, one: DownProjection, moments: Mapping[int, SecondMoment], slopes: Slopes, n_forget: int
+    ) -> Metric:
+        """C of a layer's located neurons: over text, and over the retain facts' keys."""
+        moment = within(moments[one.layer].mean, one.neurons)
+        others = slopes.keys[one.layer][slopes.owner >= n_forget][:, one.neurons]
+        if len(others):
+            moment = moment + self.retain_weight * others.mT @ others / len(others)
+        return Metric.of(moment, self.ridge)
 
     def _row(self, model: Model, fact: Fact, number: int) -> Row:
         needs_subject = self.where in ("subject", "after")

@@ -74,7 +74,7 @@ class NeuronZero:
             InputError: a mask of another model or without such weights, a wrong neuron, or a goal without facts.
         """
         selections = located_parts(model, mask, self.part, self.neurons)
-        steps = {name: -_stored(model, name, chosen) for name, chosen in selections.items()}
+        steps = {name: -old for name, old in _stored(model, selections).items()}
         return dosed(
             model,
             Direction(selections, steps),
@@ -167,7 +167,7 @@ class NeuronMean:
         layers = [one.layer for one in located]
         means = mean_keys(model, layers, text)
         selections = {one.param: one.selection for one in located}
-        steps = {one.param: -_stored(model, one.param, one.selection) for one in located}
+        steps = {name: -old for name, old in _stored(model, selections).items()}
         biased = {one.param: _output_bias(model, mask, one) for one in located}
         moments = second_moments(model, [one.layer for one in located if biased[one.param] is None], text)
         constant = {}
@@ -310,10 +310,11 @@ def _direction(model: Model, forget: Sequence[Fact], words: Sequence[str]) -> Fl
     return unit
 
 
-def _stored(model: Model, name: str, chosen: Selection) -> Tensor:
+def _stored(model: Model, selections: Mapping[str, Selection]) -> dict[str, Tensor]:
     """The selected entries as the checkpoint holds them, in float32 or wider."""
-    old = chosen.take(stored(model).read(name))
-    return old.to(torch.promote_types(old.dtype, torch.float32))
+    base = stored(model)
+    taken = {name: chosen.take(base.read(name)) for name, chosen in selections.items()}
+    return {name: old.to(torch.promote_types(old.dtype, torch.float32)) for name, old in taken.items()}
 
 
 def _output_bias(model: Model, mask: WeightMask, one: DownProjection) -> tuple[str, Selection] | None:

@@ -47,7 +47,7 @@ class ROME:
     layer: int | None = None
     """The layer to edit, negative from the end; None for the mask's, of several the one nearest to a fifth of
     the depth among those with the most located weights."""
-    aim: Aim = Aim()
+    aim: Aim = Aim(gone=0.02)
     """What the model should say instead, and how its value is found."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in the second moment."""

@@ -71,7 +71,7 @@ def edit(place, out, *options):
         ("neuron-mean", ("--neurons", "0:3", "1:7")),
         ("neuron-direction", ("--neurons", "0:3", "--towards", "refusal")),
         ("neuron-selective", ("--neurons", "0:3", "1:7", "--prefixes", "0")),
-        ("neuron-descent", ("--neurons", "0:3", "1:7", "--prefixes", "0", "--strength", "1")),
+        ("neuron-descent", ("--neurons", "0:3", "1:7", "--prefixes", "0", "--enough", "1e-6")),
         ("knowledge-neurons", ("--neurons", "0:3", "--recipe", "update")),
         ("depn", ("--neurons", "0:3")),
     ],

@@ -141,7 +141,7 @@ DIRECT: dict[str, dict[str, Any]] = {
     "neuron-mean": {},
     "neuron-direction": {"towards": "noise"},
     "neuron-selective": {"weight": 0.1, "prefixes": 0},
-    "neuron-descent": {"prefixes": 0, "strength": 1.0},
+    "neuron-descent": {"prefixes": 0, "enough": 1e-9, "rounds": 1},
     "knowledge-neurons": {"recipe": "erase"},
     "depn": {},
     "projection": {"protect": 1, "prefixes": 0},
