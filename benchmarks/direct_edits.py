@@ -1,12 +1,13 @@
 """What direct edits of weights forget, what they cost elsewhere, and how long they take.
 
-    python -m benchmarks.direct_edits -o FOLDER [--parts removal sequence neurons cost]
+    python -m benchmarks.direct_edits -o FOLDER [--parts removal neurons cost]
     python -m benchmarks.direct_edits --quick        a tiny random model, in seconds
 
-removal: ROME, MEMIT, AlphaEdit, LaW and projection with their defaults, each from the base. sequence: each fact's
-probability just after its own edit and after all of them, ROME fact by fact and MEMIT in batches of four. neurons:
-dose curves of neuron edits, with the smallest dose that brings the facts' mean probability to 0.05. cost: an edit of
-100 neurons, and second moments over `--tokens` tokens of Python's own documentation (`pydoc_data.topics`).
+removal: ROME, MEMIT, AlphaEdit, LaW and projection with their defaults, each from the base; largest_rise is how
+much a fact's probability rose at most between its own edit and the end, for ROME fact by fact, for MEMIT also in
+batches of four. neurons: dose curves of neuron edits, with the smallest dose that brings the facts' mean probability
+to 0.05. cost: an edit of 100 neurons, and second moments over `--tokens` tokens of Python's own documentation
+(`pydoc_data.topics`).
 
 Judged by probability and accuracy of the 16 facts of `demo-forget` and of three paraphrases each, the share that
 stays right of their neighbours and of the held-out facts of `demo-retain`, and KL(base || edited) on neutral text
@@ -23,19 +24,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.yardstick import Yardstick, kept_row
-from editors import EDITORS, MEMIT, ROME
+from editors import EDITORS, MEMIT
 from editors.dose import Dose
 from editors.neuron_descent import NeuronDescent
 from editors.neuron_edits import NeuronMean, NeuronZero
 from editors.neuron_selective import NeuronSelective
 from editors.projection import EraseSubspace
 from editors.statistics import second_moments
+from locus.delta import WeightDelta
 from locus.fact import Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.mask import WeightMask
@@ -49,6 +52,7 @@ N_TEXT = 6
 """Unseen paragraphs that the KL is taken over."""
 LEAST_SQUARES = ("alphaedit", "memit", "rome", "law")
 Row = dict[str, Any]
+Rows = Iterator[tuple[str, Callable[[], Row]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,93 +62,84 @@ class Bench:
     model: Model
     forget: Sequence[Fact]
     retain: Sequence[Fact]
-    text: Sequence[str]
-    """Neutral paragraphs that an edit may read."""
-    yardstick: Yardstick
+    neutral: Sequence[str]
+    """Paragraphs; every third is left for judging."""
     folder: Path
     moment_tokens: int = 100_000
     """Tokens that second moments are timed over."""
 
-    @classmethod
-    def of(
-        cls, model: Model, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str], folder: Path
-    ) -> Bench:
-        """Ask the base what it knows."""
-        seen, unseen = split_text(text)
-        held_out = [fact for fact in retain if fact.held_out]
-        return cls(
-            model, forget, retain, seen, Yardstick.of(model, forget, held_out, unseen[:N_TEXT]), folder
-        )
+    @property
+    def text(self) -> list[str]:
+        """Paragraphs that an edit may read."""
+        return split_text(self.neutral)[0]
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """Asks the base what it knows, when it is first needed."""
+        held_out = [fact for fact in self.retain if fact.held_out]
+        return Yardstick.of(self.model, self.forget, held_out, split_text(self.neutral)[1][:N_TEXT])
 
     def edit(self, name: str, editor: Any, mask: WeightMask) -> Row:
-        """One row: an editor with a mask."""
+        """One row: an editor with a mask; and each fact's probability just after its own edit, and at the end."""
+        by_id = {fact.id: fact for fact in self.forget}
+        own: dict[str, float] = {}
+        end: dict[str, float] = {}
 
-        def make() -> Row:
-            return self.yardstick.row(
-                mask, lambda: editor.run(self.model, self.forget, self.retain, mask, text=self.text)
+        def look(record: Mapping[str, Any]) -> None:
+            if "fact" in record:  # the model in memory is edited so far
+                own[record["fact"]] = float(measure(self.model, [by_id[record["fact"]]]).prob[0])
+
+        def make() -> WeightDelta:
+            delta: WeightDelta = editor.run(
+                self.model, self.forget, self.retain, mask, text=self.text, log=look
             )
+            with delta.applied(self.model):
+                prob = measure(self.model, [by_id[i] for i in own]).prob.tolist() if own else []
+            end.update(zip(own, prob, strict=True))
+            return delta
 
-        return kept_row(self.folder / f"{name}.json", make)
+        def row() -> Row:
+            found = self.yardstick.row(mask, make)
+            rise = {"largest_rise": max(end[i] - own[i] for i in own)} if own else {}
+            return {**found, **rise, "own": own, "end": end}
+
+        return kept_row(self.folder / f"{name.replace(' ', '-').replace('%', '')}.json", row)
 
 
-def removal(bench: Bench) -> Iterator[tuple[str, Row]]:
+def removal(bench: Bench) -> Rows:
     """Every least-squares editor and the projection with their defaults."""
-    yield "base", kept_row(bench.folder / "base.json", bench.yardstick.read)
+    yield "base", lambda: kept_row(bench.folder / "base.json", lambda: bench.yardstick.read())
     for name in LEAST_SQUARES:
         editor = EDITORS[name]()
-        yield name, bench.edit(name, editor, editor.own_mask(bench.model))
-    yield "projection", bench.edit("projection", EraseSubspace(), located(bench, "1%"))
+        yield name, partial(bench.edit, name, editor, editor.own_mask(bench.model))
+    fours = MEMIT(batch=4)
+    yield "memit in fours", partial(bench.edit, "memit in fours", fours, fours.own_mask(bench.model))
+    yield "projection", lambda: bench.edit("projection", EraseSubspace(), located(bench, "1%"))
 
 
-def sequence(bench: Bench) -> Iterator[tuple[str, Row]]:
-    """Probabilities just after each fact's own edit, and at the end."""
-    for name, editor in (("rome", ROME()), ("memit in fours", MEMIT(batch=4))):
+def neurons(bench: Bench) -> Rows:
+    """Dose curves of neuron edits, on located neurons and on as many random ones."""
+    dose = Dose(goal=GOAL)
+    n_layers = bench.model.atlas.n_layers
+    descent = NeuronDescent(layers=tuple(range(0, n_layers, 3)), dose=dose)
+    yield "descent layers", lambda: bench.edit("descent layers", descent, descent.own_mask(bench.model))
+    for name, editor, budget in (
+        ("zero 0.1%", NeuronZero(dose=dose), "0.1%"),
+        ("mean 0.1%", NeuronMean(dose=dose), "0.1%"),
+        ("selective 10%", NeuronSelective(strength=4.0, dose=dose), "10%"),
+        ("descent 0.1%", NeuronDescent(dose=dose), "0.1%"),
+        ("descent 10%", NeuronDescent(dose=dose), "10%"),
+    ):
         yield (
             name,
-            kept_row(
-                bench.folder / f"sequence-{name.replace(' ', '-')}.json",
-                lambda editor=editor: _followed(bench, editor),
-            ),
+            lambda name=name, editor=editor, budget=budget: bench.edit(name, editor, located(bench, budget)),
         )
-
-
-def _followed(bench: Bench, editor: Any) -> Row:
-    done: list[str] = []
-    own: dict[str, float] = {}
-    by_id = {fact.id: fact for fact in bench.forget}
-
-    def look(record: Mapping[str, Any]) -> None:
-        done.append(record["fact"])  # the model in memory is edited so far
-        own[record["fact"]] = float(measure(bench.model, [by_id[record["fact"]]]).prob[0])
-
-    mask = editor.own_mask(bench.model)
-    delta = editor.run(bench.model, bench.forget, bench.retain, mask, text=bench.text, log=look)
-    with delta.applied(bench.model):
-        end = dict(zip(done, measure(bench.model, [by_id[i] for i in done]).prob.tolist(), strict=True))
-    rises = [end[i] - own[i] for i in done]
-    return {"own": own, "end": end, "p": sum(end.values()) / len(end), "largest_rise": max(rises)}
-
-
-def neurons(bench: Bench) -> Iterator[tuple[str, Row]]:
-    """Dose curves of neuron edits, on located neurons and on as many random ones."""
-    for name, editor, mask in neuron_edits(bench):
-        yield name, bench.edit(f"neurons-{name.replace(' ', '-').replace('%', '')}", editor, mask)
-
-
-def neuron_edits(bench: Bench) -> Iterator[tuple[str, Any, WeightMask]]:
-    """Name, editor and mask of every dose curve."""
-    dose = Dose(goal=GOAL)
-    few, some, many = (located(bench, budget) for budget in ("0.1%", "1%", "10%"))
-    yield "zero 0.1%", NeuronZero(strength=1.0, dose=dose), few
-    yield "zero 1%", NeuronZero(strength=1.0, dose=dose), some
-    yield "mean 1%", NeuronMean(dose=dose), some
-    yield "selective 1%", NeuronSelective(strength=4.0, dose=dose), some
-    yield "selective 10%", NeuronSelective(strength=4.0, dose=dose), many
-    yield "descent 1%", NeuronDescent(strength=40.0, dose=dose), some
-    yield "descent 10%", NeuronDescent(strength=40.0, dose=dose), many
-    control = RandomNeurons(seed=0).run(bench.model)
-    yield "zero random 1%", NeuronZero(strength=1.0, dose=dose), control.top("1%", parts=("down",))
-    yield "descent random 10%", NeuronDescent(strength=40.0, dose=dose), control.top("10%", parts=("down",))
+    for name, editor, budget in (
+        ("zero random 1%", NeuronZero(dose=dose), "1%"),
+        ("descent random 10%", NeuronDescent(dose=dose), "10%"),
+    ):
+        mask = RandomNeurons(seed=0).run(bench.model).top(budget, parts=("down",))
+        yield name, partial(bench.edit, name, editor, mask)
 
 
 def located(bench: Bench, budget: str) -> WeightMask:
@@ -156,7 +151,7 @@ def located(bench: Bench, budget: str) -> WeightMask:
     return NeuronScores.load(path).top(budget, parts=("down",))
 
 
-def cost(bench: Bench) -> Iterator[tuple[str, Row]]:
+def cost(bench: Bench) -> Rows:
     """Seconds of a neuron edit, of second moments, and of finding them again."""
     model, n = bench.model, min(100, bench.model.atlas.d_mlp)
 
@@ -172,10 +167,10 @@ def cost(bench: Bench) -> Iterator[tuple[str, Row]]:
             "cpu_seconds": time.process_time() - worked,
         }
 
-    yield "neurons", kept_row(bench.folder / "cost-neurons.json", hundred)
+    yield "neurons", lambda: kept_row(bench.folder / "cost-neurons.json", hundred)
     yield (
         "moments",
-        kept_row(bench.folder / "cost-moments.json", lambda: _moments(model, bench.moment_tokens)),
+        lambda: kept_row(bench.folder / "cost-moments.json", lambda: _moments(model, bench.moment_tokens)),
     )
 
 
@@ -194,9 +189,8 @@ def _moments(model: Model, n_tokens: int) -> Row:
     return found
 
 
-PARTS: Mapping[str, Callable[[Bench], Iterator[tuple[str, Row]]]] = {
+PARTS: Mapping[str, Callable[[Bench], Rows]] = {
     "removal": removal,
-    "sequence": sequence,
     "neurons": neurons,
     "cost": cost,
 }
@@ -206,6 +200,7 @@ def main() -> None:
     """Run the parts asked for and print their rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
+    parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("-o", "--out", type=Path, help="folder that keeps finished rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=100_000, help="that second moments are timed over")
@@ -222,17 +217,18 @@ def main() -> None:
         return
     if args.out is None:
         sys.exit("direct_edits: give -o FOLDER, which keeps the rows")
-    bench = Bench.of(
-        load_model("smollm2"), read_facts("demo-forget"), read_facts("demo-retain"), neutral_text(), args.out
-    )
-    report(replace(bench, moment_tokens=args.tokens), args.parts)
+    facts = read_facts("demo-forget"), read_facts("demo-retain")
+    report(Bench(load_model("smollm2"), *facts, neutral_text(), args.out, args.tokens), args.parts, args.rows)
 
 
-def report(bench: Bench, parts: Sequence[str] | Mapping[str, Any]) -> None:
-    """Print every row of some parts as soon as it is there."""
+def report(bench: Bench, parts: Sequence[str] | Mapping[str, Any], rows: Sequence[str] | None = None) -> None:
+    """Print the rows of some parts, or some of them, as soon as they are there."""
     for part in parts:
         print(f"# {part}")
-        for name, row in PARTS[part](bench):
+        for name, make in PARTS[part](bench):
+            if rows and name not in rows:
+                continue
+            row = make()
             shown = {key: value for key, value in row.items() if isinstance(value, int | float)}
             print(f"{name:<20}" + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()), flush=True)
 
@@ -249,8 +245,7 @@ def tiny(folder: Path) -> Bench:
         "The capital of Italy is Rome. Paris is not far.",
     ]
     kept = replace(facts[2], id="kept", held_out=False)
-    bench = Bench.of(model, facts[:2], [facts[2], kept], text * 2, folder)
-    return replace(bench, moment_tokens=5_000)
+    return Bench(model, facts[:2], [facts[2], kept], text * 2, folder, 5_000)
 
 
 def _answered(model: Model, fact: Fact) -> Fact:

@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.yardstick import Yardstick, kept_row
+from benchmarks.yardstick import Yardstick, kept_row, right
 from editors import ROME
 from editors.aim import Aim
 from locus.fact import Example, Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.model import Model, load_model
 
+N_TEXT = 3
+"""Unseen paragraphs that the KL is taken over."""
 SCORES = (
     "success",
     "first",
@@ -50,18 +53,17 @@ def known(model: Model, facts: Sequence[Fact], n: int, chunk: int = 64) -> list[
     return found[:n]
 
 
-def rewrite(
-    model: Model, fact: Fact, retain: Sequence[Fact], text: tuple[Sequence[str], Sequence[str]]
-) -> dict[str, Any]:
+def rewrite(base: Yardstick, fact: Fact, retain: Sequence[Fact], text: Sequence[str]) -> dict[str, Any]:
     """Edit one fact from the base and score it."""
+    model = base.model
     new = fact.alternatives[0]
     editor = ROME(aim=Aim(to="rewrite"))
     mask = editor.own_mask(model)
-    yardstick = Yardstick.of(model, [fact], [], text[1])
+    yardstick = replace(base, forget=[fact], neighbours=right(model, fact.neighbours))
     scores: dict[str, Any] = {}
 
     def edit() -> Any:
-        delta = editor.run(model, [fact], retain, mask, text=text[0])
+        delta = editor.run(model, [fact], retain, mask, text=text)
         with delta.applied(model):
             prompts = [fact.prompt, *fact.paraphrases, *(one.prompt for one in fact.neighbours)]
             to_new, to_true = (
@@ -97,9 +99,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_model("smollm2")
     facts = {fact.id: fact for fact in read_facts(args.counterfact)}
-    text = split_text(neutral_text())
-    text = (text[0], text[1][:6])
-    retain = read_facts("demo-retain")
+    text, unseen = split_text(neutral_text())
+    base, retain = Yardstick.of(model, [], [], unseen[:N_TEXT]), read_facts("demo-retain")
 
     def ask() -> Mapping[str, Any]:
         return {"ids": known(model, list(facts.values()), args.skip + args.n)}
@@ -108,7 +109,7 @@ def main() -> None:
     rows = []
     for name in ids:
         fact = facts[name]
-        rows.append(kept_row(args.out / f"{name}.json", lambda fact=fact: rewrite(model, fact, retain, text)))
+        rows.append(kept_row(args.out / f"{name}.json", lambda fact=fact: rewrite(base, fact, retain, text)))
         print(name, *(f"{score} {rows[-1][score]:.3g}" for score in SCORES), flush=True)
     print(f"mean of {len(rows)}:")
     for score in (*SCORES, "seconds"):

@@ -46,8 +46,8 @@ class Yardstick:
         return cls(
             model,
             forget,
-            _right(model, neighbours),
-            _right(model, held_out),
+            right(model, neighbours),
+            right(model, held_out),
             blocks,
             [label_logits(model, batch) for batch in blocks],
         )
@@ -107,7 +107,7 @@ def kept_row(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any
     return row
 
 
-def _right(model: Model, examples: Sequence[Any]) -> list[Any]:
+def right(model: Model, examples: Sequence[Any]) -> list[Any]:
     """Those of the examples whose every target token is the model's first choice."""
     if not examples:
         return []

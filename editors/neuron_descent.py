@@ -13,7 +13,7 @@ from torch import Tensor
 
 from editors.dose import Direction, Dose, dosed
 from editors.least_squares import Metric, within
-from editors.located import DownProjection, add_, borrowed
+from editors.located import DownProjection, add_, borrowed, chosen_layers, whole_projections
 from editors.neuron_parts import located_values, neuron_mask
 from editors.result import settings_of
 from editors.statistics import SecondMoment, second_moments
@@ -63,6 +63,8 @@ class NeuronDescent:
     """Added to C's diagonal, as a share of its mean."""
     moment_tokens: int = 100_000
     """Tokens of text that C is taken over, at most."""
+    layers: tuple[int, ...] = ()
+    """Only these of the mask's layers, negative from the end."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
     seed: int = 0
@@ -79,8 +81,10 @@ class NeuronDescent:
             raise InputError("enough must be a probability between 0 and 1, nats and rounds positive")
 
     def own_mask(self, model: Model) -> WeightMask:
-        """The values of the neurons listed: what may change where no mask is given."""
-        return neuron_mask(model, self.neurons, "values")
+        """The values of the neurons listed, or else of all of the layers named: what may change without a mask."""
+        if self.neurons:
+            return neuron_mask(model, self.neurons, "values")
+        return whole_projections(model, self.layers)
 
     def run(
         self,
@@ -105,33 +109,13 @@ class NeuronDescent:
             raise InputError("nothing to forget: the list of facts is empty")
         text = text or neutral_text()
         located = located_values(model, mask, self.neurons)
-        layers = [one.layer for one in located]
-        moments = second_moments(
-            model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
-        )
+        if self.layers:
+            located = chosen_layers(located, model.atlas.n_layers, self.layers, len(self.layers))
         kept = [fact for fact in retain if not fact.held_out]
-        rows = self._rows(model, forget, kept, text)
-        metrics: dict[int, Metric] = {}
-        total = {one.param: torch.zeros(one.allowed.shape, dtype=torch.float64) for one in located}
-        left: list[int] = []
-        with borrowed(model, total):
-            for _ in progress.track(range(self.rounds), "rounds"):
-                slopes, prob = self._slopes(model, rows, len(forget), layers)
-                wanted = torch.zeros(len(forget) + len(kept), dtype=torch.float64)
-                wanted[: len(forget)] = -(prob / self.enough).log().clamp(0, self.nats)
-                left.append(int((wanted < 0).sum()))
-                if not left[-1]:
-                    break
-                metrics = metrics or {
-                    one.layer: self._metric(one, moments, slopes, len(forget)) for one in located
-                }
-                updates = cheapest(slopes, located, metrics, wanted, self.slack)
-                for one in located:
-                    update = one.spread(updates[one.layer])
-                    add_(model, one, update)
-                    total[one.param] += update
+        total, metrics, left = self._descend(model, forget, kept, located, text)
         steps = {
-            one.param: one.selection.take(one.stored_as(total[one.param]).contiguous()) for one in located
+            one.param: one.selection.take(one.stored_as(one.spread(total[one.layer])).contiguous())
+            for one in located
         }
         return dosed(
             model,
@@ -144,15 +128,51 @@ class NeuronDescent:
             text=text,
             provenance={
                 "editor": settings_of(self),
-                "layers": layers,
+                "layers": [one.layer for one in located],
                 "facts_by_round": left,
-                "conditions": [metrics[layer].condition for layer in layers if metrics],
-                "costs": [
-                    metrics[one.layer].cost(total[one.param][:, one.neurons]) for one in located if metrics
-                ],
+                "conditions": [metric.condition for metric in metrics.values()],
+                "costs": [metric.cost(total[layer]) for layer, metric in metrics.items()],
             },
             log=log,
         )
+
+    def _descend(
+        self,
+        model: Model,
+        forget: Sequence[Fact],
+        kept: Sequence[Fact],
+        located: Sequence[DownProjection],
+        text: Sequence[str],
+    ) -> tuple[dict[int, Tensor], dict[int, Metric], list[int]]:
+        """The sum of the rounds' updates by layer, the metrics they are cheapest in, and how many facts each moved."""
+        layers = [one.layer for one in located]
+        moments = second_moments(
+            model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
+        )
+        rows = self._rows(model, forget, kept, text)
+        metrics: dict[int, Metric] = {}
+        total = {
+            one.layer: torch.zeros(model.atlas.d_model, len(one.neurons), dtype=torch.float64)
+            for one in located
+        }
+        left: list[int] = []
+        with borrowed(model, [one.param for one in located]):
+            for _ in progress.track(range(self.rounds), "rounds"):
+                slopes, prob = self._slopes(model, rows, len(forget), layers)
+                wanted = torch.zeros(len(forget) + len(kept), dtype=torch.float64)
+                wanted[: len(forget)] = -(prob / self.enough).log().clamp(0, self.nats)
+                left.append(int((wanted < 0).sum()))
+                if not left[-1]:
+                    break
+                metrics = metrics or {
+                    one.layer: self._metric(one, moments, slopes, len(forget)) for one in located
+                }
+                updates = cheapest(slopes, located, metrics, wanted, self.slack)
+                for one in located:
+                    allowed = one.spread(updates[one.layer])
+                    add_(model, one, allowed)
+                    total[one.layer] += allowed[:, one.neurons]
+        return total, metrics, left
 
     def _rows(
         self, model: Model, forget: Sequence[Fact], kept: Sequence[Fact], text: Sequence[str]

@@ -102,6 +102,9 @@ def test_only_the_listed_neurons_of_the_mask_move() -> None:
     )
     (change,) = some.changes.values()
     assert change.selection.touched(1).nonzero().flatten().tolist() == [9]
+    layer = NeuronDescent(layers=(-2,), enough=1e-6, where="prompt")
+    assert layer.own_mask(model) == down(model, 1)
+    assert set(layer.run(model, three[:1], [], down(model), text=TEXT).changes) == set(down(model, 1).entries)
     moment = within(second_moments(model, [1], TEXT)[1].mean, torch.tensor([9]))
     assert Metric.of(moment, 0.0).condition == pytest.approx(1.0)
 
