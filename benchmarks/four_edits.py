@@ -5,7 +5,7 @@
 
 Full gradient ascent, NPO in all MLPs, NPO in the located 1 % of the neurons, and located neurons scaled down, on
 SmolLM2-135M-Instruct. Finished edits and audits are taken as they are, so that a run that was stopped goes on. Each
-audit goes through every attack but the soft prompt; its p(target) is held against a plain pass over the edited
+audit goes through the attacks of --attacks; its p(target) is held against a plain pass over the edited
 weights before any figure is printed.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from locus.audit import Audit, AuditSettings, audit, read_audit
-from locus.audit.attacks import NAMES
 from locus.audit.compare import compare
+from locus.audit.settings import DEFAULT_ATTACKS
 from locus.delta import WeightDelta
 from locus.fact import Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
@@ -27,7 +27,6 @@ from locus.mask import WeightMask, shapes_of
 from locus.model import Model, load_model
 
 EDITS = ("ga-full", "npo-all-mlps", "npo-located", "neurons-scaled")
-ATTACKS = tuple(name for name in NAMES if name != "soft-prompt")
 ROWS = {
     "forget.prob": "p(target)",
     "paraphrase.top1": "paraphrases right",
@@ -37,7 +36,6 @@ ROWS = {
     "text.kl": "KL on neutral text",
     "lens.top10": "in some layer's top 10",
     "relearn.prob": "p(target) after relearning",
-    "relearn.lora.prob": "the same by LoRA",
     "int4.forget.prob": "p(target) in int4",
 }
 
@@ -74,12 +72,18 @@ def edited(name: str, folder: Path, model: Model, forget: list[Fact], retain: li
 
 
 def judged(
-    name: str, folder: Path, model: Model, forget: list[Fact], retain: list[Fact], before: Audit | None
+    name: str,
+    folder: Path,
+    model: Model,
+    forget: list[Fact],
+    retain: list[Fact],
+    before: Audit | None = None,
+    attacks: tuple[str, ...] = DEFAULT_ATTACKS,
 ) -> Audit:
     """The audit of one edit; what an earlier one measured of the base is taken over, and its seconds counted."""
     delta = edited(name, folder, model, forget, retain)
     _, unseen = split_text(neutral_text())
-    settings = AuditSettings(attacks=ATTACKS)
+    settings = AuditSettings(attacks=attacks)
     start, spent = time.perf_counter(), time.process_time()
     done = audit(model, {name: delta}, forget, retain, unseen, settings=settings, before=before)
     done.document()
@@ -107,6 +111,7 @@ def main() -> None:
     )
     parser.add_argument("-o", "--out", type=Path, default=Path("four_edits"))
     parser.add_argument("--only", choices=EDITS, help="one of the four, so that they can be run in turn")
+    parser.add_argument("--attacks", nargs="+", default=DEFAULT_ATTACKS)
     parser.add_argument("--stop-after", choices=("edit", "audit"), default="audit")
     args = parser.parse_args()
     model = load_model("smollm2")
@@ -118,7 +123,7 @@ def main() -> None:
         if args.stop_after == "edit":
             edited(name, folder, model, forget, retain)
         elif not (folder / "audit" / "audit.json").exists():
-            before = judged(name, folder, model, forget, retain, before)
+            before = judged(name, folder, model, forget, retain, before, tuple(args.attacks))
     if args.stop_after == "audit" and not args.only:
         report({name: read_audit(args.out / name / "audit") for name in EDITS}, args.out)
 

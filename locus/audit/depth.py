@@ -29,6 +29,8 @@ THRESHOLD = 0.05
 
 def run(state: State, context: Context) -> Found:
     """Drop of log p(target) per token by patching, layer by layer, and the score where a retrained model is given."""
+    if state.role == "base":
+        return Found()
     forget = context.questions["forget"]
     drop = drops(context.base, state, forget.encoded, context.max_tokens)
     found = {"depth.drop": Items(forget.facts, drop.mean(1))}

@@ -157,7 +157,9 @@ def _metrics(keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
-    figures = {key: interval_json(_mean(one.items(key))) for key in _keys(audit)}
+    figures = {
+        key: interval_json(_mean(one.items(key), figure_of(key).unit == "share")) for key in _keys(audit)
+    }
     for key, value in one.scalars.items():
         figures[key] = {"mean": rounded(value), "low": None, "high": None, "n": None, "n_items": None}
     change = audit.changes.get(one.name)
@@ -173,8 +175,8 @@ def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
     }
 
 
-def _mean(items: Items | None) -> Interval | None:
-    return None if items is None else mean_interval(items)
+def _mean(items: Items | None, share: bool = True) -> Interval | None:
+    return None if items is None else mean_interval(items, share=share)
 
 
 def _ratios(one: Measurement, base: Measurement) -> dict[str, Any]:
@@ -230,7 +232,7 @@ def _curves(one: Measurement, ks: Sequence[int]) -> dict[str, Any]:
         curves[name] = {
             "over": further.over,
             "xs": list(further.xs),
-            "values": [interval_json(_mean(items)) for items in further.at],
+            "values": [interval_json(_mean(items, name != "depth")) for items in further.at],
         }
     return curves
 

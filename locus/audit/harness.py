@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Harness:
     tasks: tuple[str, ...]
     limit: int | None = None
     """At most so many documents a task; None for all."""
-    include: str | None = None
+    include: Path | None = None
     """Folder with the YAML files of further tasks."""
     facts: Sequence[Fact] = ()
     retain: Sequence[Fact] = ()
@@ -54,7 +55,12 @@ class Harness:
             samples = results.get("samples", {}).get(task, ())
             for name, value in metrics.items():
                 metric = str(name).removesuffix(",none")
-                if not isinstance(value, int | float) or "stderr" in metric or "," in metric:
+                if (
+                    not isinstance(value, int | float)
+                    or "stderr" in metric
+                    or "," in metric
+                    or metric == "sample_len"
+                ):
                     continue
                 key = f"harness.{task}.{metric}"
                 values = [s[metric] for s in samples if isinstance(s.get(metric), int | float)]
@@ -100,4 +106,4 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise InputError(f"--tasks {' '.join(self.tasks)}: {MISSING}") from None
-        return TaskManager(include_path=self.include)
+        return TaskManager(include_path=None if self.include is None else str(self.include))

@@ -61,12 +61,12 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def mean_interval(items: Items, seed: int = 0) -> Interval | None:
+def mean_interval(items: Items, seed: int = 0, share: bool = True) -> Interval | None:
     """Mean of the items with a percentile bootstrap interval over groups; None without items.
 
     Where every item is the same yes or no, a bootstrap would claim certainty: Wilson's interval for that
     many groups is given instead (0 of 16 is 0 to 19 %), and likewise wherever each group has a single yes
-    or no.
+    or no. `share` is False for values that are no yes or no although they may all be 0, as a divergence is.
     """
     if len(items.values) == 0:
         return None
@@ -75,7 +75,7 @@ def mean_interval(items: Items, seed: int = 0) -> Interval | None:
     mean = float(sums.sum() / counts.sum())
     if not math.isfinite(mean):
         return Interval(mean, mean, mean, n, n_items)
-    if items.binary and (n == n_items or mean in (0.0, 1.0)):
+    if share and items.binary and (n == n_items or mean in (0.0, 1.0)):
         return Interval(mean, *wilson(mean * n, n), n, n_items)
     draws = _draws(n, seed)
     means = (draws @ sums) / (draws @ counts)

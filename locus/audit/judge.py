@@ -126,7 +126,7 @@ def _elsewhere(
 
 
 def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
-    """Held-out facts decide; neighbours, where they were measured, can only make it worse."""
+    """Held-out facts decide, and neighbours can only make it worse; where there are no others, neighbours decide."""
     keys = ("held_out.top1", "neighbour.top1")
     judged = [
         one

@@ -81,7 +81,7 @@ def audit(
     if attacks:
         settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
     judged_by = load_suite(suite, facts, running.limit)
-    suites = [judged_by, *([Harness(tasks, tasks_limit, _text(tasks_folder))] if tasks else [])]
+    suites = [judged_by, *([Harness(tasks, tasks_limit, tasks_folder)] if tasks else [])]
     kept = [*judged_by.retain, *([] if retain is None else read_facts(retain))]
     _, unseen = split_text(neutral_text(text))
     loaded = loading.load(base)
@@ -105,10 +105,6 @@ def audit(
     failed = [r for r in results if not r.passed]
     talking.finish({**written, "gate": [dataclasses.asdict(r) for r in results]}, _table(done, out, results))
     return 3 if failed else 0
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
 
 
 def audit_into(

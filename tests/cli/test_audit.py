@@ -106,7 +106,7 @@ def test_a_reference_of_another_tokenizer_or_architecture_is_refused(place, tmp_
         (GATE, 0, 0),
         ('[figures."forget.prob"]\nmax = 0.0000001\n', 3, 1),
         ('[figures."text.kl"]\nmax = 9\n[figures."lens.top10"]\nmax = 1\n', 3, 1),
-        ('[verdicts]\nspared = ["yes", "partly", "no", "unclear"]\n', 3, 1),
+        ('[verdicts]\nlocalized = ["yes", "partly", "no", "unclear"]\n', 3, 1),
     ],
 )
 def test_the_gate_says_3_for_what_fails_and_for_what_was_not_measured(

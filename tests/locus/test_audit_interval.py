@@ -108,3 +108,10 @@ def test_the_mean_lies_in_its_interval(values: list[float]) -> None:
     assert interval is not None
     assert interval.low - 1e-6 <= interval.mean <= interval.high + 1e-6
     assert interval.mean == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def test_a_divergence_of_zero_is_no_answer_of_no() -> None:
+    zeros = Items(tuple("abcdef"), torch.zeros(6))
+    share, nats = mean_interval(zeros), mean_interval(zeros, share=False)
+    assert share is not None and share.high > 0.3
+    assert nats is not None and (nats.mean, nats.low, nats.high) == (0.0, 0.0, 0.0)

@@ -214,3 +214,59 @@ def test_an_audit_with_a_suite_shows_what_it_could_not_measure(tofu_folder: Path
 def test_the_suites_are_those_of_the_table(tmp_path: Path) -> None:
     assert set(SUITES) == {"facts", "counterfact", "tofu", "muse", "wmdp"}
     assert isinstance(Muse({}), object) and set(Muse({}).figures) <= set(FIGURES)
+
+
+def test_the_harness_is_asked_in_memory_and_its_documents_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for lm-evaluation-harness with its own result format: one task, one metric a document, one for all."""
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    from locus.audit.harness import Harness
+
+    asked: dict[str, Any] = {}
+
+    class Manager:
+        all_tasks = ("quiz",)
+
+        def __init__(self, include_path: str | None) -> None:
+            asked["folder"] = include_path
+
+    def simple_evaluate(lm: Any, **kwargs: Any) -> dict[str, Any]:
+        asked.update(kwargs, lm=lm)
+        samples = [{"doc_id": 0, "acc": 1.0}, {"doc_id": 1, "acc": 0.0}]
+        metrics = {
+            "alias": "quiz",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.3,
+            "perplexity,none": 7.0,
+            "sample_len": 2,
+        }
+        return {"results": {"quiz": metrics}, "samples": {"quiz": samples}}
+
+    class Spoken(SimpleNamespace):
+        pass
+
+    for name, parts in {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": Manager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **kwargs: Spoken(**kwargs)},
+    }.items():
+        module = ModuleType(name)
+        module.__dict__.update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    suite = Harness(("quiz",), 2, Path("tasks"))
+    found = suite.run(State("s", "edit", knowing()), _context(knowing()))
+    assert asked["folder"] == "tasks" and asked["limit"] == 2 and asked["lm"].pretrained is knowing().module
+    assert found.items["harness.quiz.acc"].values.tolist() == [1.0, 0.0]
+    assert found.scalars == {"harness.quiz.perplexity": 7.0}
+    with pytest.raises(InputError, match="has no such task"):
+        Harness(("riddle",))
+
+
+def test_figures_of_tasks_are_in_the_document_and_know_which_way_is_good() -> None:
+    from locus.audit.figure import figure_of
+
+    assert figure_of("harness.quiz.acc_norm").better == "higher"
+    assert figure_of("harness.wikitext.word_perplexity").better == "lower"
+    assert figure_of("forget.prob") is FIGURES["forget.prob"]
