@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from locus.audit import Audit
 from locus.audit.compare import compare, merge
 from locus.report.audit_charts import MAX_FACTS, charts, front_chart, heat_maps
-from locus.report.audit_view import fact_rows, matrix, state_css, table, verdict_rows
+from locus.report.audit_view import columns, fact_rows, matrix, state_css, table, verdict_rows
 from locus.report.page import count, number, percent, write_page
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def _write(doc: Mapping[str, Any], path: Path) -> Path:
         unequal=_unequal(doc),
         verdicts={edit: verdict_rows(doc["verdicts"][edit]) for edit in edits},
         sections=table(doc),
+        columns=columns(doc),
+        all_columns=columns(doc, everything=True),
         all_sections=table(doc, everything=True),
         matrix=matrix(doc),
         charts=charts(doc, css),
@@ -83,10 +85,8 @@ def terminal_table(audit: Audit | Mapping[str, Any]) -> Table:
     out = Table(title=None, caption="\n".join(escape(f"{name}: {doc['headline'][name]}") for name in edits))
     out.caption_justify = "left"
     out.add_column("")
-    for state in doc["states"]:
-        out.add_column(
-            escape(state["name"]), justify="right", style="bold" if state["role"] == "edit" else ""
-        )
+    for title, _, states in columns(doc):
+        out.add_column(escape(title), justify="right", style="bold" if states[0]["role"] == "edit" else "")
     with_gain = any(c["against"] == "controls" for c in doc["comparisons"])
     for edit in edits if with_gain else []:
         out.add_column(

@@ -136,6 +136,21 @@ def matrix(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def columns(
+    doc: Mapping[str, Any], everything: bool = False
+) -> list[tuple[str, str, Sequence[Mapping[str, Any]]]]:
+    """Title, colour and states of each column: one a state, but all controls together unless everything is shown."""
+    css = state_css(doc)
+    controls = [s for s in doc["states"] if s["role"] == "control"]
+    found: list[tuple[str, str, Sequence[Mapping[str, Any]]]] = []
+    for state in doc["states"]:
+        if everything or len(controls) < 2 or state["role"] != "control":
+            found.append((state["name"], css[state["name"]], [state]))
+        elif state is controls[0]:
+            found.append((f"{len(controls)} controls", css[state["name"]], controls))
+    return found
+
+
 def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
     """The figures by section; the main ones, or all that were measured in some state."""
     edits = [s["name"] for s in doc["states"] if s["role"] == "edit"]
@@ -145,7 +160,10 @@ def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
         measured = any(state["figures"].get(key) is not None for state in doc["states"])
         if (not measured and (everything or key not in _ALWAYS)) or (key in _DETAILS and not everything):
             continue
-        cells = [_cell(doc, state, key) for state in doc["states"]]
+        cells = [
+            _cell(doc, states[0], key) if len(states) == 1 else _together(doc, states, key)
+            for _, _, states in columns(doc, everything)
+        ]
         gains = [_gain(doc, edit, key) for edit in edits]
         label = "perplexity on neutral text" if key == "text.nll" else metric["label"]
         row = Row(label, metric["definition"], cells, gains)
@@ -173,6 +191,8 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
     figure = state["figures"].get(key)
     css = "edit" if state["role"] == "edit" else ""
     if figure is None:
+        if state["role"] == "control" and doc["states"][1]["figures"].get(key) is not None:
+            return Cell("", "", "The controls did not go through this attack (--control-attacks).", css)
         if state["role"] == "base" and key.startswith("relearn."):
             return Cell("", "", "Nothing was removed from it that could come back.", css)
         return Cell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
@@ -189,6 +209,21 @@ def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
     return Cell(
         shown(doc, key, figure["mean"]), f"{ends} · n {figure['n']}", f"{state['name']}: {hover}", css
     )
+
+
+def _together(doc: Mapping[str, Any], states: Sequence[Mapping[str, Any]], key: str) -> Cell:
+    """One figure of several controls: the mean of their means, and how far they differ."""
+    figures = [f for state in states if (f := state["figures"].get(key)) is not None]
+    means = [f["mean"] for f in figures]
+    if not figures:
+        return _cell(doc, states[0], key)
+    if None in means:
+        return Cell("not finite", "", "Some control's figure is not finite.")
+    ends = span(*(shown(doc, key, end) for end in (min(means), max(means))))
+    hover = (
+        f"{doc['metrics'][key]['definition']} Mean of {len(means)} controls, and the range of their means."
+    )
+    return Cell(shown(doc, key, sum(means) / len(means)), ends, hover)
 
 
 def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
