@@ -170,15 +170,25 @@ def _last_row(last: int, hidden: Float[Tensor, "batch 1 d_model"]) -> Rows:
 
 
 def attribute_plainly(
-    model: Model, seen: Sequence[int], token: int, steps: int, *, batch_tokens: int = 4096
+    model: Model,
+    seen: Sequence[int],
+    token: int,
+    steps: int,
+    *,
+    batch_tokens: int = 4096,
+    layers: Sequence[int] | None = None,
 ) -> Float[Tensor, "layer neuron"]:
-    """The same attributions by whole forwards with hooks: the reference, and for models without a shortcut."""
+    """The same attributions by whole forwards with hooks: the reference, and for models without a shortcut.
+
+    Of `layers` only where some are named; the others' are 0.
+    """
     inputs = Inputs(torch.tensor(seen))
     last = len(seen) - 1
     with torch.no_grad(), record(model.module, inputs=model.atlas.neuron_in) as recording:
         logits_of(model, inputs, [last], 1)
     grid = neuron_grid(model)
-    for layer, name in enumerate(model.atlas.neuron_in):
+    for layer in range(model.atlas.n_layers) if layers is None else layers:
+        name = model.atlas.neuron_in[layer]
         h = recording.inputs[name][0, last]
         for points in torch.split(_points(h, steps).detach(), max(1, batch_tokens // len(seen))):
             leaf = points.requires_grad_()

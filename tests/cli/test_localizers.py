@@ -13,12 +13,18 @@ from locus.mask import WeightMask
 from locus.scores import NeuronScores
 from tests.cli.test_walk import _facts
 from tests.tiny import save_tiny, tiny_model
+from tracing import LOCALIZERS
 from tracing.combine import rank_average
 
 QUICK = ["--steps", "1", "--min-steps", "1", "--utility", "0", "--max-kl", "0", "--retain-facts", "1", "-q"]
-METHODS = (
-    "saliency,slimming:steps=2,random,weight-saliency,contrastive-vectors,disagreeing-tensors,fact-lookup"
-)
+FEWER = {
+    "slimming": ":steps=2",
+    "hard-concrete": ":steps=2",
+    "knowledge-neurons": ":steps=2",
+    "depn": ":steps=2",
+}
+EVERY = ",".join(name + FEWER.get(name, "") for name in LOCALIZERS)
+METHODS = "saliency,slimming:steps=2,random,disagreeing-tensors"
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +44,36 @@ def _locate(place, *more):
     return execute(["locate", str(place / "model"), str(place / "facts.jsonl"), *map(str, more)])
 
 
-@pytest.fixture(scope="module")
-def compared(place):
-    out = place / "compared"
-    assert (
-        _locate(
-            place, "--retain", place / "keep.jsonl", "--method", METHODS, "--budget", "2%", "--repetitions", "2",
-            "-o", out, "-q",
-        )
-        == 0
-    )  # fmt: skip
+def _compare(place, name, *more):
+    out = place / name
+    how = ["--retain", place / "keep.jsonl", "--budget", "2%", "-o", out, "-q"]
+    assert _locate(place, *how, *more) == 0
     return out
 
 
-def test_every_mask_is_taken_by_edit_as_it_is(place, compared):
-    for name in (spec.split(":")[0] for spec in METHODS.split(",")):
-        edit = [
-            "edit",
-            str(place / "model"),
-            str(place / "facts.jsonl"),
-            "--retain",
-            str(place / "keep.jsonl"),
-        ]
-        mask = compared / f"{name}.safetensors"
-        assert execute([*edit, "--mask", str(mask), "-o", str(place / f"edit-{name}"), *QUICK]) == 0
-        assert (place / f"edit-{name}" / "delta.safetensors").is_file()
+@pytest.fixture(scope="module")
+def masks(place):
+    """Of every localizer, on one fact of each relation."""
+    return _compare(place, "masks", "--method", EVERY, "--limit", "3")
+
+
+@pytest.fixture(scope="module")
+def compared(place):
+    return _compare(place, "compared", "--method", METHODS, "--repetitions", "2")
+
+
+@pytest.mark.parametrize("name", LOCALIZERS)
+def test_every_mask_is_taken_by_edit_as_it_is(name, place, masks):
+    edit = [
+        "edit",
+        str(place / "model"),
+        str(place / "facts.jsonl"),
+        "--retain",
+        str(place / "keep.jsonl"),
+    ]
+    mask = masks / f"{name}.safetensors"
+    assert execute([*edit, "--mask", str(mask), "-o", str(place / f"edit-{name}"), *QUICK]) == 0
+    assert (place / f"edit-{name}" / "delta.safetensors").is_file()
 
 
 def test_the_matrix_and_the_stability_are_those_of_the_masks(compared):
@@ -83,7 +94,7 @@ def test_a_resumed_comparison_takes_what_is_there(place, compared, capsys):
     assert "--resume" in capsys.readouterr().err
     before = (compared / "saliency.json").stat().st_mtime_ns
     changed = (compared / "slimming.json").stat().st_mtime_ns
-    methods = METHODS.replace("steps=2", "steps=3")
+    methods = METHODS.replace("slimming:steps=2", "slimming:steps=3")
     assert _locate(place, "--method", methods, "--resume", *more) == 0
     assert (compared / "saliency.json").stat().st_mtime_ns == before
     assert (compared / "slimming.json").stat().st_mtime_ns > changed
@@ -129,7 +140,7 @@ def test_wrong_lists_of_methods(place, tmp_path, capsys):
 
 
 def test_scores_combine(place, compared, tmp_path, capsys):
-    a, b = (str(compared / f"{name}.scores.safetensors") for name in ("saliency", "fact-lookup"))
+    a, b = (str(compared / f"{name}.scores.safetensors") for name in ("saliency", "slimming"))
     out, mask = tmp_path / "c.safetensors", tmp_path / "m.safetensors"
     combine = ["combine", a, b, "-o", str(out), "-q"]
     assert execute([*combine, "--mask", str(mask), "--budget", "5"]) == 0
