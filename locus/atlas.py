@@ -14,13 +14,18 @@ from locus.errors import InputError
 from locus.schema import built
 
 Role = Literal["gate", "gate_bias", "up", "up_bias", "down"]
-Site = Literal["block_in", "block_out", "attn_out", "mlp_out", "attn_z", "neuron"]
+Site = Literal[
+    "block_in", "block_out", "attn_out", "mlp_out", "attn_q", "attn_k", "attn_v", "attn_z", "neuron"
+]
 
 _HOOK_NAMES: Mapping[str, str] = {
     "block_in": "hook_resid_pre",
     "block_out": "hook_resid_post",
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
+    "attn_q": "attn.hook_q",
+    "attn_k": "attn.hook_k",
+    "attn_v": "attn.hook_v",
     "attn_z": "attn.hook_z",
     "neuron": "mlp.hook_post",
 }
@@ -79,6 +84,13 @@ class Atlas:
     """Module whose input is the neurons' activations, `batch pos d_mlp`."""
     neurons: tuple[tuple[NeuronPart, ...], ...]
     """The parts of a layer's neurons, gate before up before down, a bias behind its weight."""
+    attn_q: tuple[str, ...] = ()
+    """Module whose output is the heads' queries side by side, before norm and rotation; empty where queries, keys
+    and values come out of one projection (GPT-2, NeoX, Falcon, Phi-3)."""
+    attn_k: tuple[str, ...] = ()
+    """The same of the keys, `n_kv_heads * d_head`."""
+    attn_v: tuple[str, ...] = ()
+    """The same of the values."""
 
     def hook_name(self, site: Site, layer: int) -> str:
         """TransformerLens' name of a site: "blocks.3.hook_mlp_out"."""
@@ -103,4 +115,7 @@ class Atlas:
         for name in ("blocks", "attn", "mlp", "attn_out", "mlp_out", "attn_z", "neuron_in", "neurons"):
             if len(getattr(atlas, name)) != atlas.n_layers:
                 raise InputError(f"not an atlas: {name} has not {atlas.n_layers} layers")
+        for name in ("attn_q", "attn_k", "attn_v"):
+            if len(getattr(atlas, name)) not in (0, atlas.n_layers):
+                raise InputError(f"not an atlas: {name} has neither {atlas.n_layers} layers nor none")
         return atlas

@@ -55,6 +55,7 @@ def read_atlas(module: PreTrainedModel) -> Atlas:
         attn_z=tuple(names.block(i, "attn.o") for i in layers),
         neuron_in=tuple(names.block(i, "mlp.out") for i in layers),
         neurons=neurons,
+        **{f"attn_{part}": names.projections(part) for part in ("q", "k", "v")},
     )
     check_shapes(atlas, names)
     with evaluating(module):

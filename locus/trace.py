@@ -175,6 +175,28 @@ class Trace:
                 total[key] = max(old, value) if "peak" in key else old + value
         return total
 
+    @property
+    def speed(self) -> dict[str, float]:
+        """`work`, with the rates that follow: tokens and operations a second, and the latter as a fraction of what the
+        machine's matrix products do at best."""
+        work = self.work
+        seconds, peak = work.get("seconds", 0.0), work.get("matrix_peak_flops_per_second", 0.0)
+        if seconds > 0:
+            work |= {f"{k}_per_second": work[k] / seconds for k in ("tokens", "flops") if k in work}
+        if peak > 0 and "flops_per_second" in work:
+            work["fraction_of_matrix_peak"] = work["flops_per_second"] / peak
+        return work
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines that answered, as each fact names its own."""
+        return sorted({fact.engine for fact in self.facts})
+
+    @property
+    def patched_forwards(self) -> int:
+        """Patched forwards whose results stand in the grids, over all facts."""
+        return sum(fact.patched_forwards for fact in self.facts)
+
     def average(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Average indirect effect (AIE) by kind, token class and layer, with 95 % bands.
 
@@ -235,8 +257,10 @@ class Trace:
     def save(self, folder: str | Path) -> None:
         """Write trace.safetensors, trace.json and average.json into a folder, each atomically.
 
-        Everything in them but `timing` in trace.json is the same, byte for byte, when the same facts are
-        traced again with the same settings on the same machine, interrupted and resumed or not.
+        trace.json is for people and scripts: the facts with their tokens, which engine answered, how many patched
+        forwards that were, and under `timing` tokens, seconds, tokens a second and the fraction of the machine's
+        matrix peak, of all facts and of each. Everything but `timing` is the same, byte for byte, when the same
+        facts are traced again with the same settings on the same machine, interrupted and resumed or not.
         """
         folder = Path(folder)
         about = self._about()
@@ -247,12 +271,13 @@ class Trace:
             tensors |= {f"{fact.fact_id}/{name}": tensor for name, tensor in own.items()}
             facts.append(meta)
         save_tensors(folder / "trace.safetensors", "trace", tensors, {**about, "facts": facts})
-        timing = {"total": self._timing(self.work), "facts": {f.fact_id: dict(f.work) for f in self.facts}}
+        timing = {"total": self.speed, "facts": {f.fact_id: dict(f.work) for f in self.facts}}
         scored = [
             {**meta, **{name: getattr(fact, name) for name in _SCALARS}}
             for meta, fact in zip(facts, self.facts, strict=True)
         ]
-        save_json(folder / "trace.json", "trace-info", {**about, "facts": scored, "timing": timing})
+        info = {**about, "engine": self.engines, "patched_forwards": self.patched_forwards}
+        save_json(folder / "trace.json", "trace-info", {**info, "facts": scored, "timing": timing})
         average = {"total": self.average_total(), "kinds": self.average()}
         save_json(folder / "average.json", "trace-average", average)
 
@@ -293,14 +318,6 @@ class Trace:
             "model": self.model,
             "versions": dict(self.versions),
         }
-
-    @staticmethod
-    def _timing(work: Mapping[str, float]) -> dict[str, float]:
-        seconds = work.get("seconds", 0.0)
-        rates = {
-            f"{k}_per_second": work[k] / seconds for k in ("tokens", "flops") if k in work and seconds > 0
-        }
-        return {**work, **rates}
 
 
 def part_name(fact_id: str, settings: Mapping[str, Any], fingerprint: str) -> str:

@@ -5,6 +5,8 @@ the base run (Nanda 2023, "Attribution patching"). All sites of all layers and p
 pass. The integrated-gradients variant averages the gradient over points between the two runs' embeddings (Hanna
 et al. 2024, arXiv:2403.17806, for edges). A window's estimate is the sum over its layers.
 
+What stands in front of a softmax, single queries and keys, gets the attention fix of AtP* (`tracing.attention_fix`).
+
 Good for ranking cells, bad for their size where the metric saturates: the probability of a target that the
 corruption has made unlikely has next to no gradient, its logarithm has. Therefore estimates of the probability
 are made in log-probability and turned back: p_base * exp(estimate), at most 1.
@@ -22,7 +24,8 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.hooks import patched, record
 from locus.model import Model
-from tracing.question import Inputs, Question
+from tracing.attention_fix import fixed_effects, needed_for
+from tracing.question import Inputs, Question, divergence
 from tracing.readout import Readout
 from tracing.sites import Cell, Kind, Site, module_of
 
@@ -42,6 +45,7 @@ def estimate(
     *,
     points: int = 1,
     through_logs: bool = True,
+    fix_attention: bool = True,
     batch_tokens: int = 4096,
 ) -> tuple[Float[Tensor, "cell draw"], Float[Tensor, " draw"]]:
     """First-order estimates of the metric in every cell, for each draw.
@@ -53,6 +57,7 @@ def estimate(
         cells: Patches from the other run; what a cell pins to the base run has no first-order effect.
         points: 1 for the gradient in the base run; more for the mean over as many points between the runs.
         through_logs: Estimate probabilities by way of their logarithm, which saturates less.
+        fix_attention: Recompute the softmax for queries and keys instead of going through its gradient.
         batch_tokens: Tokens in one forward, at least one draw's.
 
     Returns:
@@ -70,8 +75,8 @@ def estimate(
     found, bases = [], []
     for first in range(0, question.samples, per_batch):
         some = question.draws(slice(first, min(first + per_batch, question.samples)))
-        base, products = _products(model, some, target, sites, points)
-        changes = [_change(cell, products) for cell in cells]
+        base, products, fixed = _products(model, some, target, sites, points, fix_attention)
+        changes = [_change(cell, products, fixed, model.atlas.d_head) for cell in cells]
         change = torch.stack(changes) if changes else base.new_zeros(0, len(base))
         found.append(_out_of_logs(base + change, logs).cpu())
         bases.append(_out_of_logs(base, logs).cpu())
@@ -87,23 +92,35 @@ def _out_of_logs(values: Tensor, logs: bool) -> Tensor:
     return values.clamp(max=0.0).exp() if logs else values
 
 
-def _change(cell: Cell, products: Mapping[_GradientSite, Tensor]) -> Float[Tensor, " draw"]:
-    """Sum of the products over what the cell patches."""
+def _change(
+    cell: Cell, products: Mapping[_GradientSite, Tensor], fixed: Mapping[_GradientSite, Tensor], d_head: int
+) -> Float[Tensor, " draw"]:
+    """Sum of the effects over what the cell patches."""
     parts = []
     for patch in cell.patches:
         for layer in range(*patch.layers):
-            product = products[patch.site, layer][:, list(patch.positions)]
-            parts.append(
-                (product if patch.columns is None else product[..., list(patch.columns)]).sum((-1, -2))
-            )
+            here, columns = (patch.site, layer), patch.columns
+            effect = products[here]
+            if here in fixed:
+                effect = fixed[here]
+                columns = None if columns is None else tuple(sorted({c // d_head for c in columns}))
+            effect = effect[:, list(patch.positions)]
+            parts.append((effect if columns is None else effect[..., list(columns)]).sum((-1, -2)).cpu())
     return torch.stack(parts).sum(0)
 
 
 def _products(
-    model: Model, question: Question, readout: Readout, sites: Sequence[_GradientSite], points: int
-) -> tuple[Float[Tensor, " draw"], dict[_GradientSite, Tensor]]:
-    """The metric in the base run, and (other - base) * mean gradient of every site, `draw pos width`."""
+    model: Model,
+    question: Question,
+    readout: Readout,
+    asked: Sequence[_GradientSite],
+    points: int,
+    fix_attention: bool,
+) -> tuple[Float[Tensor, " draw"], dict[_GradientSite, Tensor], dict[_GradientSite, Tensor]]:
+    """The metric in the base run; (other - base) * mean gradient of every site, `draw pos width`; and the effect
+    behind the softmax of those in front of one, `draw pos head`."""
     samples = question.samples
+    sites = sorted(set(asked) | needed_for(asked)) if fix_attention else asked
     other, _, _ = _run(model, question.other, question, readout, sites, gradient=False)
     base, score, gradients = _run(model, question.base, question, readout, sites, gradient=points == 1)
     if points > 1:
@@ -111,13 +128,17 @@ def _products(
         for k in range(points):
             between = _between(model, question, (k + 0.5) / points)
             for site, gradient in _run(model, between, question, readout, sites, gradient=True)[2].items():
-                total[site] += gradient / points
+                total[site] = total[site] + gradient / points
         gradients = total
     products = {
         site: (_wide(other[site]) - _wide(base[site])) * _wide(gradients[site]).expand(samples, -1, -1)
         for site in sites
     }
-    return score.expand(samples), products
+    fixed: dict[_GradientSite, Tensor] = {}
+    if fix_attention:
+        differ = range(divergence(question), question.n_pos)
+        fixed = fixed_effects(model, question, asked, base, other, gradients, differ)
+    return score.expand(samples), products, fixed
 
 
 def _run(

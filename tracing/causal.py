@@ -46,7 +46,8 @@ class CausalTrace:
     """Restore one state at a time in a corrupted run, and measure what comes back."""
 
     kinds: tuple[Kind, ...] = ("block", "mlp", "attn")
-    """What to restore: "block", "mlp", "attn", "block-no-mlp", "block-no-attn", "head:N"."""
+    """What to restore: "block", "mlp", "attn", "block-no-mlp", "block-no-attn", and of single heads "head:N" (their
+    output), "query:N", "key:N", "value:N"."""
     samples: int = 10
     """Draws of the corruption, the same in every cell of a fact."""
     corruption: Corruption = "gaussian"
@@ -71,6 +72,8 @@ class CausalTrace:
     """Fraction of each kind's cells that "hybrid" answers exactly."""
     points: int = 1
     """Points between the two runs at which attribution takes the gradient (integrated gradients above 1)."""
+    attention_fix: bool = True
+    """Whether estimates for queries and keys recompute the softmax (AtP*) instead of following its gradient."""
     tolerance: float | None = None
     """Keep drawing, up to `max_samples`, until no cell's standard error is above this; None: `samples` draws."""
     max_samples: int = 100
@@ -245,6 +248,7 @@ class CausalTrace:
             readout,
             [grids.cells[i] for i in numbers],
             points=self.points,
+            fix_attention=self.attention_fix,
             batch_tokens=self.batch_tokens or 4096,
         )
         values = torch.full((len(grids.cells), question.samples), float("nan"))

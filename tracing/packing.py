@@ -19,7 +19,9 @@ from torch import Tensor
 from tracing.blocks import Rows
 from tracing.sites import Cell, Patch
 
-INNER = ("attn_out", "mlp_out", "attn_z", "neuron")
+INNER = ("attn_out", "mlp_out", "attn_q", "attn_k", "attn_v", "attn_z", "neuron")
+_SEEN_LATER = ("block_in", "attn_k", "attn_v")
+"""Sites that change later positions of their own block too, so that all rows go through it."""
 
 _MIN_SEQUENCE = 64
 """Rows of one packed sequence: more make attention over each other's masked keys dear, fewer copy the prefix
@@ -78,7 +80,7 @@ def track_of(
         return None
     first = min(p.layers[0] for p in patches)
     at_first = [p for p in patches if p.layers[0] == first]
-    entry = first if any(p.site == "block_in" for p in at_first) else first + 1
+    entry = first if any(p.site in _SEEN_LATER for p in at_first) else first + 1
     changed = {q for p in patches for q in p.positions}
     if entry >= n_layers and not changed & set(reads):
         return None

@@ -117,7 +117,9 @@ class Runs:
     def width(self, site: Site) -> int:
         """Width of a site's vector."""
         atlas = self.model.atlas
-        return {"attn_z": atlas.n_heads * atlas.d_head, "neuron": atlas.d_mlp}.get(site, atlas.d_model)
+        queries, keys = atlas.n_heads * atlas.d_head, atlas.n_kv_heads * atlas.d_head
+        widths = {"attn_q": queries, "attn_k": keys, "attn_v": keys, "attn_z": queries, "neuron": atlas.d_mlp}
+        return widths.get(site, atlas.d_model)
 
 
 def record_runs(

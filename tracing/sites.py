@@ -7,23 +7,27 @@ patches (causal tracing, severed variants, heads, neurons, noising) is a list of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from locus.atlas import Atlas
+from locus.atlas import Site as Site
 from locus.errors import InputError
-
-Site = Literal["block_in", "block_out", "attn_out", "mlp_out", "attn_z", "neuron"]
-"""A block's input or output; what attention or the MLP adds to the residual stream; the heads' outputs side by
-side, before the output projection; the FFN neurons' activations. Names are the atlas's."""
 
 Source = Literal["other", "base", "zero", "mean"]
 """Where a patch takes its values: the other run (the clean one when denoising, the corrupted one when noising),
 the base run itself (pinning: what a severed path keeps), zero, or a mean given with the question."""
 
 Kind = str
-"""What a trace restores: one of `KINDS`, or "head:3" for one head's output."""
+"""What a trace restores: one of `KINDS`, or a part of one head: "head:3" its output, "query:3", "key:1", "value:1"
+(keys and values by their own heads' numbers, of which some models have fewer)."""
+
+HEAD_PARTS: Mapping[str, Site] = MappingProxyType(
+    {"head": "attn_z", "query": "attn_q", "key": "attn_k", "value": "attn_v"}
+)
+"""Kinds of one head -> their site."""
 
 KINDS = ("block", "mlp", "attn", "block-no-mlp", "block-no-attn")
 """Block outputs at one layer; MLP or attention outputs over a window of layers; block outputs with every later
@@ -57,11 +61,11 @@ def cells_of(
     """The grid of cells of one kind, [layer][position].
 
     Args:
-        kind: One of `KINDS`, or "head:N".
+        kind: One of `KINDS`, or one of `HEAD_PARTS` with a number, "head:N".
         atlas: Of the model.
         positions: What each column of the grid restores: a position, or several at once.
-        window: Layers restored together for "mlp", "attn" and heads' outputs are not windowed: at layer l the
-            layers [l - window // 2, l - window // 2 + window), clipped (Meng et al. 2022: 10).
+        window: Layers restored together for "mlp" and "attn": at layer l the layers
+            [l - window // 2, l - window // 2 + window), clipped (Meng et al. 2022: 10).
 
     Raises:
         InputError: an unknown kind or head.
@@ -91,19 +95,27 @@ def _cell(kind: Kind, atlas: Atlas, layer: int, positions: tuple[int, ...], wind
             return Cell(
                 (Patch("block_out", one, positions), Patch("attn_out", (layer + 1, last), positions, "base"))
             )
-    head = _head(kind, atlas)
+    site, head = _head(kind, atlas)
     entries = tuple(range(head * atlas.d_head, (head + 1) * atlas.d_head))
-    return Cell((Patch("attn_z", one, positions, columns=entries),))
+    return Cell((Patch(site, one, positions, columns=entries),))
 
 
-def _head(kind: Kind, atlas: Atlas) -> int:
-    """N of "head:N"."""
+def _head(kind: Kind, atlas: Atlas) -> tuple[Site, int]:
+    """Site and head of "head:N", "query:N", "key:N", "value:N"."""
     name, _, number = kind.partition(":")
-    if name != "head" or not number.isdigit():
-        raise InputError(f"kind {kind!r}: not one of {', '.join(KINDS)}, head:0 … head:{atlas.n_heads - 1}")
-    if int(number) >= atlas.n_heads:
-        raise InputError(f"kind {kind!r}: {atlas.architecture} has heads 0 to {atlas.n_heads - 1}")
-    return int(number)
+    if name not in HEAD_PARTS or not number.isdigit():
+        some = [f"{part}:0 …" for part in HEAD_PARTS]
+        raise InputError(f"kind {kind!r}: not one of {', '.join((*KINDS, *some))}")
+    site = HEAD_PARTS[name]
+    if site != "attn_z" and not atlas.attn_q:
+        raise InputError(
+            f"kind {kind!r}: {atlas.architecture} makes queries, keys and values in one projection, where they have "
+            "no names of their own; head:N restores what a head gives"
+        )
+    n_heads = atlas.n_heads if name in ("head", "query") else atlas.n_kv_heads
+    if int(number) >= n_heads:
+        raise InputError(f"kind {kind!r}: {atlas.architecture} has {name} heads 0 to {n_heads - 1}")
+    return site, int(number)
 
 
 def module_of(atlas: Atlas, site: Site, layer: int) -> tuple[str, Literal["output", "input"]]:
@@ -117,6 +129,12 @@ def module_of(atlas: Atlas, site: Site, layer: int) -> tuple[str, Literal["outpu
             return atlas.attn_out[layer], "output"
         case "mlp_out":
             return atlas.mlp_out[layer], "output"
+        case "attn_q":
+            return atlas.attn_q[layer], "output"
+        case "attn_k":
+            return atlas.attn_k[layer], "output"
+        case "attn_v":
+            return atlas.attn_v[layer], "output"
         case "attn_z":
             return atlas.attn_z[layer], "input"
         case "neuron":

@@ -129,7 +129,8 @@ class Wave:
         states = self.states if states is None else states
         if before is not None:
             early, _, _ = self._rows(before, n_draws)
-            prefix.append(blocks.keys_only(layer, _take(states, before, draws), early))
+            with self._patches_inside(layer, before, draws):
+                prefix.append(blocks.keys_only(layer, _take(states, before, draws), early))
         n_rows = chunk.track.shape[1] + (before.track.shape[1] if before is not None else 0)
         for question in of.tolist():
             self.work.rows_run[question] += n_rows * n_draws

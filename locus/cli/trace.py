@@ -51,6 +51,9 @@ def trace(
         "folder": str(out),
         "facts": len(traced),
         "report": str(out / "report.html"),
+        "engine": traced.engines,
+        "patched_forwards": traced.patched_forwards,
+        "speed": traced.speed,
         **traced.average_total(),
     }
     talking.finish(result, _summary(traced, out))
@@ -77,7 +80,7 @@ def trace_into(
     ranks = ranks or ALONE
     traced = tracer.run(model, facts, folder=folder, resume=resume, ranks=ranks)
     for fact in ranks.share(traced.facts, "heat maps"):
-        plot_trace(fact, folder / f"{fact.fact_id}.png")
+        plot_trace(fact, folder / f"{fact.fact_id}.png", tracer.window)
     lens_into(folder, model, facts, ranks=ranks)
     ranks.meet()
     if ranks.first:
@@ -98,5 +101,11 @@ def _summary(traced: Trace, folder: Path) -> Any:
             layer, position = divmod(int(grid.argmax()), grid.shape[1])
             best.append(f"{float(grid.max()):.2f} at layer {layer}, {fact.tokens[position]!r}")
         table.add_row(fact.fact_id, f"{fact.clean_prob:.3f}", f"{fact.corrupted_prob:.3f}", *best)
-    table.caption = f"heat maps and the average effect: {folder / 'report.html'}"
+    speed = traced.speed
+    how = f"{traced.patched_forwards:,} patched forwards, engine {', '.join(traced.engines)}"
+    if "tokens_per_second" in speed:
+        how += f", {speed['seconds']:.1f} s, {speed['tokens_per_second']:,.0f} tokens/s"
+    if "fraction_of_matrix_peak" in speed:
+        how += f", {speed['fraction_of_matrix_peak']:.0%} of the machine's matrix peak"
+    table.caption = f"{how}\nheat maps and the average effect: {folder / 'report.html'}"
     return table

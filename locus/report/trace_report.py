@@ -12,7 +12,29 @@ from locus.report.chart import Chart, HeatMap, Series
 from locus.report.page import count, number, percent, write_page
 from locus.trace import TOKEN_CLASSES, FactTrace, Trace
 
-KIND_NAMES = {"block": "block output", "mlp": "MLP output", "attn": "attention output"}
+KIND_NAMES = {
+    "block": "block output",
+    "mlp": "MLP output",
+    "attn": "attention output",
+    "block-no-mlp": "block output, later MLPs severed",
+    "block-no-attn": "block output, later attention severed",
+}
+_HEAD_PARTS = {"head": "output", "query": "query", "key": "key", "value": "value"}
+_METRICS = {
+    "prob": "the answer's probability",
+    "first_prob": "the probability of the answer's first token",
+    "logprob": "the answer's log-probability in nats",
+    "logit_diff": "the logit of the answer minus that of a wrong one",
+    "kl": "minus the divergence from the clean prediction in nats",
+    "rank": "minus the number of tokens ranked above the answer",
+}
+_CORRUPTIONS = {
+    "gaussian": "spoilt with Gaussian noise",
+    "uniform": "spoilt with uniform noise",
+    "swap": "exchanged for that of another fact",
+    "mean": "replaced by the mean subject",
+    "prompt": "exchanged, with the rest of the prompt, for that of another fact",
+}
 _COLOURS = {"block": "Purples", "mlp": "Greens", "attn": "Reds"}
 _MOST_CELLS = 60_000
 _CLASS_NAMES = {
@@ -34,11 +56,30 @@ _CLASS_CSS = {
 }
 
 
-def plot_trace(trace: FactTrace, path: str | Path) -> Path:
+def kind_name(kind: str, window: int | None = None) -> str:
+    """What a kind of state is called, with the layers that are restored together where there are several."""
+    part, _, number = kind.partition(":")
+    if number:
+        return f"{_HEAD_PARTS.get(part, part)} of {'key/value ' if part in ('key', 'value') else ''}head {number}"
+    together = (
+        f", {window} layers around" if kind in ("mlp", "attn") and window is not None and window > 1 else ""
+    )
+    return KIND_NAMES.get(kind, kind) + together
+
+
+def plot_trace(trace: FactTrace, path: str | Path, window: int | None = None) -> Path:
     """Draw one fact's grids side by side as the ROME paper does, into a PNG, PDF or SVG by its ending.
 
     Tokens on y (those of the subject end in *), layers on x, the metric with that state restored as colour,
-    from the corrupted run's value up. Returns the path.
+    from the corrupted run's value up.
+
+    Args:
+        trace: The fact's.
+        path: Where to; folders are made.
+        window: Layers that were restored together for MLP and attention outputs, to be named in the titles.
+
+    Returns:
+        The path.
     """
     from matplotlib.figure import Figure
 
@@ -51,10 +92,10 @@ def plot_trace(trace: FactTrace, path: str | Path) -> Path:
         grid = trace.scores[kind].T.float().numpy()
         top = max(float(grid.max()), trace.corrupted_score + 1e-9)
         drawn = axis.pcolormesh(
-            grid, cmap=_COLOURS.get(kind.split("_")[0], "Blues"), vmin=trace.corrupted_score, vmax=top
+            grid, cmap=_COLOURS.get(_family(kind), "Blues"), vmin=trace.corrupted_score, vmax=top
         )
         axis.invert_yaxis()
-        axis.set_title(KIND_NAMES.get(kind, kind), fontsize=10)
+        axis.set_title(kind_name(kind, window), fontsize=10)
         axis.set_xlabel("layer")
         axis.set_yticks(
             [0.5 + i for i in range(len(labels))], [_plain(label) for label in labels], fontsize=8
@@ -68,7 +109,8 @@ def plot_trace(trace: FactTrace, path: str | Path) -> Path:
     title = (
         f"p({_plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
     )
-    figure.suptitle(f"{title}corrupted {trace.corrupted_prob:.3f}", fontsize=10)
+    starred = " (*: the subject)" if trace.subject is not None else ""
+    figure.suptitle(f"{title}corrupted {trace.corrupted_prob:.3f}{starred}", fontsize=10)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temp:
@@ -82,12 +124,12 @@ def trace_report(trace: Trace, folder: str | Path) -> Path:
     Facts are drawn until 60,000 cells are on the page; the page says how many are left to the artefact.
     """
     drawn: list[dict[str, Any]] = []
-    cells = 0
+    cells, window = 0, trace.settings.get("window")
     for fact in trace.facts:
         cells += sum(grid.numel() for grid in fact.scores.values())
         if drawn and cells > _MOST_CELLS:
             break
-        drawn.append({"fact": fact, "maps": [_heat_map(fact, kind) for kind in fact.kinds]})
+        drawn.append({"fact": fact, "maps": [_heat_map(fact, kind, window) for kind in fact.kinds]})
     average, total = trace.average(), trace.average_total()
     shares = all(_is_probability(fact) for fact in trace.facts)
     return write_page(
@@ -96,11 +138,14 @@ def trace_report(trace: Trace, folder: str | Path) -> Path:
         trace=trace,
         total=total,
         headline=headline(average, total),
-        charts=[_average_chart(kind, classes, shares) for kind, classes in average.items()],
+        metric=_METRICS.get(trace.settings.get("metric", "prob"), "the metric"),
+        corruption=_corruption(trace.settings),
+        noising=trace.settings.get("direction") == "noise",
+        charts=[_average_chart(kind, classes, shares, window) for kind, classes in average.items()],
         facts=drawn,
         left_out=len(trace.facts) - len(drawn),
-        forwards=sum(f.patched_forwards for f in trace.facts),
-        engines=sorted({f.engine for f in trace.facts}),
+        kind_name=kind_name,
+        window=window if {"mlp", "attn"} & set(trace.kinds) else None,
         shown=percent if shares else number,
         percent=percent,
         count=count,
@@ -124,29 +169,45 @@ def headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapp
         )
         share = classes[name]["effect"][layer] / total["total_effect"]
         back = "all of it" if share >= 0.995 else percent(max(0.0, share))
-        parts.append(
-            f"{KIND_NAMES.get(kind, kind)} at the {_CLASS_NAMES[name]} around layer {layer} ({back})"
-        )
+        parts.append(f"{kind_name(kind)} at the {_CLASS_NAMES[name]} around layer {layer} ({back})")
     return f"What brings most of the answer back: {', '.join(parts)}."
 
 
-def _heat_map(fact: FactTrace, kind: str) -> HeatMap:
+def _corruption(settings: Mapping[str, Any]) -> str:
+    """What was done to the subject, in words."""
+    words = _CORRUPTIONS.get(settings.get("corruption", "gaussian"), "corrupted")
+    sd, noise = settings.get("pooled_subject_sd"), settings.get("noise")
+    if "noise" not in words or not sd or noise is None:
+        return words
+    size = "standard deviation" if "Gaussian" in words else "half-width"
+    return f"{words} ({size} {noise:.3g}, {noise / sd:.3g} times the spread of the subjects' embeddings)"
+
+
+def _family(kind: str) -> str:
+    """The kind whose colour it has."""
+    part = kind.partition("-")[0].partition(":")[0]
+    return "attn" if part in _HEAD_PARTS else part
+
+
+def _heat_map(fact: FactTrace, kind: str, window: int | None) -> HeatMap:
     effect = fact.indirect_effect(kind).T
     subject = range(*fact.subject) if fact.subject is not None else range(0)
     top = float(effect.max()) + fact.corrupted_score
     return HeatMap(
-        title=KIND_NAMES.get(kind, kind),
-        css=f"h-{kind.split('_')[0]}" if kind.split("_")[0] in KIND_NAMES else "s-edit0",
+        title=kind_name(kind, window),
+        css=f"h-{_family(kind)}" if _family(kind) in KIND_NAMES else "s-edit0",
         labels=_labels(fact),
         marked=[i in subject for i in range(len(fact.tokens))],
         values=effect.tolist(),
-        low=f"{fact.corrupted_score:.3g}",
-        high=f"{top:.3g}",
+        low=_shown(fact, fact.corrupted_score),
+        high=_shown(fact, top),
         quantity="effect",
     )
 
 
-def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]], shares: bool) -> Chart:
+def _average_chart(
+    kind: str, classes: Mapping[str, Mapping[str, Any]], shares: bool, window: int | None
+) -> Chart:
     series = []
     for name in TOKEN_CLASSES:
         if name not in classes or name not in _CLASS_CSS:
@@ -173,12 +234,16 @@ def _average_chart(kind: str, classes: Mapping[str, Mapping[str, Any]], shares: 
                 hover=hover,
             )
         )
-    return Chart(KIND_NAMES.get(kind, kind), "", "layer", "effect", series, percent=shares)
+    return Chart(kind_name(kind, window), "", "layer", "effect", series, percent=shares)
 
 
 def _is_probability(fact: FactTrace) -> bool:
     """Whether the metric is the target's probability."""
     return fact.clean_score == fact.clean_prob and fact.corrupted_score == fact.corrupted_prob
+
+
+def _shown(fact: FactTrace, score: float) -> str:
+    return percent(score) if _is_probability(fact) else number(score)
 
 
 def _labels(fact: FactTrace) -> list[str]:

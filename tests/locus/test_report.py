@@ -6,6 +6,7 @@ import copy
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from locus.delta import WeightDelta
 from locus.report import audit_report, plot_trace, terminal_table, trace_report
 from locus.report.chart import HEIGHT, WIDTH, Chart, HeatMap, Series, ticks
 from locus.report.page import number, percent, span
+from locus.report.trace_report import kind_name
 from locus.trace import FactTrace, Trace
 from tests.tiny import tiny_facts, tiny_model
 
@@ -154,6 +156,34 @@ def test_the_traces_page_stands_alone_and_marks_the_subject(tmp_path: Path) -> N
     assert "The*" in text and "$Tower⏎*" in text and "&lt;s&gt;" in text
     assert text.count('class="cell"') == 2 * 3 * 4 * 5, "cells without effect are not drawn"
     assert "last subject token (n 1)" in text and "10" in text
+
+
+def test_the_traces_page_says_what_was_measured_and_what_was_estimated(tmp_path: Path) -> None:
+    """Windows in the titles, the metric and the corruption in words, and how much of a hybrid trace is exact."""
+    exact = torch.zeros(4, 6, dtype=torch.bool)
+    exact[:, 2] = True
+    fact = replace(fact_trace(), verified={"mlp": exact}, rank_correlation={"mlp": 0.875}, clean_score=-0.3)
+    settings = {"window": 10, "metric": "logprob", "corruption": "swap", "direction": "noise"}
+    trace = Trace((fact,), settings, "f" * 64, tiny_model("llama").atlas, "m")
+    text, _ = _checked(trace_report(trace, tmp_path))
+    for words in (
+        "MLP output, 10 layers around",
+        "log-probability in nats",
+        "exchanged for that of another fact",
+        "pale squares and low curves",
+        "rank correlation with exact values 0.88",
+        "exact: 4 of 24 squares (MLP output)",
+    ):
+        assert words in text, words
+    plain, _ = _checked(trace_report(replace(trace, settings={}), tmp_path))
+    assert "Gaussian noise" in plain and "Then one state at a time is put back" in plain
+
+
+def test_kinds_have_names_that_people_read() -> None:
+    assert kind_name("attn", 4) == "attention output, 4 layers around"
+    assert kind_name("mlp", 1) == "MLP output" and kind_name("block", 10) == "block output"
+    assert kind_name("query:3") == "query of head 3"
+    assert kind_name("value:1") == "value of key/value head 1"
 
 
 def test_a_heat_map_shades_from_nothing_to_the_strongest() -> None:

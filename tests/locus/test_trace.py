@@ -130,12 +130,18 @@ def test_timing_stands_apart(tmp_path: Path) -> None:
     """Two runs that took different times differ in `timing` of trace.json and in nothing else."""
     slow = fact_trace(torch.ones(3, 4))
     trace_of(slow).save(tmp_path / "one")
-    trace_of(replace(slow, work={"seconds": 9.0, "tokens": 10.0})).save(tmp_path / "two")
+    trace_of(
+        replace(
+            slow, work={"seconds": 9.0, "tokens": 10.0, "flops": 18.0, "matrix_peak_flops_per_second": 8.0}
+        )
+    ).save(tmp_path / "two")
     for name in ("trace.safetensors", "average.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = (json.loads((tmp_path / d / "trace.json").read_text()) for d in ("one", "two"))
     assert one.pop("timing")["total"]["tokens_per_second"] == 5.0
-    assert two.pop("timing")["total"]["seconds"] == 9.0
+    timing = two.pop("timing")["total"]
+    assert timing["seconds"] == 9.0
+    assert timing["fraction_of_matrix_peak"] == 18 / 9 / 8
     assert one == two
 
 

@@ -228,6 +228,7 @@ def test_wrong_input_is_refused_in_one_line(model: Model) -> None:
         (CausalTrace(), [fact, fact], "two facts are called"),
         (CausalTrace(kinds=("blocks",)), [fact], "kind 'blocks'"),
         (CausalTrace(kinds=("head:9",)), [fact], "heads 0 to 3"),
+        (CausalTrace(kinds=("key:2",)), [fact], "heads 0 to 1"),
         (CausalTrace(corruption="swap"), [fact], "no other fact"),
         (CausalTrace(corruption="prompt"), [fact], "no other fact"),
         (CausalTrace(noise_sd=0.0), [fact], "above zero"),

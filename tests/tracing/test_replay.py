@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from locus.fact import Fact
 from locus.model import Model
@@ -36,10 +37,12 @@ def question_of(
     return question, Readout("logprob", torch.tensor(fact.encoded.target_ids))
 
 
-def grid(
-    model: Model, fact: Prepared, kinds: tuple[str, ...] = (*KINDS, "head:1"), window: int = 2
-) -> list[Cell]:
+def grid(model: Model, fact: Prepared, kinds: tuple[str, ...] = (), window: int = 2) -> list[Cell]:
+    """Cells of these kinds; of all, where none are given."""
     positions = range(fact.encoded.target_start)
+    kinds = kinds or (*KINDS, "head:1", *(("query:3", "key:1", "value:1") if model.atlas.attn_q else ()))
+    heads = model.atlas.n_kv_heads
+    kinds = tuple(f"{kind.partition(':')[0]}:0" if heads < 2 and ":1" in kind else kind for kind in kinds)
     return [c for kind in kinds for row in cells_of(kind, model.atlas, positions, window) for c in row]
 
 
@@ -332,3 +335,27 @@ def test_an_argument_that_is_not_understood_is_refused() -> None:
         undo.callback(handle.remove)
         with pytest.raises(CannotReplay, match="per_layer_input"):
             answer_by_replay(model, question, grid(model, facts[0], ("block",)), readout)
+
+
+def test_a_long_prompt_on_a_small_budget() -> None:
+    """4,096 tokens, the subject near the end, eight rows at a time: as whole forwards, and no call sees more rows."""
+    model = tiny_model("smollm", max_position_embeddings=8192, num_hidden_layers=2)
+    fact = prepared(model)[0]
+    filler = torch.randint(5, 300, (4096 - len(fact.ids),), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([filler, fact.ids])
+    positions = tuple(p + len(filler) for p in fact.positions)
+    noise = torch.randn(2, len(positions), model.atlas.d_model, generator=torch.Generator().manual_seed(1))
+    question = Question(Inputs(ids, positions, noise), Inputs(ids), (len(ids) - 1,))
+    readout = Readout("logprob", torch.tensor(fact.encoded.target_ids[:1]))
+    cells = [cells_of("block", model.atlas, [p], 1)[0][0] for p in (positions[0], positions[1], len(ids) - 2)]
+    calls: list[int] = []
+
+    def count(_: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        calls.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel())
+
+    block = model.module.get_submodule(model.atlas.blocks[1])
+    with contextlib.ExitStack() as undo:
+        undo.callback(block.register_forward_pre_hook(count, with_kwargs=True).remove)
+        got = answer_by_replay(model, question, cells, readout, batch_tokens=8)
+    assert calls[0] == 4096 and max(calls[1:]) <= 16, "one recording, then the rows that change"
+    assert_same(got, answer_plainly(model, question, cells, readout))
