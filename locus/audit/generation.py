@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from jaxtyping import Bool
@@ -55,18 +57,46 @@ def generate(
 ) -> list[str]:
     """Greedy continuations as text, in the caller's order, up to the end-of-sequence token.
 
-    Prompts of one length share a batch, so that nothing is ever padded: left padding shifts positions in
-    some architectures.
+    Prompts of unequal length share a batch, padded on the left, where the model then begins as it does without
+    padding; where padding shifts its positions, only prompts of one length share one.
 
     Raises:
         InputError: a prompt leaves no room for `max_new_tokens` in the model's context.
     """
-    from transformers import GenerationConfig
-
     limit = model.context_length
     longest = max((len(p) for p in prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise InputError(f"a prompt of {longest} tokens leaves no room for {max_new_tokens} more in {limit}")
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), max_rows):
+        rows = order[start : start + max_rows]
+        groups = [rows]
+        if len(prompts[rows[0]]) < len(prompts[rows[-1]]) and not _padding_is_harmless(model, prompts, rows):
+            groups = [list(same) for _, same in groupby(rows, key=lambda i: len(prompts[i]))]
+        for group in groups:
+            for i, text in zip(
+                group, _continued(model, [prompts[i] for i in group], max_new_tokens), strict=True
+            ):
+                out[i] = text
+    return out
+
+
+def _padded(model: Model, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, padded on the left."""
+    width = max(len(p) for p in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(model.device), mask.to(model.device)
+
+
+def _continued(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """What the model writes after each prompt, in one batch."""
+    from transformers import GenerationConfig
+
     eos = model.tokenizer.eos_token_id
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -74,23 +104,37 @@ def generate(
         eos_token_id=eos,
         pad_token_id=0 if eos is None else eos,
     )
-    out = [""] * len(prompts)
-    lengths = sorted({len(p) for p in prompts})
-    for length in lengths:
-        same = [i for i, p in enumerate(prompts) if len(p) == length]
-        for start in range(0, len(same), max_rows):
-            rows = same[start : start + max_rows]
-            ids = torch.tensor([list(prompts[i]) for i in rows], device=model.device)
-            with torch.no_grad():
-                tokens = model.module.generate(  # type: ignore[operator]
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=settings,
-                    use_cache=True,
-                )
-            for i, row in zip(rows, tokens[:, length:].tolist(), strict=True):
-                out[i] = str(model.tokenizer.decode(row, skip_special_tokens=True))
-    return out
+    ids, mask = _padded(model, prompts)
+    with torch.no_grad():
+        tokens = model.module.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=settings, use_cache=True
+        )
+    return [
+        str(model.tokenizer.decode(row, skip_special_tokens=True))
+        for row in tokens[:, ids.shape[1] :].tolist()
+    ]
+
+
+@torch.no_grad()
+def _padding_is_harmless(model: Model, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> bool:
+    """Whether the shortest and the longest prompt of a batch get the same next-token logits padded and alone."""
+    few = [list(prompts[i]) for i in (rows[0], rows[-1])]
+    ids, mask = _padded(model, few)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    takes = "position_ids" in inspect.signature(model.module.forward).parameters
+    extra = {"position_ids": positions} if takes else {}
+    together = (
+        model.module(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits[:, -1].float()
+    )
+    for row, prompt in enumerate(few):
+        alone = (
+            model.module(input_ids=torch.tensor([prompt], device=model.device), use_cache=False)
+            .logits[0, -1]
+            .float()
+        )
+        if (alone - together[row]).abs().max() > 0.01 * alone.std().clamp_min(1e-6):
+            return False
+    return True
 
 
 def rouge_recalls(references: Sequence[str], candidates: Sequence[str]) -> list[float] | None:

@@ -84,6 +84,10 @@ def _general(edit: Measurement, base: Measurement, reference: Measurement | None
     """Paraphrases and other prompts, whichever brings back more; prompts alone can only find fault."""
     keys = ("paraphrase.top1", "prompts.any.top1")
     judged = [one for key in keys if (one := _elsewhere(edit, base, reference, key, s)) is not None]
+    if (
+        len(judged) == 2 and judged[1][0] == "unclear"
+    ):  # prompts that the base cannot answer either say nothing
+        judged = judged[:1]
     if not judged:
         return unmeasured("general", "Other wordings: not measured, the facts have no paraphrases.", keys)
     worst: Answer = max((answer for answer, _ in judged), key=("yes", "unclear", "partly", "no").index)

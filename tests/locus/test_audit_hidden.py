@@ -54,9 +54,16 @@ def ignorant() -> State:
     return State("never knew", "edit", never_knew())
 
 
-def test_generation_equals_a_greedy_loop_without_cache_or_batches() -> None:
-    model = tiny_model("llama", seed=3)
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "gemma2", "neox", "falcon", "phi"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_generation_equals_a_greedy_loop_without_cache_or_batches(
+    arch: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(arch, seed=3)
     encoded = ask_about(model, tiny_facts())["forget"].encoded
+    assert len({len(e.prompt_ids) for e in encoded}) > 1
+    if not padded:
+        monkeypatch.setattr(generation, "_padding_is_harmless", lambda *_: False)
     written = generation.generate(model, [e.prompt_ids for e in encoded], 5)
     for one, text in zip(encoded, written, strict=True):
         ids = list(one.prompt_ids)

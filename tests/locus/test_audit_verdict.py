@@ -70,6 +70,9 @@ def test_other_prompts_that_bring_it_back_forbid_a_yes() -> None:
     assert _said(back, base)["general"] == "no"
     some = _state("edit", 0.01, 0, 0, **{"prompts.any.top1": _share(6)})
     assert _said(some, base)["general"] == "partly"
+    deaf = _state("base", 0.8, 16, 15, **{"prompts.any.top1": _share(0)})
+    quiet = _state("edit", 0.01, 0, 0, **{"prompts.any.top1": _share(0)})
+    assert _said(quiet, deaf)["general"] == "yes", "prompts that the base cannot answer either say nothing"
     alone = _state("edit", 0.01, 0, None, **{"prompts.any.top1": _share(0)})
     assert _said(alone, base)["general"] == "unclear", (
         "no paraphrases: prompts of our own are not enough for a yes"
