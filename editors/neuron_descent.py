@@ -43,11 +43,11 @@ class NeuronDescent:
     where: Where = "subject"
     """Positions that G is summed over: the last token of the subject, the last of the prompt, all from the one to
     the other, or every token."""
-    enough: float = 0.01
+    enough: float = 0.002
     """Probability that each target is brought down to, to first order."""
-    nats: float = 2.0
+    nats: float = 6.0
     """How much a target loses in one round, at most."""
-    rounds: int = 4
+    rounds: int = 1
     """Rounds at most, each with new gradients."""
     strength: float = 1.0
     """Share of the way."""
