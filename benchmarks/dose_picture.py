@@ -19,8 +19,15 @@ def curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted(folder.glob("*.json")):
         points = json.loads(path.read_text("utf-8")).get("outcome", {}).get("dose", [])
         if whole := [point for point in points if point["kl"] is not None]:
-            found[path.stem.replace("-", " ")] = whole
+            found[_name(path.stem)] = whole
     return found
+
+
+def _name(stem: str) -> str:
+    """A row's name from its file's: descent-10 is "descent, 10 % of the neurons"."""
+    *words, last = stem.split("-")
+    share = f"{last} % of the neurons" if last.replace(".", "").isdigit() else f"whole {last}"
+    return f"{' '.join(words)}, {share}"
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -37,7 +44,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axis in (left, right):
         axis.axvline(0.05, color="black", linewidth=0.8, linestyle=":")
         axis.invert_xaxis()
-        axis.set_xlabel("forget facts: mean p(target); the dose grows to the right")
+        axis.set_xlabel("mean p(target) of the forget facts")
     left.set_ylabel("retain facts still right")
     left.set_ylim(-0.03, 1.03)
     right.set_ylabel("KL on neutral text, nats a token")
