@@ -241,13 +241,13 @@ def cheapest(
         solved[one.layer] = metrics[one.layer].solve(keys.mT)
         gram += belongs.mT @ ((pulls @ pulls.mT) * (keys @ solved[one.layer])) @ belongs
     gram += slack * gram.diagonal().mean() * torch.eye(n_facts, dtype=torch.float64)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed):
+    scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+    if float(torch.linalg.eigvalsh(scale[:, None] * gram * scale)[0]) < 1e-10:
         raise InputError(
             "the located neurons cannot tell the facts apart (their gradients depend on each other): "
             "locate more neurons, or allow for slack"
         )
-    shares = torch.cholesky_solve(wanted[:, None], factor).flatten()[slopes.owner]
+    shares = torch.linalg.solve(gram, wanted)[slopes.owner]
     return {
         one.layer: (slopes.pulls[one.layer] * shares[:, None]).mT @ solved[one.layer].mT for one in located
     }
