@@ -82,9 +82,9 @@ class Shift:
     start: Float[Tensor, "fact d_model"]
     """The output in the plain prompt, before the shift; float64."""
     loss: Float[Tensor, " fact"]
-    """The aim's loss with the last shift tried, in nats a token."""
+    """The aim's loss when it was last looked at, before the last step, in nats a token."""
     prob: Float[Tensor, " fact"]
-    """Probability of the target's first token with it, mean over the openings."""
+    """Probability of the target's first token then, mean over the openings."""
     steps: int
     """Steps taken by the slowest fact."""
 
