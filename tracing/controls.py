@@ -26,8 +26,10 @@ from tracing.cost import Cost
 from tracing.neuron_gradients import Examples
 
 
-def _uniform(model: Model, seed: int) -> Float[Tensor, "layer neuron"]:
+def _uniform(model: Model, seed: int, skipped: int = 0) -> Float[Tensor, "layer neuron"]:
+    """Uniform scores; `skipped` draws before them keep two controls of one seed apart."""
     generator = torch.Generator().manual_seed(seed)
+    torch.rand(skipped, generator=generator)
     return torch.rand(model.atlas.n_layers, model.atlas.d_mlp, generator=generator)
 
 
@@ -106,7 +108,7 @@ class RandomLayers:
                 f"n_layers is {self.n_layers} and {model.name} has {model.atlas.n_layers} layers: "
                 f"give 1 to {model.atlas.n_layers}"
             )
-        values = _uniform(model, self.seed)
+        values = _uniform(model, self.seed, model.atlas.n_layers * model.atlas.d_mlp)
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randperm(model.atlas.n_layers, generator=generator)[: self.n_layers]
         values[drawn] += 1.0

@@ -175,24 +175,17 @@ def _table(rows: Mapping[str, LocatedRow], refused: Mapping[str, str], page: Pat
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in (
-        "localizer",
-        "neurons",
-        "weights",
-        "seconds",
-        "same in other words",
-        "half the facts",
-        "other seed",
-    ):
-        table.add_column(column, justify="left" if column == "localizer" else "right")
+    table.add_column("localizer", no_wrap=True)
+    for column in ("neurons", "weights", "seconds", "other words", "half the facts", "other seed"):
+        table.add_column(column, justify="right")
     for name, row in rows.items():
         stable = [row.stability.get(over) for over in ("paraphrases", "facts", "seeds")]
-        cells = ["" if s is None else f"{s['mean']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in stable]
+        cells = ["" if s is None else f"{s['mean']:.2f}" for s in stable]
         table.add_row(
             name, f"{sum(row.neurons_per_layer):,}", f"{row.n_weights:,}", f"{row.seconds:.1f}", *cells
         )
     for name, reason in refused.items():
         table.add_row(name, f"refused: {reason}")
-    table.caption = f"overlap of every two masks: {page}"
+    table.caption = f"the last three: overlap of a mask with itself, made again; of every two masks: {page}"
     table.caption_justify = "left"
     return table

@@ -51,3 +51,9 @@ def test_largest_norm_ranks_by_the_down_column() -> None:
 def test_all_neurons_with_the_whole_budget_takes_everything() -> None:
     model = tiny_model("llama")
     assert bool(AllNeurons().run(model).choose("100%").all())
+
+
+def test_two_controls_of_one_seed_draw_apart() -> None:
+    model = tiny_model("llama", intermediate_size=400)
+    one, other = RandomNeurons().run(model).values, RandomLayers().run(model).values % 1
+    assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.1
