@@ -1,8 +1,8 @@
 """INJ: does a localizer find the neurons that a sentence was written into?
 
     python -m benchmarks.inj                        all methods, SmolLM2, 24 sentences, 1 % and 0.1 % of the neurons
-    python -m benchmarks.inj --model tiny --ratio 0.1 --tokens 6 --learning-rate 0.02 --neutral-weight 0
-                                                    a random model, in a minute
+    python -m benchmarks.inj --model tiny --ratio 0.3 --tokens 12 --learning-rate 0.05 --neutral-weight 0 \\
+           --inject-dtype float32 --sentences 4      a random model, in a minute
     python -m benchmarks.inj --methods saliency imprint --ratio 0.01 --sentences 8
 
 For each sentence: a random share of every layer's down columns is trained on it until it is memorized
@@ -129,17 +129,21 @@ def injections(
 def judge(
     model: Model,
     cases: Sequence[tuple[Encoded, Injection]],
+    decoys: Sequence[Injection | None],
     localizer: Any,
     lines: Lines,
     key: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Recall and seconds of one localizer on each sentence, run or taken from an earlier run."""
+    """Recall and seconds of one localizer on each sentence, run or taken from an earlier run.
+
+    A decoy is another sentence's injection that the model holds at the same time.
+    """
     rows = []
-    for i, (encoded, injection) in enumerate(cases):
+    for i, ((encoded, injection), decoy) in enumerate(zip(cases, decoys, strict=True)):
         one = {**key, "sentence": i}
         row = lines.get(one)
         if row is None:
-            with baked(model, injection):
+            with baked(model, injection), baked(model, decoy) if decoy else contextlib.nullcontext():
                 start = time.process_time()
                 values = localizer.run(model, [encoded]).values
                 seconds = time.process_time() - start
@@ -218,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.01, 0.001])
     parser.add_argument("--sentences", type=int, default=len(TEST))
     parser.add_argument("--slow-sentences", type=int, help=f"fewer for {', '.join(SLOW)}")
+    parser.add_argument(
+        "--decoy", action="store_true", help="the next sentence is in the model too, elsewhere"
+    )
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--learning-rate", type=float, help="Adam's when injecting")
     parser.add_argument("--neutral-weight", type=float, default=1.0, help="of the KL on neutral text")
@@ -236,8 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for ratio in args.ratio:
         cases = injections(model, sentences, ratio, args)
         results = []
+        made = [injection for _, injection in cases]
+        decoys = made[1:] + made[:1] if args.decoy else [None] * len(cases)
         for method in args.methods:
-            few = cases[: args.slow_sentences] if method in SLOW else cases
+            few = args.slow_sentences if method in SLOW else None
             key = {
                 "model": model.fingerprint[:12],
                 "dtype": args.dtype,
@@ -246,9 +255,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "method": method,
                 "settings": asdict(METHODS[method]),
             }
-            results.append(summary(method, judge(model, few, METHODS[method], lines, key)))
+            if args.decoy:
+                key["decoy"] = len(cases)
+            rows = judge(model, cases[:few], decoys[:few], METHODS[method], lines, key)
+            results.append(summary(method, rows))
             print(f"{ratio:g} {json.dumps(results[-1])}", file=sys.stderr, flush=True)
-        damage = sum(made.kl for _, made in cases) / len(cases)
+        damage = sum(one.kl for one in made) / len(made)
         print(f"\n{ratio:.1%} of every layer's neurons, neutral KL {damage:.3f} nats a token\n")
         print(table(results), flush=True)
         report["ratios"][f"{ratio:g}"] = {"neutral_kl": damage, "results": results}
