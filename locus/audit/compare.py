@@ -195,12 +195,14 @@ def _why_not(c: Candidate, best: Candidate | None) -> str:
     if not _may_ship(c) or best is None:
         return f"{_blame(c)}."
     behind = [
-        _WORDS[q]
+        q
         for q, answer in best.verdicts.items()
         if _GOOD.get(answer, 0) > _GOOD.get(c.verdicts.get(q, ""), 0) and q != "localized"
     ]
     if behind:
-        return f"It may be shipped, but {best.name} is better on {', '.join(behind)}."
+        found = " ".join(c.sentences[q] for q in behind if q in c.sentences)
+        words = ", ".join(_WORDS[q] for q in behind)
+        return f"It may be shipped, but {best.name} is better on {words}. {found}".strip()
     return f"It may be shipped; {best.name} kept as much or more of the other facts."
 
 
