@@ -1,49 +1,60 @@
 """Tracing on two processes beside one, each process with one core and one thread.
 
-    python -m benchmarks.many_processes FOLDER --facts demo-retain --limit 40
+    python -m benchmarks.many_processes FOLDER --facts demo-retain --limit 40 [--together] [--options "--samples 4"]
 
 The whole command is timed, start of Python, loading and pictures included; processor seconds stand beside the
-wall clock, for machines that others use as well. The traces must be equal byte for byte before a figure is
-printed. What is there already in FOLDER is not measured again.
+wall clock. On a machine that others use too, --together starts both jobs at the same moment, unpinned, so that
+both have the same neighbours. The traces must be equal byte for byte before a figure is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 SAME = ("trace.safetensors", "average.json", "lens.safetensors", "lens.json")
 
 
-def measure(
-    folder: Path, processes: int, cores: list[int], facts: str, limit: int, model: str
-) -> dict[str, float]:
-    """Trace in so many processes, each on a core of its own; wall clock and processor seconds."""
-    kept = folder / f"{processes}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
+@dataclass
+class Job:
+    """One way to run the command."""
+
+    processes: int
+    pid: int
+    started: float
+    wall: float = 0.0
+    cpu: float = 0.0
+    """Processor seconds of everything that was started, torchrun itself included."""
+
+
+def start(processes: int, command: Sequence[str], folder: Path, pin: bool) -> Job:
+    """Begin to trace in so many processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "locus", "trace", model, facts, "--limit", str(limit), "-q"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(
-        [*command, "-o", str(folder / f"trace-{processes}")],
-        check=True,
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores[:processes]),
+    cores = sorted(os.sched_getaffinity(0))[: processes if pin else None]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "locus", *command, "-q", "-o", str(folder / f"trace-{processes}")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
-    wall = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    figures = {"wall_s": wall, "cpu_s_a_process": cpu / processes}
-    kept.write_text(json.dumps(figures))
-    return figures
+    return Job(processes, process.pid, time.perf_counter())
+
+
+def finish(jobs: Sequence[Job]) -> None:
+    """Wait for the jobs, whichever comes first."""
+    waiting = {job.pid: job for job in jobs}
+    while waiting:
+        pid, status, used = os.wait4(-1, 0)
+        if pid in waiting:
+            job = waiting.pop(pid)
+            assert status == 0, f"{job.processes} processes: exit {os.waitstatus_to_exitcode(status)}"
+            job.wall, job.cpu = time.perf_counter() - job.started, used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -54,24 +65,29 @@ def main() -> None:
     parser.add_argument("--facts", default="demo-retain")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--only", type=int, choices=(1, 2), help="measure one of the two now")
+    parser.add_argument(
+        "--together", action="store_true", help="both at once, where the machine is not quiet"
+    )
+    parser.add_argument("--options", default="", help="of the tracer, in one string")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    cores = sorted(os.sched_getaffinity(0))
-    found = {
-        n: measure(given.folder, n, cores, given.facts, given.limit, given.model)
-        for n in ((given.only,) if given.only else (1, 2))
-    }
-    if len(found) < 2:
-        return
+    given.folder.mkdir(parents=True)
+    command = ["trace", given.model, given.facts, "--limit", str(given.limit), *shlex.split(given.options)]
+    jobs = []
+    for processes in (1, 2):
+        jobs.append(start(processes, command, given.folder, pin=not given.together))
+        if not given.together:
+            finish(jobs[-1:])
+    if given.together:
+        finish(jobs)
     for name in SAME:
         one, two = (given.folder / f"trace-{n}" / name for n in (1, 2))
         assert one.read_bytes() == two.read_bytes(), f"{name} differs between one process and two"
     print("processes   wall clock   processor seconds a process")
-    for n, figures in found.items():
-        print(f"{n:9}   {figures['wall_s']:8.1f} s   {figures['cpu_s_a_process']:8.1f} s")
-    wall, cpu = (found[2][key] / found[1][key] for key in ("wall_s", "cpu_s_a_process"))
-    print(f"two / one   {wall:8.2f}     {cpu:8.2f}      (artefacts equal byte for byte)")
+    for job in jobs:
+        print(f"{job.processes:9}   {job.wall:8.1f} s   {job.cpu / job.processes:8.1f} s")
+    one, two = jobs
+    ratios = f"{two.wall / one.wall:8.2f}     {two.cpu / two.processes / one.cpu:8.2f}"
+    print(f"two / one   {ratios}      (artefacts equal byte for byte)")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,11 @@ def _told(folder: Path, name: str) -> Iterator[None]:
         yield
     except (InputError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
-    except Exception as error:  # a hostile folder raises anything; tokenizers raises bare Exception
+    except (
+        BaseException
+    ) as error:  # a hostile folder raises anything: tokenizers gives bare Exceptions, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )

@@ -307,7 +307,9 @@ def try_once(target: Target, world: Path, scratch: Path, draw: random.Random) ->
             return f"an error of {len(str(error))} characters"
     except Hang:
         return "hang: " + _where(sys.exc_info()[2])
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
         return f"{type(error).__name__}: {str(error)[:120]} {_where(error.__traceback__)}"
     if (after := _listing(scratch, out)) != before:
         return f"wrote outside the output folder: {sorted(after ^ before)[:3]}"
