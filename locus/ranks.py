@@ -76,6 +76,22 @@ class Ranks:
                 shown = taken + 1
             line.advance(len(items) - shown)
 
+    def agree(self, what: str, value: str) -> None:
+        """Make sure that all processes were given the same; all of them call it.
+
+        Raises:
+            InputError: this process has another `value` than the one that came first.
+        """
+        if self._store is None:
+            return
+        with _lost_when_it_fails():
+            first = self._store.compare_set(self._key("agree"), "", value)
+        if first != value.encode():
+            raise InputError(
+                f"process {self.rank} of {self.size} has other {what} than the others: give all of them the same "
+                "files, model, options and threads"
+            )
+
     def meet(self) -> None:
         """Wait until all processes are here; all of them call it.
 

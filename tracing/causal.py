@@ -147,7 +147,6 @@ class CausalTrace:
             result = Trace(traces, settings, model.fingerprint, model.atlas, model.name, _versions())
             parts.finish(result, prepared)
         return result
-        return result
 
     def _packs(self, model: Model, prepared: Sequence[Prepared], engine: Engine) -> list[list[Prepared]]:
         """Facts that are traced together: several where one alone does not fill two calls.

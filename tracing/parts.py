@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,8 @@ class Parts:
     def share(self, packs: Sequence[Sequence[Prepared]]) -> Iterator[Sequence[Prepared]]:
         """The packs of facts that this process traces: all, or of several processes' the next, longest first."""
         if self.ranks.size > 1:
+            about = [self.settings, self.model.fingerprint, [[one.fact.id for one in pack] for pack in packs]]
+            self.ranks.agree("facts, settings or weights", json.dumps(about, sort_keys=True))
             packs = sorted(packs, key=lambda p: sum(one.positions[0] - one.encoded.target_start for one in p))
         yield from self.ranks.share(packs, "tracing facts")
         self.ranks.meet()

@@ -55,6 +55,16 @@ def test_a_process_with_long_items_takes_fewer():
     assert counts == [1, 19] or counts == [0, 20]
 
 
+def test_processes_that_were_given_different_things_are_told():
+    first, second = _many(2)
+    first.agree("facts", "a b")
+    second.agree("facts", "a b")
+    first.agree("facts", "a b")
+    with pytest.raises(InputError, match="process 1 of 2 has other facts"):
+        second.agree("facts", "a c")
+    ALONE.agree("facts", "anything")
+
+
 def test_alone_it_takes_everything_in_order_and_waits_for_nobody(tmp_path):
     assert list(ALONE.share([3, 1, 2], "a")) == [3, 1, 2]
     ALONE.meet()
