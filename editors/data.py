@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from editors.retain import Retain
+from editors.rewording import encoded_rewordings
 from editors.training import Training, draw
 from locus.errors import InputError
 from locus.fact import Fact
@@ -15,6 +16,17 @@ from locus.tokens import Encoded, encode, encode_text
 
 N_PROBE = 32
 """Retain facts looked at to see whether utility holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Forget examples in one kind of wording."""
+
+    facts: Sequence[Fact]
+    """Fact of each example; its prompt is the one that is asked."""
+    encoded: list[Encoded]
+    reference: TargetScores
+    """The base's scores of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +44,8 @@ class Data:
     """The base's scores of the forget examples."""
     probe: list[Encoded]
     """Retain facts that the base has right."""
+    reworded: Asked
+    """The forget facts in other words; empty when none are asked for."""
 
     @classmethod
     def read(
@@ -61,6 +75,7 @@ class Data:
         if probe and training.utility:
             right = measure(model, probe, training.batch_tokens).correct.tolist()
             probe = [one for one, is_right in zip(probe, right, strict=True) if is_right]
+        reworded_facts, reworded = encoded_rewordings(model, forget if training.reworded else ())
         return cls(
             facts=forget,
             kept_facts=kept,
@@ -69,16 +84,37 @@ class Data:
             texts=[block for paragraph in text for block in encode_text(model, paragraph)],
             reference=measure(model, encoded, training.batch_tokens),
             probe=probe if training.utility else [],
+            reworded=Asked(reworded_facts, reworded, measure(model, reworded, training.batch_tokens)),
         )
+
+    @property
+    def plain(self) -> Asked:
+        """The forget examples as they were given."""
+        return Asked(self.facts, self.forget, self.reference)
 
     def forget_batches(self, training: Training, step: int) -> Iterator[Batch]:
         """This step's forget examples; `Batch.examples` are numbers in `forget`."""
         chosen = draw(training.seed, "forget", step, len(self.forget), training.forget_per_step)
         return _batches(self.forget, chosen, training.batch_tokens)
 
+    def reworded_batches(self, training: Training, step: int) -> Iterator[Batch]:
+        """This step's forget facts in other words; `Batch.examples` are numbers in `reworded`."""
+        encoded = self.reworded.encoded
+        chosen = draw(training.seed, "reworded", step, len(encoded), training.reworded)
+        return _batches(encoded, chosen, training.batch_tokens)
+
     def retain_batches(self, term: Retain, training: Training, step: int) -> Iterator[Batch]:
-        """This step's retain facts."""
-        chosen = draw(training.seed, "retain", step, len(self.retain), term.facts)
+        """This step's retain facts, `term.near` of them from the relations of the forgotten facts.
+
+        Where one kind has too few, the other makes up for it.
+        """
+        relations = {fact.relation for fact in self.facts} - {None}
+        near = [i for i, fact in enumerate(self.kept_facts) if fact.relation in relations]
+        far = [i for i, fact in enumerate(self.kept_facts) if fact.relation not in relations]
+        n_far = min(len(far), term.facts - min(len(near), round(term.near * term.facts)))
+        n_near = term.facts - n_far
+        chosen = [near[i] for i in draw(training.seed, "near", step, len(near), n_near)]
+        chosen += [far[i] for i in draw(training.seed, "retain", step, len(far), n_far)]
         return _batches(self.retain, chosen, training.batch_tokens)
 
     def text_batches(self, term: Retain, training: Training, step: int) -> Iterator[Batch]:
@@ -88,7 +124,7 @@ class Data:
 
     def fingerprint(self) -> list[object]:
         """What the examples are, as JSON values."""
-        groups = (self.forget, self.retain, self.texts)
+        groups = (self.forget, self.retain, self.texts, self.reworded.encoded)
         return [[[list(one.ids), one.target_start] for one in group] for group in groups]
 
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from editors.data import Data
+from editors.data import Asked, Data
 from editors.guard import unmoved
 from editors.lora import LoraDeltas
 from editors.parametrize import Deltas, Trained
-from editors.prediction import Prediction
+from editors.prediction import Kept, Prediction
 from editors.recompute import recomputed
-from editors.reference import References
+from editors.reference import FACT_TOKENS, References
 from editors.result import settings_of, weight_delta
 from editors.retain import Retain, mean_kl
 from editors.sophia import SophiaG
@@ -156,11 +156,11 @@ def _deltas(model: Model, mask: WeightMask, training: Training) -> Trained:
 
 
 def _references(term: Retain, model: Model, deltas: Trained) -> References | None:
-    """Where the base's logits on retain data are kept, if the term needs them and they are to be kept."""
-    if term.term != "kl" or term.reference == "live":
+    """Where the base's logits are kept, if they are to be kept."""
+    if term.reference == "live":
         return None
     folder = cache_folder() / "references" if term.reference == "disk" else None
-    return References(model, deltas, folder)
+    return References(model, deltas, folder, FACT_TOKENS if term.reference == "facts" else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ class Run:
     data: Data
     optimizer: torch.optim.Optimizer
     references: References | None = None
-    """The base's logits on retain data, where they are kept."""
+    """The base's logits, where they are kept."""
 
     @property
     def identity(self) -> str:
@@ -244,33 +244,33 @@ class Run:
             "last": state.history[-1],
         }
 
+    def _kept(self, encoded: Sequence[Encoded]) -> Kept | None:
+        """How the base's logits on batches of these examples are had, where they are kept."""
+        references = self.references
+        return None if references is None else lambda batch: references.logits(encoded, batch)
+
     def _push(self, state: RunState, step: int) -> dict[str, Any]:
-        """Backward of the forget loss, batch by batch; examples that are gone already get no push."""
-        training = self.objective.training
-        batches = list(self.data.forget_batches(training, step))
-        chosen = [number for batch in batches for number in batch.examples]
+        """Backward of the forget loss, batch by batch, and what is now known of the forget examples."""
+        data, training = self.data, self.objective.training
+        plain = list(data.forget_batches(training, step))
+        other = list(data.reworded_batches(training, step))
+        chosen = [number for batch in plain for number in batch.examples]
+        n_examples = len(chosen) + sum(len(batch.examples) for batch in other)
         loss_sum, n_active = 0.0, 0
-        for batch in batches:
-            forget = self._forget(batch, step)
-            active = self._active(forget)
-            n_active += int(active.sum())
-            if active.any():
-                pushed = forget if active.all() else forget.only(active)
-                if training.attack.steps:
-                    pushed = self._forget(pushed.batch, step)
-                with training.attack.applied(self.model, pushed.batch):
-                    loss = self.objective.forget_loss(pushed) * (pushed.n_examples / len(chosen))
-                loss_sum += self._finite("forget loss", step, loss)
-                loss.backward()
+        for batch in plain:
+            forget = self._forget(data.plain, batch, step)
+            loss, active = self._lower(data.plain, forget, n_examples, step)
+            loss_sum, n_active = loss_sum + loss, n_active + active
             if forget.has_run:
                 state.nll[list(batch.examples)] = forget.nll.detach().float().cpu()
                 state.correct[list(batch.examples)] = forget.correct.float().cpu()
             elif step % training.check_every == 0:
-                scores = measure(
-                    self.model, [self.data.forget[i] for i in batch.examples], training.batch_tokens
-                )
+                scores = measure(self.model, [data.forget[i] for i in batch.examples], training.batch_tokens)
                 state.nll[list(batch.examples)] = scores.nll
                 state.correct[list(batch.examples)] = scores.correct.float()
+        for batch in other:
+            forget = self._forget(data.reworded, batch, step)
+            loss_sum += self._lower(data.reworded, forget, n_examples, step)[0]
         return {
             "forget_loss": loss_sum,
             "forget_prob": float((-state.nll[chosen]).exp().nanmean()),
@@ -278,18 +278,37 @@ class Run:
             "active": n_active / len(chosen),
         }
 
-    def _forget(self, batch: Batch, step: int) -> Prediction:
+    def _lower(self, asked: Asked, forget: Prediction, n_examples: int, step: int) -> tuple[float, int]:
+        """Backward of the loss of one of a step's batches; its share of the step's loss, and how many were pushed.
+
+        Examples that are gone already get no push.
+        """
+        training = self.objective.training
+        active = self._active(forget)
+        if not active.any():
+            return 0.0, 0
+        pushed = forget if active.all() else forget.only(active)
+        if training.attack.steps:
+            pushed = self._forget(asked, pushed.batch, step)
+        with training.attack.applied(self.model, pushed.batch):
+            loss = self.objective.forget_loss(pushed) * (pushed.n_examples / n_examples)
+        loss.backward()
+        return self._finite("forget loss", step, loss), int(active.sum())
+
+    def _forget(self, asked: Asked, batch: Batch, step: int) -> Prediction:
         """A batch of forget examples, with another answer to the same prompts where the objective has one."""
-        objective, facts = self.objective, self.data.facts
+        objective, pool = self.objective, [*self.data.facts, *self.data.kept_facts]
 
         def answer(numbers: Sequence[int]) -> Prediction:
             assert isinstance(objective, Answering)
-            others = [objective.answer(facts[i], [*facts, *self.data.kept_facts], step) for i in numbers]
+            others = [objective.answer(asked.facts[i], pool, step) for i in numbers]
             encoded = [encode(self.model, other) for other in others]
             return Prediction(self.model, self.deltas, collate(encoded, range(len(encoded))))
 
         other = answer if isinstance(objective, Answering) else None
-        return Prediction(self.model, self.deltas, batch, self.data.reference.nll, other)
+        # What is kept must not be computed under an attack.
+        kept = None if objective.training.attack.steps else self._kept(asked.encoded)
+        return Prediction(self.model, self.deltas, batch, asked.reference.nll, other, kept)
 
     def _active(self, forget: Prediction) -> Bool[Tensor, " example"]:
         """Which examples are still pushed: those not improbable yet, or not improbable through this edit."""
@@ -311,8 +330,7 @@ class Run:
             batches = list(source(term, training, step))
             n = sum(len(batch.labels) for batch in batches)
             for batch in batches:
-                known = None if self.references is None else self.references.logits(encoded, batch)
-                kept = Prediction(self.model, self.deltas, batch, ref_logits=known)
+                kept = Prediction(self.model, self.deltas, batch, kept=self._kept(encoded))
                 loss = term.loss(kept) * (len(batch.labels) / n)
                 loss_sum += self._finite("retain loss", step, loss)
                 (term.weight * loss).backward()

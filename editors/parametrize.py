@@ -251,12 +251,13 @@ def _linear_adder(place: _Place, out_axis: int) -> Callable[[Tensor, Tensor], Te
         d = value.to(x.dtype)
         return d if out_axis == 0 else d.T
 
+    # In place: y is the module's own fresh output, which no backward needs.
     def add(x: Tensor, y: Tensor) -> Tensor:
         if kind == "all" or index is None:
-            return y + F.linear(x, matrix(x))
+            return y.add_(F.linear(x, matrix(x)))
         if selects_outputs:
-            return y.index_add(-1, index, F.linear(x, matrix(x)).to(y.dtype))
-        return y + F.linear(x.index_select(-1, index), matrix(x))
+            return y.index_add_(-1, index, F.linear(x, matrix(x)).to(y.dtype))
+        return y.add_(F.linear(x.index_select(-1, index), matrix(x)))
 
     return add
 

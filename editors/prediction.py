@@ -22,6 +22,8 @@ from locus.model import Model
 
 Answer = Callable[[Sequence[int]], "Prediction"]
 """Example numbers -> the model's prediction of another answer to each of the same prompts."""
+Kept = Callable[[Batch], Float[Tensor, "label d_vocab"]]
+"""Batch -> the reference's logits at its labels."""
 
 
 class Prediction:
@@ -34,7 +36,7 @@ class Prediction:
         batch: Batch,
         reference: Float[Tensor, " example"] | None = None,
         answer: Answer | None = None,
-        ref_logits: Float[Tensor, "label d_vocab"] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -44,12 +46,10 @@ class Prediction:
             batch: The examples; `batch.examples` are their numbers in the caller's list.
             reference: The reference's NLL of every example of that list, when it is already known.
             answer: Gives the prediction of another answer (a refusal, say) to the same prompts.
-            ref_logits: The reference's logits at the labels, when they are already known.
+            kept: Gives the reference's logits at a batch's labels, where they are kept; None asks the model.
         """
         self.model, self.deltas, self.batch = model, deltas, batch.to(model.device)
-        self._reference, self._answer = reference, answer
-        if ref_logits is not None:
-            self.__dict__["ref_logits"] = ref_logits
+        self._reference, self._answer, self._kept = reference, answer, kept
 
     @property
     def n_examples(self) -> int:
@@ -69,6 +69,8 @@ class Prediction:
     @cached_property
     def ref_logits(self) -> Float[Tensor, "label d_vocab"]:
         """The same under the reference model; carries no gradient."""
+        if self._kept is not None:
+            return self._kept(self.batch)
         with torch.no_grad(), self.deltas.silenced():
             return label_logits(self.model, self.batch)
 
@@ -138,7 +140,7 @@ class Prediction:
     def only(self, keep: Bool[Tensor, " example"]) -> Prediction:
         """The examples where `keep`, sharing what has been computed already."""
         batch, kept_labels = _narrow(self.batch, keep.to(self.batch.rows.device))
-        narrowed = Prediction(self.model, self.deltas, batch, self._reference, self._answer)
+        narrowed = Prediction(self.model, self.deltas, batch, self._reference, self._answer, self._kept)
         for name in ("logits", "ref_logits"):
             if name in self.__dict__:
                 narrowed.__dict__[name] = self.__dict__[name][kept_labels]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from locus.model import Model
 from locus.tokens import Encoded
 
 KIND = "reference"
+FACT_TOKENS = 16
+"""Longest target that counts as a fact's: the logits of longer texts are too many to be kept unasked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +36,17 @@ class References:
     deltas: Trained
     folder: Path | None = None
     """Where they are kept, one file an example, keyed by model, dtype and tokens; None keeps them in memory alone."""
+    longest: int | None = None
+    """Longest target, in tokens, whose logits are kept; a batch with a longer one is asked as it is, every time."""
     known: dict[str, Float[Tensor, "label d_vocab"]] = field(default_factory=dict)
 
-    def logits(self, encoded: list[Encoded], batch: Batch) -> Float[Tensor, "label d_vocab"]:
+    def logits(self, encoded: Sequence[Encoded], batch: Batch) -> Float[Tensor, "label d_vocab"]:
         """The base's logits at the labels of `batch`, whose examples are numbers in `encoded`."""
-        rows = [self._of(encoded[number]) for number in batch.examples]
-        return torch.cat(rows).to(self.model.device)
+        chosen = [encoded[number] for number in batch.examples]
+        if self.longest is not None and max(one.n_target for one in chosen) > self.longest:
+            with torch.no_grad(), self.deltas.silenced():
+                return label_logits(self.model, batch)
+        return torch.cat([self._of(one) for one in chosen]).to(self.model.device)
 
     def _of(self, one: Encoded) -> Float[Tensor, "label d_vocab"]:
         key = self._key(one)

@@ -39,13 +39,15 @@ class Retain:
     """NLL of the retain targets, KL(reference || edited) where they are predicted, or hidden-state MSE."""
     weight: float = 5.0
     """Weight of the term against the forget loss."""
-    facts: int = 8
+    facts: int = 16
     """Retain facts a step."""
+    near: float = 0.75
+    """Share of those facts that are drawn from the relations of the forgotten facts, as far as there are such."""
     texts: int = 1
     """Neutral paragraphs a step."""
-    reference: Literal["live", "memory", "disk"] = "live"
-    """Ask the base at every step, or once for each example and keep its logits (on the disk: in the user's cache,
-    4 bytes times the vocabulary for each token)."""
+    reference: Literal["live", "facts", "memory", "disk"] = "facts"
+    """Ask the base at every step, or once for each example and keep its logits, 4 bytes times the vocabulary for each
+    token: of facts alone, of paragraphs too, or of both on the disk, in the user's cache."""
     layers: tuple[int, ...] = ()
     """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
 
@@ -54,6 +56,10 @@ class Retain:
             raise InputError(f"retain term {self.term!r}: not one of {', '.join(TERMS)}")
         if self.weight < 0 or self.facts < 0 or self.texts < 0:
             raise InputError("retain: weight, facts and texts must not be negative")
+        if not 0 <= self.near <= 1:
+            raise InputError(f"retain: near = {self.near}: a share lies between 0 and 1")
+        if self.reference not in REFERENCES:
+            raise InputError(f"retain reference {self.reference!r}: not one of {', '.join(REFERENCES)}")
 
     @property
     def active(self) -> bool:
@@ -72,6 +78,7 @@ class Retain:
 
 
 TERMS = ("none", "nll", "kl", "hidden")
+REFERENCES = ("live", "facts", "memory", "disk")
 
 
 def mean_kl(kept: Prediction) -> float:

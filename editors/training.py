@@ -40,6 +40,8 @@ class Training:
     """Largest norm of the gradient of all deltas together; 0 for no clipping."""
     forget_per_step: int = 16
     """Forget examples a step."""
+    reworded: int = 0
+    """Forget examples a step that are asked in other words besides: behind an opening, or by their subject alone."""
     batch_tokens: int = 4096
     """Padded tokens in one forward; a step with more accumulates its gradient over several."""
     floor: float = 0.005
@@ -81,6 +83,7 @@ class Training:
             "max_kl",
             "warmup",
             "lora_rank",
+            "reworded",
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
@@ -92,6 +95,9 @@ class Training:
 OPTIMIZERS = ("adamw", "sgd", "sophia")
 SCHEDULES = ("constant", "linear", "cosine")
 
+BOUNDED = Training(lr=2e-3, forget_per_step=8, reworded=8, floor=0.0, goal=0.005)
+"""For objectives that rest at a goal of their own: pushed to the end, and in several wordings."""
+
 
 def make_optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer over the deltas alone."""
@@ -100,7 +106,7 @@ def make_optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> to
         return torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
     if training.optimizer == "sophia":
         return SophiaG(parameters, lr=training.lr, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=decay, fused=True)
 
 
 def lr_at(training: Training, step: int) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from editors.finetune import finetune
 from editors.prediction import Prediction
 from editors.retain import Retain
-from editors.training import Training
+from editors.training import BOUNDED, Training
 
 
 def lowered(
@@ -53,7 +53,7 @@ class UNDIAL:
     """By how much the target's logit is lowered in the teacher."""
     retain: Retain = Retain(term="kl", weight=5.0)
     """KL to the model before the edit."""
-    training: Training = Training()
+    training: Training = BOUNDED
     """How the located weights are trained."""
 
     def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:

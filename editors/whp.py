@@ -82,6 +82,10 @@ class WHP:
     def __post_init__(self) -> None:
         if self.alpha < 0:
             raise InputError(f"alpha = {self.alpha}: must not be negative")
+        if self.training.reworded:
+            raise InputError(
+                "reworded: the generic targets of WHP belong to the text as it is; leave it at 0"
+            )
         Anchors.read(self.anchors)
 
     def run(

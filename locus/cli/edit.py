@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
+from locus.cli.sweep import Sweeping, as_json, sweep_into
 
 if TYPE_CHECKING:
     from locus.delta import WeightDelta
@@ -35,6 +36,7 @@ def edit(
     retain: str | None = None,
     text: Path | None = None,
     controls: int = 0,
+    sweeping: Sweeping = Sweeping(),
     loading: Loading = Loading(),
     running: Running = Running(),
     talking: Talking = Talking(),
@@ -61,19 +63,33 @@ def edit(
     """
     from editors import EDITORS
     from locus.artefact import lock
+    from locus.errors import InputError
     from locus.fact import neutral_text, read_facts, split_text
     from locus.mask import WeightMask
+    from locus.report.front import front_table
+    from locus.scores import NeuronScores
 
     command = f"locus edit --method {method}"
     editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
     if target_new is not None:
         editor = rewriting(editor, method, target_new)
+    if mask is not None and sweeping.sweep is not None:
+        raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
     given = None if mask is None else WeightMask.load(mask)
+    scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
     loaded = loading.load(model)
-    located = mask_for(loaded, editor, method, given, widen)
     forget = running.facts(facts)
     kept = [] if retain is None else read_facts(retain)
-    neutral, _ = split_text(neutral_text(text))
+    neutral, unseen = split_text(neutral_text(text))
+    if scores is not None:
+        asked = (forget, kept, (neutral, unseen))
+        with lock(out), talking.progress():
+            points = sweep_into(
+                out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
+            )
+        talking.finish(as_json(points), front_table(points))
+        return
+    located = mask_for(loaded, editor, method, given, widen)
     with lock(out), talking.progress():
         delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
         if located is not given:

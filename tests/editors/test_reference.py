@@ -36,3 +36,14 @@ def test_kept_logits_are_the_bases_and_are_asked_once(tmp_path: Path) -> None:
     other = tiny_model("smollm", seed=1)
     changed = References(other, Deltas(other.module, WeightMask({})), tmp_path).logits(encoded, batch)
     assert (changed - expected).abs().max() > 0.1
+
+
+def test_long_targets_are_not_kept() -> None:
+    model = tiny_model("smollm")
+    encoded = [encode(model, fact) for fact in tiny_facts()]
+    batch = collate(encoded, [0, 1])
+    longest = max(encoded[i].n_target for i in (0, 1))
+    for limit, n_kept in ((longest, 2), (longest - 1, 0)):
+        references = References(model, Deltas(model.module, WeightMask({})), longest=limit)
+        torch.testing.assert_close(references.logits(encoded, batch), label_logits(model, batch))
+        assert len(references.known) == n_kept

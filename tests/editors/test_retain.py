@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from editors.data import Data
 from editors.retain import Retain, hidden_mse, kl_per_token
+from editors.training import Training
 from locus.errors import InputError
+from tests.tiny import tiny_facts, tiny_model
 
 
 def test_kl_by_hand() -> None:
@@ -31,6 +35,35 @@ def test_hidden_mse_by_hand() -> None:
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     b = torch.tensor([[[0.0, 2.0], [0.0, 4.0]]])
     assert float(hidden_mse(a, b)) == 2.5
+
+
+def related(n_near: int, n_far: int) -> Data:
+    """One fact to forget, retain facts of its relation and others."""
+    model = tiny_model("smollm")
+    one = dataclasses.replace(tiny_facts()[0], relation="capital", held_out=False)
+    kept = [dataclasses.replace(one, id=f"near-{i}") for i in range(n_near)]
+    kept += [dataclasses.replace(one, id=f"far-{i}", relation="other") for i in range(n_far)]
+    return Data.read(model, [one], kept, [], Retain(term="none"), Training(utility=0.0))
+
+
+@pytest.mark.parametrize(
+    ("n_near", "n_far", "expected"),
+    [(10, 10, (6, 2)), (3, 10, (3, 5)), (10, 1, (7, 1)), (0, 10, (0, 8)), (2, 3, (2, 3))],
+)
+def test_retain_facts_come_from_the_forgotten_relations_first(
+    n_near: int, n_far: int, expected: tuple[int, int]
+) -> None:
+    data, term = related(n_near, n_far), Retain(facts=8, near=0.75)
+    for step in range(3):
+        drawn = [i for batch in data.retain_batches(term, Training(), step) for i in batch.examples]
+        assert len(drawn) == len(set(drawn)) <= sum(expected)
+        if step == 0:
+            assert (sum(i < n_near for i in drawn), sum(i >= n_near for i in drawn)) == expected
+
+
+def test_a_share_outside_0_and_1_is_refused() -> None:
+    with pytest.raises(InputError, match="share"):
+        Retain(near=1.5)
 
 
 def test_negative_amounts_are_refused() -> None:
