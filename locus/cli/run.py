@@ -222,7 +222,7 @@ class Walk:
 
     def edit(self) -> dict[str, Any]:
         """The edit, and the same with random masks."""
-        from locus.cli.edit import control_folder, control_mask, edit_into
+        from locus.cli.edit_folder import control_folder, control_mask, edit_into
         from locus.mask import WeightMask
 
         name, editor = self.method("edit")

@@ -116,7 +116,7 @@ def sweep_into(
     """
     from editors.strength import scaled
     from locus.artefact import load_json, save_json
-    from locus.cli.edit import control_folder, control_mask, edit_into
+    from locus.cli.edit_folder import control_folder, control_mask, edit_into
     from locus.errors import InputError
     from locus.report.front import Point, plot_front
 

@@ -1,0 +1,104 @@
+"""One edit in a folder of its own: run, or taken as it is where it was finished before; its controls beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from locus.delta import WeightDelta
+    from locus.fact import Fact
+    from locus.mask import WeightMask
+    from locus.model import Model
+
+DELTA, ABOUT, HISTORY, DOSE = "delta.safetensors", "edit.json", "history.jsonl", "dose.png"
+
+
+def edit_into(
+    folder: Path,
+    model: Model,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    text: Sequence[str],
+    mask: WeightMask,
+    method: str,
+    editor: Any,
+    resume: bool,
+) -> WeightDelta:
+    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume."""
+    from locus.artefact import atomic_file, load_json, save_json
+    from locus.delta import WeightDelta
+    from locus.errors import InputError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "method": method,
+        "settings": _plain(dataclasses.asdict(editor)),
+        "mask": {
+            "weights": mask.n_weights,
+            "provenance": _plain(dict(mask.provenance)),
+            "digest": mask.digest,
+        },
+        "forget": [f.id for f in forget],
+        "retain": [f.id for f in retain if not f.held_out],
+    }
+    if (folder / ABOUT).exists():
+        earlier = load_json(folder / ABOUT, "edit")
+        if not resume:
+            raise InputError(f"{folder} holds a finished edit: give another folder, or --resume to keep it")
+        if {k: earlier.get(k) for k in about} == about:
+            return WeightDelta.load(folder / DELTA)
+        raise InputError(
+            f"{folder} holds an edit with other settings: give another folder, or delete it first"
+        )
+    history: list[Mapping[str, Any]] = []
+    delta: WeightDelta = editor.run(
+        model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=history.append
+    )
+    delta.save(folder / DELTA)
+    with atomic_file(folder / HISTORY) as path:
+        path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in history), "utf-8")
+    save_json(
+        folder / ABOUT,
+        "edit",
+        {**about, "outcome": _plain(dict(delta.provenance)), "changed": delta.n_changed},
+    )
+    if points := delta.provenance.get("dose"):
+        from locus.report import plot_dose
+
+        plot_dose(points, delta.provenance["strength"], folder / DOSE)
+    _clear(folder / ".resume")
+    return delta
+
+
+def control_mask(model: Model, mask: WeightMask, seed: int) -> WeightMask:
+    """A random mask with as many neurons as `mask`, of the same parts."""
+    from locus.errors import InputError
+    from tracing import RandomNeurons
+
+    n = int(mask.neurons_per_layer(model.atlas).sum())
+    if n == 0:
+        raise InputError("--controls: the mask holds no FFN neurons, so there is no random mask of its kind")
+    parts = mask.provenance.get("parts", ["gate", "up", "down"])
+    return RandomNeurons(seed=1000 + seed).run(model).top(n, parts=parts)
+
+
+def control_folder(folder: Path, index: int) -> Path:
+    """Where the control edit number `index` of an edit lives."""
+    return folder / f"control-{index}"
+
+
+def _clear(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: tuples as lists, paths as text."""
+    return json.loads(json.dumps(value, default=str))
