@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class LatentAttack:
             raise InputError(f"attack layer {self.layer}: the model has layers 0 to {n_layers - 1}")
         block = model.atlas.blocks[n_layers // 3 if self.layer < 0 else self.layer]
         delta = self._strongest(model, batch.to(model.device), block)
-        with patched(model.module, outputs={block: lambda h: h + delta.to(h)}):
+        with patched(model.module, outputs={block: _adding(delta)}):
             yield
 
     def _strongest(self, model: Model, batch: Batch, block: str) -> Float[Tensor, "batch pos d_model"]:
@@ -53,12 +53,17 @@ class LatentAttack:
         delta = torch.zeros(*batch.ids.shape, model.atlas.d_model, device=batch.ids.device)
         for _ in range(self.steps):
             delta.requires_grad_(True)
-            with patched(model.module, outputs={block: lambda h: h + delta.to(h)}):  # noqa: B023
+            with patched(model.module, outputs={block: _adding(delta)}):
                 nll = label_nll(label_logits(model, batch), batch).sum()
             (gradient,) = torch.autograd.grad(nll, delta)
             step = gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             delta = project((delta.detach() - self.lr * step) * real, self.epsilon)
         return delta.detach()
+
+
+def _adding(delta: Tensor) -> Callable[[Tensor], Tensor]:
+    """What adds `delta` to a hidden state, in the state's own dtype."""
+    return lambda hidden: hidden + delta.to(hidden)
 
 
 def project(delta: Float[Tensor, "*batch d_model"], epsilon: float) -> Float[Tensor, "*batch d_model"]:

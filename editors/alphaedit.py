@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.aim import Aim
-from editors.least_squares import NullSpace, within, write_within
-from editors.located import (
-    DownProjection,
-    borrowed,
-    chosen_layers,
-    delta_of,
-    down_projections,
-    whole_projections,
-)
-from editors.memit import Written
-from editors.ramp import Ramp
-from editors.result import settings_of
-from editors.statistics import second_moments
-from editors.subject import Place, openings, retained
+from editors.least_squares import NullSpace, write_within
+from editors.located import DownProjection, whole_projections
+from editors.spread import Log, Spread
+from editors.subject import Place
 from locus.delta import WeightDelta
-from locus.errors import InputError
-from locus.fact import Fact, neutral_text
+from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
 
@@ -77,7 +65,7 @@ class AlphaEdit:
         text: Sequence[str] = (),
         folder: Path | None = None,
         resume: bool = False,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
+        log: Log | None = None,
     ) -> WeightDelta:
         """Edit the facts, batch after batch; the model in memory ends bit for bit as it was.
 
@@ -87,45 +75,20 @@ class AlphaEdit:
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or no free direction.
         """
-        if not forget:
-            raise InputError("nothing to forget: the list of facts is empty")
-        text = text or neutral_text()
-        located = chosen_layers(
-            down_projections(model, mask), model.atlas.n_layers, self.layers, max(1, self.most)
-        )
-        layers = [one.layer for one in located]
-        prefixes = openings(text, self.aim.prefixes, self.aim.seed)
-        moments = second_moments(
-            model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
-        )
-        kept = retained(model, retain, layers, prefixes, self.place, self.retain_weight, self.batch_tokens)
-        spaces = {
-            one.layer: NullSpace.of(
-                within(moments[one.layer].mean + kept[one.layer], one.neurons), self.threshold
-            )
-            for one in located
-        }
-        written = Written(located)
+        spread = Spread.over(self, model, forget, retain, mask, text)
+        spaces = {layer: NullSpace.of(moment, self.threshold) for layer, moment in spread.moments.items()}
 
         def solve(
             one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
         ) -> Float[Tensor, "d_model n"]:
             space = spaces[one.layer]
             size = float((space.basis.mT @ keys).square().sum(0).mean())
-            return write_within(space, keys, residual, self.l2 * size, written.earlier[one.layer])
+            return write_within(space, keys, residual, self.l2 * size, spread.written.earlier[one.layer])
 
-        with borrowed(model, written.updates):
-            for start in range(0, len(forget), self.batch or len(forget)):
-                facts = forget[start : start + (self.batch or len(forget))]
-                ramp = Ramp.find(model, facts, located, self.aim, prefixes, self.place, self.batch_tokens)
-                ramp.write_(solve, written.keep)
-                written.done(facts, ramp, log)
-        provenance = {
-            "editor": settings_of(self),
-            "layers": layers,
-            "moment_tokens": moments[layers[0]].n_tokens,
-            "free": [spaces[layer].basis.shape[1] for layer in layers],
-            "energy": [spaces[layer].kept for layer in layers],
-            **written.about,
-        }
-        return delta_of(model, written.updates, mask, provenance)
+        with spread.borrowed():
+            spread.write_in_batches_(forget, self.batch, solve, log)
+        return spread.delta(
+            mask,
+            free=[space.basis.shape[1] for space in spaces.values()],
+            energy=[space.kept for space in spaces.values()],
+        )

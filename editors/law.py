@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.aim import Aim
-from editors.least_squares import Metric, within, write
-from editors.located import (
-    DownProjection,
-    borrowed,
-    chosen_layers,
-    delta_of,
-    down_projections,
-    whole_projections,
-)
-from editors.memit import Written
-from editors.ramp import Ramp
-from editors.result import settings_of
-from editors.statistics import second_moments
-from editors.subject import Place, openings, retained
+from editors.least_squares import Metric, write
+from editors.located import DownProjection, whole_projections
+from editors.spread import Log, Spread
+from editors.subject import Place
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact, neutral_text
+from locus.fact import Fact
 from locus.forward import measure
 from locus.mask import WeightMask
 from locus.model import Model
@@ -85,7 +74,7 @@ class LaW:
         text: Sequence[str] = (),
         folder: Path | None = None,
         resume: bool = False,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
+        log: Log | None = None,
     ) -> WeightDelta:
         """Wash the facts out; the model in memory ends bit for bit as it was.
 
@@ -95,22 +84,8 @@ class LaW:
         Raises:
             InputError: no facts, a mask without down projections, or a fact without a subject.
         """
-        if not forget:
-            raise InputError("nothing to forget: the list of facts is empty")
-        text = text or neutral_text()
-        located = chosen_layers(
-            down_projections(model, mask), model.atlas.n_layers, self.layers, max(1, self.most)
-        )
-        layers = [one.layer for one in located]
-        prefixes = openings(text, self.aim.prefixes, self.aim.seed)
-        moments = second_moments(
-            model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
-        )
-        kept = retained(model, retain, layers, prefixes, self.place, self.retain_weight, self.batch_tokens)
-        metrics = {
-            one.layer: Metric.of(within(moments[one.layer].mean + kept[one.layer], one.neurons), self.ridge)
-            for one in located
-        }
+        spread = Spread.over(self, model, forget, retain, mask, text)
+        metrics = {layer: Metric.of(moment, self.ridge) for layer, moment in spread.moments.items()}
 
         def solve(
             one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
@@ -119,29 +94,22 @@ class LaW:
                 metrics[one.layer], keys, residual, self.weight * model.atlas.d_mlp, self.beta, self.climb
             )
 
-        written = Written(located)
         left = list(forget)
         sizes: list[int] = []
-        with borrowed(model, written.updates):
+        with spread.borrowed():
             for _ in range(self.rounds):
                 sizes.append(len(left))
-                ramp = Ramp.find(model, left, located, self.aim, prefixes, self.place, self.batch_tokens)
-                ramp.write_(solve, written.keep)
-                written.done(left, ramp, log)
+                spread.write_(left, solve, log)
                 probs = measure(model, left, self.batch_tokens).prob.tolist()
                 left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.washed]
                 if not left:
                     break
-        provenance = {
-            "editor": settings_of(self),
-            "layers": layers,
-            "moment_tokens": moments[layers[0]].n_tokens,
-            "conditions": [metrics[layer].condition for layer in layers],
-            "facts_by_round": sizes,
-            "unwashed": [fact.id for fact in left],
-            **written.about,
-        }
-        return delta_of(model, written.updates, mask, provenance)
+        return spread.delta(
+            mask,
+            conditions=[one.condition for one in metrics.values()],
+            facts_by_round=sizes,
+            unwashed=[fact.id for fact in left],
+        )
 
 
 def wash(

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from locus.errors import InputError
-from tests.mutation import MUTATORS
+from tests.mutation import MUTATORS, OUTSIDE
 from tests.tiny import save_tiny, tiny_model
 
 LIMIT_SECONDS = 10
@@ -322,7 +322,7 @@ def _listing(scratch: Path, out: Path) -> set[tuple[str, int]]:
         for path in scratch.rglob("*")
         if out not in path.parents and path != out
     }
-    return found | {(str(path), 0) for path in (Path("/tmp/evil"), scratch.parent / "evil") if path.exists()}
+    return found | {(str(path), 0) for path in (OUTSIDE, scratch.parent / "evil") if path.exists()}
 
 
 def _where(trace: Any) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 EVIL = "../evil"
 """A way out of the output folder; nothing of this name may ever appear."""
+OUTSIDE = Path(tempfile.gettempdir()) / "evil"
+"""An absolute way out; nothing may appear there either."""
 MARKUP = "<script>alert('evil')</script><img src=x onerror=evil()>"
 
 _TEXTS = (
-    EVIL, "/tmp/evil", "..\\evil", "a/../../evil", MARKUP, "", "\x00", "\ud800", "é" * 300, "{{7*7}}", "%s%n",
+    EVIL, str(OUTSIDE), "..\\evil", "a/../../evil", MARKUP, "", "\x00", "\ud800", "é" * 300, "{{7*7}}", "%s%n",
     "nan", "inf", "\u202e", "-", "--resume", "CON", ".", "..", "x" * 100_000, "__class__", "smollm2",
 )  # fmt: skip
 _NUMBERS = (

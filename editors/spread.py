@@ -1,0 +1,195 @@
+"""Edits of many facts at once, spread over several layers: what MEMIT, AlphaEdit and LaW do around their own solve."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.aim import Aim
+from editors.least_squares import within
+from editors.located import DownProjection, borrowed, chosen_layers, delta_of, down_projections
+from editors.ramp import Ramp
+from editors.result import settings_of
+from editors.statistics import second_moments
+from editors.subject import Place, openings, retained
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Fact, neutral_text
+from locus.mask import WeightMask
+from locus.model import Model
+
+Log = Callable[[Mapping[str, Any]], None]
+Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
+"""A layer, the facts' keys `n fact` and residuals `d_model fact` -> the update `d_model n` of its n located neurons."""
+
+
+@runtime_checkable
+class Spreading(Protocol):
+    """The settings that all of them have."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers to edit; none for `most` of the mask's."""
+
+    @property
+    def most(self) -> int:
+        """How many layers at most, where none are named."""
+
+    @property
+    def aim(self) -> Aim:
+        """What the model should say instead."""
+
+    @property
+    def retain_weight(self) -> float:
+        """Weight of the retain facts' keys against the text's."""
+
+    @property
+    def moment_tokens(self) -> int:
+        """Tokens of text that second moments are taken over."""
+
+    @property
+    def place(self) -> Place:
+        """At which token facts are edited."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens in one forward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Where such an edit writes, what must stay, and what it has written so far."""
+
+    editor: Spreading
+    model: Model
+    located: Sequence[DownProjection]
+    prefixes: Sequence[str]
+    """Openings that keys and values are averaged over."""
+    moments: Mapping[int, Float[Tensor, "n n"]]
+    """By layer: second moment of the located neurons over text and retain facts."""
+    n_tokens: int
+    """Tokens of text that these were taken over."""
+    written: Written
+
+    @classmethod
+    def over(
+        cls,
+        editor: Spreading,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        text: Sequence[str],
+    ) -> Spread:
+        """Choose the layers and measure what must stay; nothing is written yet.
+
+        Raises:
+            InputError: no facts, or a mask without down projections.
+        """
+        if not forget:
+            raise InputError("nothing to forget: the list of facts is empty")
+        text = text or neutral_text()
+        located = chosen_layers(
+            down_projections(model, mask), model.atlas.n_layers, editor.layers, max(1, editor.most)
+        )
+        layers = [one.layer for one in located]
+        prefixes = openings(text, editor.aim.prefixes, editor.aim.seed)
+        moments = second_moments(
+            model, layers, text, n_tokens=editor.moment_tokens, batch_tokens=editor.batch_tokens
+        )
+        kept = retained(
+            model, retain, layers, prefixes, editor.place, editor.retain_weight, editor.batch_tokens
+        )
+        return cls(
+            editor,
+            model,
+            located,
+            prefixes,
+            {one.layer: within(moments[one.layer].mean + kept[one.layer], one.neurons) for one in located},
+            moments[layers[0]].n_tokens,
+            Written(located),
+        )
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """The weights it writes into; inside, `write_` changes them, and after it they are as they were."""
+        with borrowed(self.model, self.written.updates):
+            yield
+
+    def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
+        """Edit a batch of facts in the borrowed weights: find what they should become, then layer after layer."""
+        ramp = Ramp.find(
+            self.model,
+            facts,
+            self.located,
+            self.editor.aim,
+            self.prefixes,
+            self.editor.place,
+            self.editor.batch_tokens,
+        )
+        ramp.write_(solve, self.written.keep)
+        self.written.done(facts, ramp, log)
+
+    def write_in_batches_(self, facts: Sequence[Fact], size: int, solve: Solve, log: Log | None) -> None:
+        """`write_` for `size` facts at a time; 0 for all at once."""
+        size = size or len(facts)
+        for start in range(0, len(facts), size):
+            self.write_(facts[start : start + size], solve, log)
+
+    def delta(self, mask: WeightMask, **about: Any) -> WeightDelta:
+        """All that was written, and how it went."""
+        provenance = {
+            "editor": settings_of(self.editor),
+            "layers": [one.layer for one in self.located],
+            "moment_tokens": self.n_tokens,
+            **about,
+            **self.written.about,
+        }
+        return delta_of(self.model, self.written.updates, mask, provenance)
+
+
+class Written:
+    """What has been written so far, layer by layer: keys of earlier batches, and the sums of the updates."""
+
+    def __init__(self, located: Sequence[DownProjection]) -> None:
+        self.updates = {
+            one.param: (one, torch.zeros(one.allowed.shape, dtype=torch.float64)) for one in located
+        }
+        self.earlier = {one.layer: torch.zeros(len(one.neurons), 0, dtype=torch.float64) for one in located}
+        self._fresh: list[tuple[int, Tensor]] = []
+        self.about: dict[str, Any] = {"losses": {}, "missing": {}}
+
+    def with_earlier(
+        self,
+        one: DownProjection,
+        keys: Float[Tensor, "n fact"],
+        residual: Float[Tensor, "d_model fact"],
+    ) -> tuple[Float[Tensor, "n key"], Float[Tensor, "d_model key"]]:
+        """Keys and residuals with those of earlier batches, which are to stay where they are, in front."""
+        earlier = self.earlier[one.layer]
+        still = residual.new_zeros(len(residual), earlier.shape[1])
+        return torch.cat([earlier, keys], dim=1), torch.cat([still, residual], dim=1)
+
+    def keep(
+        self, one: DownProjection, keys: Float[Tensor, "n fact"], update: Float[Tensor, "d_model neuron"]
+    ) -> None:
+        """Note one layer's keys and update."""
+        self._fresh.append((one.layer, keys))
+        self.updates[one.param][1].add_(update)
+
+    def done(self, facts: Sequence[Fact], ramp: Ramp, log: Log | None) -> None:
+        """Note a batch: its keys are from now on those of an earlier one."""
+        for layer, keys in self._fresh:
+            self.earlier[layer] = torch.cat([self.earlier[layer], keys], dim=1)
+        self._fresh.clear()
+        missing = ramp.missing().norm(dim=1) / ramp.found.shift.norm(dim=1).clamp_min(1e-12)
+        for fact, loss, left in zip(facts, ramp.found.loss.tolist(), missing.tolist(), strict=True):
+            self.about["losses"][fact.id], self.about["missing"][fact.id] = loss, left
+            if log is not None:
+                log({"fact": fact.id, "loss": loss, "missing": left, "steps": ramp.found.steps})
