@@ -1,0 +1,337 @@
+"""Which objective, and where? Forgetting against what it costs, every arm at its own best rate and at equal forgetting.
+
+    python -m benchmarks.frontier                          16 facts, all objectives and places; hours on two cores
+    python -m benchmarks.frontier --objectives npo dpo --places saliency random-0 full
+    python -m benchmarks.frontier --case tofu --tofu FOLDER        forget01, beside a model that never saw it
+    python -m benchmarks.frontier --table                  what is finished so far, without running anything
+
+An arm is an objective and a place: 1 % of the neurons by one of three localizers or at random (three seeds), all
+MLPs, or every weight. All arms share the retain term (KL on 8 facts and a paragraph a step, weight 5) and the number
+of steps; AdamW's rate is found per arm on other facts than the reported ones (`frontier_cases`): from the usual rate
+of a place it is doubled for as long as that helps. NPO climbs so at each place, every objective in the neurons of
+`saliency`; at other places an objective takes NPO's rate there, times its own factor over NPO. Random seeds share one.
+
+Arms are compared at equal forgetting: an edit's change is made smaller or larger, by bisection, until the mean
+p(target) is 0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
+and marked. The change is then audited (`locus.audit`): paraphrases, held-out facts, neighbours, KL on unseen text,
+the logit lens, relearning on half of the facts. Intervals are the audit's (95 %); for random masks the smallest and
+the largest of the seeds. Seconds are processor time of one thread, the localizer's not included. Finished arms are
+kept in --out, so that a run that was stopped goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.frontier_cases import Case, Questions, facts_case, tofu_case
+from benchmarks.inj import Lines
+from editors import OBJECTIVES
+from editors.retain import Retain
+from editors.strength import scaled
+from locus.audit import Audit, AuditSettings, audit
+from locus.audit.answers import Questions as Asked
+from locus.audit.answers import ask
+from locus.audit.examine import ask_about
+from locus.audit.state import State
+from locus.audit.text import read_text
+from locus.delta import WeightDelta
+from locus.embedded import cache_folder
+from locus.mask import WeightMask, shapes_of
+from locus.model import Model
+from locus.tokens import encode_text
+from tracing import AllNeurons, GradientSaliency, Imprint, KnowledgeNeurons, RandomNeurons
+
+GOAL = 0.01
+"""Mean p(target) at which arms are compared."""
+STRONGEST = 1.5
+STEPS = 20
+NAMES = ("npo", "rkld", "simnpo", "dpo", "kl-min", "undial")
+SEEDS = 3
+PLACES = (
+    "saliency",
+    "knowledge-neurons",
+    "imprint",
+    *(f"random-{i}" for i in range(SEEDS)),
+    "all-mlps",
+    "full",
+)
+MOST_DOUBLINGS = 4
+JUDGED = 6
+"""Paragraphs that tell the KL of a rate that is tried; they may have been trained on."""
+USUAL = {"all-mlps": 2e-5, "full": 2e-5}
+NEURONS_RATE = 1e-3
+"""Usual rate of 1 % of the neurons."""
+RETAIN = Retain(term="kl", weight=5.0, facts=8)
+SETTINGS = AuditSettings(attacks=("lens", "relearn"), text_tokens=1024)
+COLUMNS = {
+    "forget.prob": "p",
+    "paraphrase.top1": "paraphrases right",
+    "held_out.top1": "held-out right",
+    "held_out_near.top1": "near held-out",
+    "neighbour.top1": "neighbours right",
+    "text.kl": "KL",
+    "lens.top10": "lens top 10",
+    "relearn.prob": "p relearned",
+    "relearn.top1": "right relearned",
+}
+
+
+def kind_of(place: str) -> str:
+    """Seeds of a random mask are one kind."""
+    return "random" if place.startswith("random-") else place
+
+
+def usual(place: str) -> float:
+    """The lowest rate that is tried."""
+    return USUAL.get(place, NEURONS_RATE)
+
+
+def mask_of(place: str, model: Model, asked: Questions) -> WeightMask:
+    """The weights of a place, located on the questions' forget facts."""
+    if place == "full":
+        return WeightMask.of_parameters(["*"], shapes_of(model.module), model.fingerprint)
+    if place == "all-mlps":
+        return AllNeurons().run(model, asked.forget).top("100%")
+    localizer: Any = {
+        "saliency": GradientSaliency(),
+        "knowledge-neurons": KnowledgeNeurons(refine=False),
+        "imprint": Imprint(),
+    }.get(place) or RandomNeurons(seed=int(place.removeprefix("random-")))
+    kept = [fact for fact in asked.retain if not fact.held_out]
+    mask: WeightMask = localizer.run(model, asked.forget, kept).top("1%")
+    return mask
+
+
+def editor_of(name: str, rate: float) -> Any:
+    """The objective with its own settings but for rate, steps and the shared retain term."""
+    made = OBJECTIVES[name]()
+    training = replace(made.training, steps=STEPS, min_steps=STEPS, lr=rate, utility=0.0, max_kl=0.0)
+    return replace(made, retain=RETAIN, training=training)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A case, and what is finished of it."""
+
+    case: Case
+    lines: Lines
+
+    @cached_property
+    def mask(self) -> Callable[[str, Questions], WeightMask]:
+        """Masks are located once."""
+        return cache(lambda place, asked: mask_of(place, self.case.model, asked))
+
+    @cached_property
+    def base(self) -> Audit:
+        """What the base says of the reported questions; a delta that changes nothing stands for the edit."""
+        asked = self.case.reported
+        nothing = WeightDelta({}, {}, {}, self.case.model.fingerprint)
+        return audit(
+            self.case.model, {"nothing": nothing}, asked.forget, asked.retain, self.case.unseen,
+            never_knew=self.case.never_knew, settings=SETTINGS,
+        )  # fmt: skip
+
+    def edit(self, name: str, place: str, asked: Questions, rate: float) -> tuple[WeightDelta, float]:
+        """The change, and the processor seconds it took."""
+        mask = self.mask(place, asked)
+        started = time.process_time()
+        delta: WeightDelta = editor_of(name, rate).run(
+            self.case.model, asked.forget, asked.retain, mask, text=self.case.text
+        )
+        return delta, time.process_time() - started
+
+    def key(self, what: str, *more: object) -> dict[str, Any]:
+        """Of one finished thing."""
+        return {
+            "case": self.case.name,
+            "model": self.case.model.fingerprint[:12],
+            "what": what,
+            "of": list(more),
+            "steps": STEPS,
+            "retain": asdict(RETAIN),
+        }
+
+    def tried(self, name: str, place: str, rate: float, run: bool = True) -> dict[str, Any] | None:
+        """What one rate does on the tuning questions at equal forgetting; None where that would have to be run."""
+        key = self.key("rate", name, kind_of(place), rate)
+        found = self.lines.get(key)
+        if found is None and run:
+            asked = self.case.tuning
+            delta, seconds = self.edit(name, place, asked, rate)
+            questions = ask_about(self.case.model, asked.forget, asked.retain)
+            strength, prob = equal_forgetting(self.case.model, delta, questions["forget"])
+            at = delta if strength is None else scaled(self.case.model, delta, strength)
+            found = {"strength": strength, "prob": prob, "seconds": seconds}
+            found |= self.judged(State("tried", "edit", self.case.model, at), questions)
+            self.lines.add(key, found)
+            print("tried", name, kind_of(place), f"{rate:g}", found, file=sys.stderr, flush=True)
+        return found
+
+    def judged(self, tried: State, questions: Mapping[str, Asked]) -> dict[str, Any]:
+        """What an edit of the tuning questions keeps."""
+        with tried.active() as edited:
+            right = {
+                kind: float(ask(edited, questions[kind]).correct.float().mean())
+                for kind in ("paraphrase", "held_out", "neighbour")
+                if kind in questions
+            }
+        pieces = [p for text in self.case.text[:JUDGED] for p in encode_text(tried.model, text)]
+        read = read_text((State("base", "base", tried.model), tried), pieces)
+        return {"right": right, "kl": float(read[tried.name].kl.mean())}
+
+    def best_rate(self, name: str, place: str, run: bool = True) -> float | None:
+        """The rate that keeps most on the tuning questions, at equal forgetting; None where something is not run."""
+        best, most = usual(place), -math.inf
+        for doublings in range(MOST_DOUBLINGS + 1):
+            rate = usual(place) * 2**doublings
+            found = self.tried(name, place, rate, run)
+            if found is None:
+                return None
+            if merit(found) <= most:
+                break
+            best, most = rate, merit(found)
+        return best
+
+    def rate(self, name: str, place: str, run: bool = True) -> float | None:
+        """See the module."""
+        if name == "npo" or kind_of(place) == "saliency":
+            return self.best_rate(name, place, run)
+        pairs = ((name, "saliency"), ("npo", "saliency"), ("npo", place))
+        own, of_npo, there = (self.best_rate(*pair, run) for pair in pairs)
+        return None if own is None or of_npo is None or there is None else own / of_npo * there
+
+    def arm(self, name: str, place: str) -> dict[str, Any]:
+        """The reported figures of one arm, made or taken from an earlier run."""
+        rate = self.rate(name, place)
+        assert rate is not None, "nothing is left out when running"
+        key = self.key("arm", name, place, rate)
+        found = self.lines.get(key)
+        if found is None:
+            asked, model = self.case.reported, self.case.model
+            delta, seconds = self.edit(name, place, asked, rate)
+            encoded = ask_about(model, asked.forget, asked.retain)["forget"]
+            strength, _ = equal_forgetting(model, delta, encoded)
+            at = delta if strength is None else scaled(model, delta, strength)
+            del delta
+            judged = audit(
+                model, {"edit": at}, asked.forget, asked.retain, self.case.unseen,
+                masks={"edit": self.mask(place, asked)}, never_knew=self.case.never_knew,
+                settings=SETTINGS, before=self.base,
+            )  # fmt: skip
+            state = next(s for s in judged.document()["states"] if s["role"] == "edit")
+            assert state["change"]["off_mask"] == 0, "weights outside the mask differ"
+            figures = {k: state["figures"].get(k) for k in COLUMNS if k != "relearn.top1"}
+            figures["relearn.top1"] = {"mean": state["curves"]["relearn"]["tested_top1"][-1]}
+            found = {"rate": rate, "strength": strength, "seconds": seconds, "figures": figures}
+            found |= {"weights": self.mask(place, asked).n_weights, "norm": state["change"]["norm"]}
+            self.lines.add(key, found)
+            print("arm", name, place, found, file=sys.stderr, flush=True)
+        return found
+
+    def finished(self, name: str, place: str) -> dict[str, Any] | None:
+        """The arm's figures, if all of it is there already."""
+        rate = self.rate(name, place, run=False)
+        return None if rate is None else self.lines.get(self.key("arm", name, place, rate))
+
+
+def merit(found: dict[str, Any]) -> float:
+    """Held-out facts and neighbours right, paraphrases wrong, each up to 1, less five times the KL in nats a token.
+
+    Far below all others where forgetting was missed.
+    """
+    right = found["right"]
+    kept = right.get("held_out", 0.0) + right.get("neighbour", 0.0) + 1 - right.get("paraphrase", 0.0)
+    kept -= 5 * found["kl"]
+    return kept if found["strength"] is not None else kept - 10 * (1 + found["prob"])
+
+
+def equal_forgetting(model: Model, delta: WeightDelta, forget: Asked) -> tuple[float | None, float]:
+    """The strength at which mean p(target) is GOAL, and p there; None, and p at 1, where STRONGEST does not do."""
+    state = State("edit", "edit", model, delta)
+
+    def prob(strength: float) -> float:
+        with state.at_strength(model, strength) as edited:
+            return float(ask(edited, forget).prob.values.mean())
+
+    weak, strong = 0.0, 1.0
+    if (at_one := prob(1.0)) > GOAL:
+        weak, strong = 1.0, STRONGEST
+        if prob(STRONGEST) > GOAL:
+            return None, at_one
+    for _ in range(6):
+        middle = (weak + strong) / 2
+        weak, strong = (middle, strong) if prob(middle) > GOAL else (weak, middle)
+    return strong, prob(strong)
+
+
+def cell(figures: Sequence[dict[str, Any] | None]) -> str:
+    """A mean with its interval; over several arms the mean of the means, their least and greatest."""
+    present = [f for f in figures if f is not None and f["mean"] is not None]
+    if not present:
+        return ""
+    means = [f["mean"] for f in present]
+    mean = sum(means) / len(means)
+    low, high = (
+        (min(means), max(means)) if len(means) > 1 else (present[0].get("low"), present[0].get("high"))
+    )
+    text = f"{mean:.3g}" if mean < 0.1 else f"{mean:.2f}"
+    return text if low is None else f"{text} [{low:.2g}, {high:.2g}]"
+
+
+def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
+    """Markdown, a line an arm that is finished; seeds of random masks in one line."""
+    lines = [f"| objective | where | rate | strength | {' | '.join(COLUMNS.values())} | s |"]
+    lines.append("|" + "---|" * (len(COLUMNS) + 5))
+    for name in names:
+        for kind in dict.fromkeys(map(kind_of, places)):
+            arms = [a for p in places if kind_of(p) == kind and (a := bench.finished(name, p)) is not None]
+            if not arms:
+                continue
+            missed = sum(arm["strength"] is None for arm in arms)
+            strength = sum(arm["strength"] or 1.0 for arm in arms) / len(arms)
+            cells = [cell([arm["figures"][column] for arm in arms]) for column in COLUMNS]
+            seconds = sum(arm["seconds"] for arm in arms) / len(arms)
+            label = f"{kind} ({len(arms)} seeds)" if kind == "random" else kind
+            mark = f" ({missed} missed)" if missed else ""
+            first = [name, label, f"{arms[0]['rate']:.0e}", f"{strength:.2f}{mark}"]
+            lines.append(f"| {' | '.join([*first, *cells, f'{seconds:.0f}'])} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, edit, judge, print; see the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", choices=("facts", "tofu"), default="facts")
+    parser.add_argument("--tofu", type=Path, help="TOFU's folder as downloaded")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over TOFU's questions when teaching")
+    parser.add_argument("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=NAMES)
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
+    parser.add_argument("--table", action="store_true", help="only print what is finished")
+    parser.add_argument("--out", type=Path, default=cache_folder() / "frontier")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.case == "tofu" and args.tofu is None:
+        parser.error("--case tofu needs --tofu FOLDER")
+    case = facts_case() if args.case == "facts" else tofu_case(args.tofu, args.epochs)
+    bench = Bench(case, Lines(args.out / f"{case.name}.jsonl"))
+    if not args.table:
+        for name in args.objectives:
+            for place in args.places:
+                bench.arm(name, place)
+    print(table(bench, args.objectives, args.places), flush=True)
+
+
+if __name__ == "__main__":
+    main()
