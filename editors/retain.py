@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -27,8 +28,12 @@ def kl_per_token(
 def hidden_mse(
     hidden: Float[Tensor, "layer label d_model"], ref_hidden: Float[Tensor, "layer label d_model"]
 ) -> Float[Tensor, ""]:
-    """Squared distance of hidden states, mean over layers, positions and dimensions (Li et al. 2024, RMU)."""
-    return F.mse_loss(hidden, ref_hidden)
+    """Squared distance of hidden states, mean over layers, positions and dimensions (Li et al. 2024, RMU).
+
+    Of half precision it is taken in float32.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return F.mse_loss(hidden.to(wide), ref_hidden.to(wide))
 
 
 @dataclass(frozen=True)
