@@ -8,9 +8,10 @@ inputs needs, each let go before the next), `deltas` (what `locus edit` does), `
 half of the layers), `elements` (as many single weights), `masked-gradient` (the located tensors train whole, their
 gradient is masked, what moved outside is put back) and `full` (everything trains). Same facts, same loss, AdamW. The
 reference's logits are made beforehand: of facts in all arms, as a run keeps them; of text in the last two only, which
-have no base beside them, while the others ask it in every step. Before a figure is printed, the weights of `masked-gradient` after the steps must equal those of `deltas`. Seconds are processor time of
-one thread, median of the steps after the first; memory is the peak resident set of the steps above the process
-with nothing but its libraries.
+have no base beside them, while the others ask it in every step. Before a figure is printed, the weights of
+`masked-gradient` after the steps must equal those of `deltas`. Seconds are processor time of one thread, median of
+the steps after the first; memory is the peak resident set of the steps above the process with nothing but its
+libraries.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, dict[st
     """Every arm in its own process, one thread, and the check that two of them made the same weights."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for arm in ARMS:
+        for arm in args.arms:
             out = Path(folder, f"{arm}.safetensors")
             command = [
                 sys.executable,
@@ -225,6 +226,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, dict[st
             if done.returncode:
                 raise RuntimeError(f"{arm}: {done.stderr[-2000:]}")
             results[arm] = json.loads(done.stdout)
+            print(json.dumps(results[arm]), file=sys.stderr, flush=True)
         ours, _ = load_tensors(Path(folder, "deltas.safetensors"), "benchmark")
         theirs, _ = load_tensors(Path(folder, "masked-gradient.safetensors"), "benchmark")
     for name, value in ours.items():
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--retain", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--out", type=Path)

@@ -168,8 +168,8 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Accoun
     with counted, deltas.attached(), recomputed(model, training.checkpointing):
         weights = counted.hold([*model.module.parameters(), *model.module.buffers()])
         held = [value.detach().clone() for value in deltas.values.values()]
-        where = [s.index for s in deltas.selections.values() if s.index is not None]
-        n_deltas = counted.hold([*deltas.parameters, *held, *where]) + _bytes(held)
+        counted.hold([*deltas.parameters, *held])
+        values = counted.now - weights
         optimizer = make_optimizer(training, deltas.parameters)
         for value in deltas.parameters:
             value.grad = torch.zeros_like(value)
@@ -183,14 +183,14 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Accoun
                 activations = max(activations, _backward(model, deltas, objective, kind, load, counted))
         torch.nn.utils.clip_grad_norm_(deltas.parameters, training.clip or float("inf"))
         optimizer.step()
-    fixed = weights + n_deltas + gradients + state
+    seen = weights + values + gradients + state
     return Account(
         weights=weights,
-        deltas=n_deltas,
+        deltas=values + _bytes([selection.index for selection in deltas.selections.values()]),
         gradients=gradients,
         optimizer=state,
         activations=activations,
-        transient=counted.peak - fixed - activations,
+        transient=counted.peak - seen - activations,
         references=4 * model.atlas.d_vocab * loads.kept_labels,
     )
 

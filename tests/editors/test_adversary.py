@@ -65,7 +65,9 @@ def test_every_objective_can_be_attacked(name: str) -> None:
 
     def edited(steps: int) -> WeightDelta:
         attack = LatentAttack(steps=steps, epsilon=1.0, lr=0.5, layer=0)
-        training = Training(steps=1, goal=0.0, utility=0.0, floor=0.0, attack=attack, optimizer="sgd", clip=0.0)
+        training = Training(
+            steps=1, goal=0.0, utility=0.0, floor=0.0, attack=attack, optimizer="sgd", clip=0.0
+        )
         delta: WeightDelta = OBJECTIVES[name](retain=Retain(term="none"), training=training).run(
             model, forget, [], mask
         )

@@ -35,6 +35,21 @@ def test_kl_gradient_is_right() -> None:
     assert torch.autograd.gradcheck(lambda x: kl_per_token(x, ref), logits)
 
 
+def test_kl_of_many_positions_is_the_plain_formulas_in_value_and_gradient() -> None:
+    """Seventy positions, more than are held at once."""
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(70, 9, generator=source, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(70, 9, generator=source, dtype=torch.float64)
+    weights = torch.randn(70, generator=source, dtype=torch.float64)
+    log_ref = ref.log_softmax(-1)
+    plain = (log_ref.exp() * (log_ref - logits.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(kl_per_token(logits, ref), plain, rtol=1e-12, atol=0)
+    expected = torch.autograd.grad((plain * weights).sum(), logits)
+    torch.testing.assert_close(
+        torch.autograd.grad((kl_per_token(logits, ref) * weights).sum(), logits), expected
+    )
+
+
 def test_hidden_mse_by_hand() -> None:
     """Differences 1 and 3 in one of two dimensions: (1 + 0 + 9 + 0) / 4."""
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])

@@ -116,5 +116,5 @@ def test_compensated_training_knows_what_it_saves_and_carries_small_steps_on(
 
 
 def test_lora_and_compensation_do_not_go_together() -> None:
-    with pytest.raises(InputError, match="compensated.*LoRA"):
+    with pytest.raises(InputError, match=r"compensated.*LoRA"):
         Training(lora_rank=2, rounding="compensated")
