@@ -3,13 +3,15 @@
     python -m benchmarks.edit_cost                        SmolLM2, 16 facts, 1 % of the neurons, float32
     python -m benchmarks.edit_cost --no-retain --steps 5  NPO alone
 
-Every arm runs in a process of its own: `inference` (a forward that keeps what a backward to the inputs needs),
-`deltas` (what `locus edit` does), `elements` (as many single weights), `masked-gradient` (the located tensors train
-whole, their gradient is masked, what moved outside is put back) and `full` (everything trains). Same facts, same
-loss, AdamW; the reference's logits are free for the last two, which have no base beside them. Before a figure is
-printed, the weights of `masked-gradient` after the steps must equal those of `deltas`. Seconds are processor time of
-one thread, median of the steps after the first; memory is the peak resident set of the steps above the process
-with nothing but its libraries.
+Every arm runs in a process of its own: `inference` (forwards of the same batches that keep what a backward to the
+inputs needs, each let go before the next), `deltas` (what `locus edit` does), `upper` (as many neurons, of the upper
+half of the layers), `elements` (as many single weights), `masked-gradient` (the located tensors train whole, their
+gradient is masked, what moved outside is put back) and `full` (everything trains). Same facts, same loss, AdamW. The
+reference's logits are made beforehand: of facts in all arms, as a run keeps them; of text in the last two only, which
+have no base beside them, while the others ask it in every step. Before a figure is printed, the weights of
+`masked-gradient` after the steps must equal those of `deltas`. Seconds are processor time of one thread, median of
+the steps after the first; memory is the peak resident set of the steps above the process with nothing but its
+libraries.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from editors.finetune import Run
 from editors.npo import NPO, npo_loss
 from editors.parametrize import Deltas
 from editors.prediction import Prediction
+from editors.reference import FACT_TOKENS, References
 from editors.retain import Retain, kl_per_token
 from editors.state import RunState
 from editors.training import Training, make_optimizer
@@ -45,7 +48,7 @@ from locus.mask import WeightMask
 from locus.model import Model, load_model
 from locus.selection import Selection
 
-ARMS = ("inference", "deltas", "elements", "masked-gradient", "full")
+ARMS = ("inference", "deltas", "upper", "elements", "masked-gradient", "full")
 
 
 def resident_mb(what: str = "VmRSS") -> float:
@@ -59,15 +62,14 @@ def forget_the_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def neuron_mask(model: Model, share: float) -> WeightMask:
-    """A random share of every layer's neurons: cost does not depend on which."""
+def neuron_mask(model: Model, share: float, lowest: int = 0) -> WeightMask:
+    """A random share of all neurons, spread evenly over the layers from `lowest` on."""
     atlas = model.atlas
     source = torch.Generator().manual_seed(0)
     chosen = torch.zeros(atlas.n_layers, atlas.d_mlp, dtype=torch.bool)
-    for layer in range(atlas.n_layers):
-        chosen[layer, torch.randperm(atlas.d_mlp, generator=source)[: max(1, round(share * atlas.d_mlp))]] = (
-            True
-        )
+    each = max(1, round(share * atlas.d_mlp * atlas.n_layers / (atlas.n_layers - lowest)))
+    for layer in range(lowest, atlas.n_layers):
+        chosen[layer, torch.randperm(atlas.d_mlp, generator=source)[:each]] = True
     return WeightMask.of_neurons(atlas, chosen)
 
 
@@ -91,7 +93,11 @@ def editor(args: argparse.Namespace) -> NPO:
 def located_steps(model: Model, data: Data, npo: NPO, mask: WeightMask) -> Iterator[Callable[[], object]]:
     """Steps of the real loop; afterwards the new weights are in `args.out`."""
     deltas = Deltas(model.module, mask)
-    run = Run(npo, model, deltas, data, make_optimizer(npo.training, deltas.parameters))
+    references = References(model, deltas, longest=FACT_TOKENS)
+    for step in range(npo.training.steps):
+        for batch in data.retain_batches(npo.retain, npo.training, step) if npo.retain.active else ():
+            references.logits(data.retain, batch)
+    run = Run(npo, model, deltas, data, make_optimizer(npo.training, deltas.parameters), references)
     state = RunState.fresh(len(data.forget), deltas.values)
     with deltas.attached():
         for _ in range(npo.training.steps):
@@ -148,10 +154,11 @@ def _kept(data: Data, npo: NPO, step: int) -> list[Batch]:
 
 
 def inference_steps(model: Model, data: Data, npo: NPO) -> Iterator[Callable[[], object]]:
-    """Forwards of the forget facts that keep their activations, each let go before the next."""
+    """Forwards of the first step's batches that keep their activations, each let go before the next."""
+    batches = [*data.forget_batches(npo.training, 0), *_kept(data, npo, 0)]
 
     def forward() -> None:
-        for batch in data.forget_batches(npo.training, 0):
+        for batch in batches:
             with record(model.module, outputs=[model.atlas.embed], detach=False):
                 label_nll(label_logits(model, batch), batch.to(model.device)).sum()
 
@@ -170,8 +177,9 @@ def measure_arm(args: argparse.Namespace) -> dict[str, Any]:
     mask = neuron_mask(model, args.share)
     if args.arm == "inference":
         steps = inference_steps(model, data, npo)
-    elif args.arm in ("deltas", "elements"):
-        chosen = mask if args.arm == "deltas" else element_mask(model, mask)
+    elif args.arm in ("deltas", "upper", "elements"):
+        upper = neuron_mask(model, args.share, model.atlas.n_layers // 2)
+        chosen = {"deltas": mask, "upper": upper, "elements": element_mask(model, mask)}[args.arm]
         steps = located_steps(model, data, npo, chosen)
     else:
         steps = plain_steps(model, data, npo, mask if args.arm == "masked-gradient" else None)
@@ -201,7 +209,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, dict[st
     """Every arm in its own process, one thread, and the check that two of them made the same weights."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for arm in ARMS:
+        for arm in args.arms:
             out = Path(folder, f"{arm}.safetensors")
             command = [
                 sys.executable,
@@ -218,6 +226,7 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, dict[st
             if done.returncode:
                 raise RuntimeError(f"{arm}: {done.stderr[-2000:]}")
             results[arm] = json.loads(done.stdout)
+            print(json.dumps(results[arm]), file=sys.stderr, flush=True)
         ours, _ = load_tensors(Path(folder, "deltas.safetensors"), "benchmark")
         theirs, _ = load_tensors(Path(folder, "masked-gradient.safetensors"), "benchmark")
     for name, value in ours.items():
@@ -237,6 +246,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--retain", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--out", type=Path)

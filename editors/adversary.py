@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from locus.errors import InputError
@@ -33,19 +33,18 @@ class LatentAttack:
         if self.steps < 0 or self.epsilon <= 0 or self.lr <= 0:
             raise InputError("attack: steps must not be negative, epsilon and lr must be positive")
 
-    @contextlib.contextmanager
-    def applied(self, model: Model, batch: Batch) -> Iterator[None]:
-        """Find the perturbation that makes the targets likeliest, and keep it on inside the block."""
-        if not self.steps:
-            yield
-            return
+    def found(self, model: Model, batch: Batch) -> Perturbation:
+        """The perturbation that makes the targets of a batch likeliest.
+
+        Raises:
+            InputError: the model has no such layer.
+        """
         n_layers = model.atlas.n_layers
         if self.layer >= n_layers:
             raise InputError(f"attack layer {self.layer}: the model has layers 0 to {n_layers - 1}")
         block = model.atlas.blocks[n_layers // 3 if self.layer < 0 else self.layer]
-        delta = self._strongest(model, batch.to(model.device), block)
-        with patched(model.module, outputs={block: _adding(delta)}):
-            yield
+        batch = batch.to(model.device)
+        return Perturbation(block, self._strongest(model, batch, block), _prompt_lengths(batch))
 
     def _strongest(self, model: Model, batch: Batch, block: str) -> Float[Tensor, "batch pos d_model"]:
         """Normalised gradient steps down the targets' NLL, projected to the ball, on real positions only."""
@@ -59,6 +58,53 @@ class LatentAttack:
             step = gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             delta = project((delta.detach() - self.lr * step) * real, self.epsilon)
         return delta.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """What an adversary adds to one block's output, for the examples of one batch."""
+
+    block: str
+    """The block."""
+    delta: Float[Tensor, "batch pos d_model"]
+    prompt_lengths: Int[Tensor, " batch"]
+    """Positions of each example that another answer to the same prompt shares."""
+
+    @contextlib.contextmanager
+    def on(self, model: Model) -> Iterator[None]:
+        """Keep the perturbation on inside the block, in which the edited model reads this batch.
+
+        Raises:
+            InputError: the forward ended below the perturbed block, which so changed nothing.
+        """
+        reached = False
+
+        def add(hidden: Tensor) -> Tensor:
+            nonlocal reached
+            reached = True
+            return hidden + self.delta.to(hidden)
+
+        with patched(model.module, outputs={self.block: add}):
+            yield
+        if not reached:
+            raise InputError(
+                f"the attack perturbs {self.block}, above the layers that this objective runs: name a lower one "
+                "with --attack-layer"
+            )
+
+    def on_prompts(self, width: int) -> Perturbation:
+        """The same for other answers to the same prompts, in rows of `width` positions: their prompts alone."""
+        shared = min(width, self.delta.shape[1])
+        moved = self.delta.new_zeros(len(self.delta), width, self.delta.shape[2])
+        moved[:, :shared] = self.delta[:, :shared]
+        prompt = torch.arange(width, device=moved.device) < self.prompt_lengths[:, None]
+        return Perturbation(self.block, moved * prompt[..., None], self.prompt_lengths)
+
+
+def _prompt_lengths(batch: Batch) -> Int[Tensor, " batch"]:
+    """Positions before each example's first target token."""
+    lengths = torch.full((len(batch.examples),), batch.ids.shape[1], device=batch.cols.device)
+    return lengths.scatter_reduce(0, batch.rows, batch.cols + 1, "amin")
 
 
 def _adding(delta: Tensor) -> Callable[[Tensor], Tensor]:

@@ -27,6 +27,7 @@ from editors.recompute import recomputed
 from editors.reference import FACT_TOKENS, References
 from editors.result import settings_of, weight_delta
 from editors.retain import Retain, mean_kl
+from editors.rounding import saved_dtypes
 from editors.sophia import SophiaG
 from editors.state import RunState, identity, load_state, save_state
 from editors.stopping import RISE, look, verdict
@@ -152,7 +153,8 @@ def _deltas(model: Model, mask: WeightMask, training: Training) -> Trained:
     """The trainable form of the mask that the settings ask for."""
     if training.lora_rank:
         return LoraDeltas(model.module, mask, training.lora_rank, training.seed)
-    return Deltas(model.module, mask)
+    saved = saved_dtypes(model, mask) if training.rounding == "compensated" else None
+    return Deltas(model.module, mask, saved)
 
 
 def _references(term: Retain, model: Model, deltas: Trained) -> References | None:
@@ -181,10 +183,7 @@ class Run:
         return identity(
             settings_of(self.objective),
             self.data.fingerprint(),
-            {
-                n: [s.kind, None if s.index is None else s.index.tolist()]
-                for n, s in self.deltas.selections.items()
-            },
+            WeightMask(self.deltas.selections).digest,
             [self.model.fingerprint, str(self.model.dtype)],
         )
 
@@ -289,9 +288,8 @@ class Run:
             return 0.0, 0
         pushed = forget if active.all() else forget.only(active)
         if training.attack.steps:
-            pushed = self._forget(asked, pushed.batch, step)
-        with training.attack.applied(self.model, pushed.batch):
-            loss = self.objective.forget_loss(pushed) * (pushed.n_examples / n_examples)
+            pushed = pushed.under(training.attack.found(self.model, pushed.batch))
+        loss = self.objective.forget_loss(pushed) * (pushed.n_examples / n_examples)
         loss.backward()
         return self._finite("forget loss", step, loss), int(active.sum())
 
@@ -303,11 +301,11 @@ class Run:
             assert isinstance(objective, Answering)
             others = [objective.answer(asked.facts[i], pool, step) for i in numbers]
             encoded = [encode(self.model, other) for other in others]
-            return Prediction(self.model, self.deltas, collate(encoded, range(len(encoded))))
+            batch = collate(encoded, range(len(encoded)))
+            return Prediction(self.model, self.deltas, batch, kept=self._kept(encoded))
 
         other = answer if isinstance(objective, Answering) else None
-        # What is kept must not be computed under an attack.
-        kept = None if objective.training.attack.steps else self._kept(asked.encoded)
+        kept = self._kept(asked.encoded)
         return Prediction(self.model, self.deltas, batch, asked.reference.nll, other, kept)
 
     def _active(self, forget: Prediction) -> Bool[Tensor, " example"]:

@@ -8,7 +8,8 @@ the module's output, so the gradient of the whole matrix is never formed:
 
 Everything else (vectors, single elements, embeddings that scale) runs with the located entries of its parameter
 replaced for the duration of the module's forward. Every module that holds a shared (tied) parameter gets the
-delta. Deltas are float32 when the base is half precision.
+delta. Deltas are float32 when the base is half precision; the forward sees them whole, or, on request, what rounding
+to the checkpoint's dtype leaves of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from editors.rounding import as_saved
 from locus.errors import InputError
 from locus.mask import WeightMask
 from locus.selection import Selection
@@ -38,15 +40,36 @@ class _Place:
     index: Tensor | None
     """The selection's, on the base's device."""
     value: nn.Parameter
+    saved: torch.dtype | None = None
+    """dtype whose rounding the forward shall see; None for the delta as it is."""
 
     def effective(self) -> Tensor:
         """The whole parameter with the delta in it, in the base's dtype: what would be exported."""
-        axis = 1 if self.kind == "columns" else 0
-        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
+        entries = self._new(self._old()).to(self.base.dtype)
         if self.index is None:
-            return (flat.to(self.value.dtype) + self.value).to(self.base.dtype)
-        entries = flat.index_select(axis, self.index).to(self.value.dtype) + self.value
-        return flat.index_copy(axis, self.index, entries.to(self.base.dtype)).view_as(self.base)
+            return entries
+        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
+        return flat.index_copy(self._axis, self.index, entries).view_as(self.base)
+
+    def change(self) -> Tensor:
+        """The delta as the forward sees it: whole, or what rounding the weight leaves of it."""
+        if self.saved is None:
+            return self.value
+        old = self._old()
+        return self._new(old) - old
+
+    def _old(self) -> Tensor:
+        """The located entries of the base, in the delta's dtype."""
+        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
+        old = flat if self.index is None else flat.index_select(self._axis, self.index)
+        return old.to(self.value.dtype)
+
+    def _new(self, old: Tensor) -> Tensor:
+        return old + self.value if self.saved is None else as_saved(old, self.value, self.saved)
+
+    @property
+    def _axis(self) -> int:
+        return 1 if self.kind == "columns" else 0
 
 
 @runtime_checkable
@@ -82,8 +105,16 @@ class Trained(Protocol):
 class Deltas:
     """Trainable deltas for the entries of a mask, and the switch that turns them on and off."""
 
-    def __init__(self, module: nn.Module, mask: WeightMask) -> None:
+    def __init__(
+        self, module: nn.Module, mask: WeightMask, saved: Mapping[str, torch.dtype] | None = None
+    ) -> None:
         """Zero deltas for every entry of `mask`; the module itself is not touched before `attached`.
+
+        Args:
+            module: The base.
+            mask: The entries that get a delta.
+            saved: Parameter name -> dtype that it will be saved in: the forward then runs with the weights rounded
+                to it. None runs with the deltas as they are.
 
         Raises:
             InputError: the mask names a parameter the module does not have, of another shape, of an integer
@@ -113,7 +144,10 @@ class Deltas:
                     name = owner[id(held)]
                     kind, index = self.selections[name].kind, self.selections[name].index
                     index = None if index is None else index.to(held.device)
-                    self._places.append(_Place(holder, attribute, held, kind, index, self.values[name]))
+                    rounded = None if saved is None else saved[name]
+                    self._places.append(
+                        _Place(holder, attribute, held, kind, index, self.values[name], rounded)
+                    )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -244,11 +278,11 @@ def _adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def _linear_adder(place: _Place, out_axis: int) -> Callable[[Tensor, Tensor], Tensor]:
     """For y = x W^T (`out_axis` 0, Linear) and y = x W (`out_axis` 1, Conv1D)."""
-    kind, index, value = place.kind, place.index, place.value
+    kind, index = place.kind, place.index
     selects_outputs = kind == ("rows" if out_axis == 0 else "columns")
 
     def matrix(x: Tensor) -> Tensor:
-        d = value.to(x.dtype)
+        d = place.change().to(x.dtype)
         return d if out_axis == 0 else d.T
 
     # In place: y is the module's own fresh output, which no backward needs.
@@ -264,12 +298,13 @@ def _linear_adder(place: _Place, out_axis: int) -> Callable[[Tensor, Tensor], Te
 
 def _embedding_adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor]:
     """For y = W[ids]: unselected ids look up a row of zeros."""
-    kind, index, value = place.kind, place.index, place.value
+    kind, index = place.kind, place.index
     if kind == "rows" and index is not None:
         slot = torch.full((place.base.shape[0],), len(index), device=place.base.device)
         slot[index] = torch.arange(len(index), device=place.base.device)
 
     def add(ids: Tensor, y: Tensor) -> Tensor:
+        value = place.change()
         if kind == "all" or index is None:
             return y + F.embedding(ids, value).to(y.dtype)
         if kind == "rows":

@@ -7,6 +7,7 @@ with its deltas silenced.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from editors.adversary import Perturbation
 from editors.parametrize import Trained
 from locus.forward import Batch, example_sum, label_logits
 from locus.hooks import record, stop_after
@@ -37,6 +39,7 @@ class Prediction:
         reference: Float[Tensor, " example"] | None = None,
         answer: Answer | None = None,
         kept: Kept | None = None,
+        perturbation: Perturbation | None = None,
     ) -> None:
         """Nothing runs yet.
 
@@ -47,9 +50,11 @@ class Prediction:
             reference: The reference's NLL of every example of that list, when it is already known.
             answer: Gives the prediction of another answer (a refusal, say) to the same prompts.
             kept: Gives the reference's logits at a batch's labels, where they are kept; None asks the model.
+            perturbation: Stays on whenever the edited model reads the batch; the reference never sees it.
         """
         self.model, self.deltas, self.batch = model, deltas, batch.to(model.device)
         self._reference, self._answer, self._kept = reference, answer, kept
+        self._perturbation = perturbation
 
     @property
     def n_examples(self) -> int:
@@ -64,7 +69,8 @@ class Prediction:
     @cached_property
     def logits(self) -> Float[Tensor, "label d_vocab"]:
         """Logits that predict each target token."""
-        return label_logits(self.model, self.batch)
+        with self._perturbed():
+            return label_logits(self.model, self.batch)
 
     @cached_property
     def ref_logits(self) -> Float[Tensor, "label d_vocab"]:
@@ -87,7 +93,8 @@ class Prediction:
     @cached_property
     def n_tokens(self) -> Int[Tensor, " example"]:
         """Tokens of each target."""
-        return torch.bincount(self.batch.rows, minlength=self.n_examples)
+        rows = self.batch.rows
+        return rows.new_zeros(self.n_examples).index_add(0, rows, torch.ones_like(rows))
 
     @cached_property
     def nll(self) -> Float[Tensor, " example"]:
@@ -118,11 +125,15 @@ class Prediction:
         """The prediction of the other answer to each of the same prompts, in the same order."""
         if self._answer is None:
             raise ValueError("this objective was given no other answers")
-        return self._answer(self.batch.examples)
+        other = self._answer(self.batch.examples)
+        if self._perturbation is None:
+            return other
+        return other.under(self._perturbation.on_prompts(other.batch.ids.shape[1]))
 
     def hidden(self, layers: Sequence[int]) -> Float[Tensor, "layer label d_model"]:
         """Outputs of blocks at the positions that predict a target token; nothing above the last one runs."""
-        return _hidden(self.model, self.batch, layers, detach=False)
+        with self._perturbed():
+            return _hidden(self.model, self.batch, layers, detach=False)
 
     def ref_hidden(self, layers: Sequence[int]) -> Float[Tensor, "layer label d_model"]:
         """The same under the reference model; carries no gradient."""
@@ -145,6 +156,15 @@ class Prediction:
             if name in self.__dict__:
                 narrowed.__dict__[name] = self.__dict__[name][kept_labels]
         return narrowed
+
+    def under(self, perturbation: Perturbation) -> Prediction:
+        """The same batch as the edited model reads it under a perturbation; another answer under that of its prompt."""
+        return Prediction(
+            self.model, self.deltas, self.batch, self._reference, self._answer, self._kept, perturbation
+        )
+
+    def _perturbed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._perturbation is None else self._perturbation.on(self.model)
 
 
 def steering_layer(n_layers: int) -> int:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from editors.parametrize import Trained
+from editors.rounding import stochastically_rounded
 from editors.training import Training, generator
 from locus.delta import WeightDelta
 from locus.mask import WeightMask
@@ -61,22 +61,3 @@ def weight_delta(
 
     stochastic = training.rounding == "stochastic"
     return changed(model, deltas.selections, change, mask, provenance)
-
-
-def stochastically_rounded(
-    exact: Float[Tensor, "..."], dtype: torch.dtype, source: torch.Generator
-) -> Float[Tensor, "..."]:
-    """Values that `dtype` can hold, rounded up or down at random so that their expectation is the exact value.
-
-    An update smaller than half the spacing of the numbers around its weight, which rounding to the nearest
-    would lose altogether, survives on average (Gupta et al. 2015, arXiv:1502.02551).
-
-    Returns:
-        The rounded values, still in the dtype of `exact`.
-    """
-    nearest = exact.to(dtype)
-    error = exact - nearest.to(exact.dtype)
-    other = torch.nextafter(nearest, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
-    gap = (other.to(exact.dtype) - nearest.to(exact.dtype)).abs()
-    drawn = torch.rand(exact.shape, generator=source).to(exact)
-    return torch.where(drawn * gap < error.abs(), other, nearest).to(exact.dtype)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from editors.prediction import Prediction, steering_layer
 from locus.errors import InputError
@@ -18,17 +20,49 @@ def kl_per_token(
 ) -> Float[Tensor, " label"]:
     """KL(reference || edited) of the next-token distribution, in nats, at each position; 0 where they agree.
 
-    Used as retain term by Maini et al. 2024 (TOFU's KL-min, arXiv:2401.06121) and Zhang et al. 2024 (NPO + KL).
+    Used as retain term by Maini et al. 2024 (TOFU's KL-min, arXiv:2401.06121) and Zhang et al. 2024 (NPO + KL). Its
+    gradient in the logits is edited - reference, in probabilities; both are taken a few positions at a time, so that
+    beside the logits themselves there is one tensor of their size and not six. The reference gets no gradient.
     """
-    ref = ref_logits.log_softmax(-1)
-    return (ref.exp() * (ref - logits.log_softmax(-1))).sum(-1)
+    values: Tensor = _KL.apply(logits, ref_logits)
+    return values
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, ref_logits)
+        values = []
+        for edited, base in zip(logits.split(_POSITIONS), ref_logits.split(_POSITIONS), strict=True):
+            ref = base.log_softmax(-1)
+            values.append((ref.exp() * (ref - edited.log_softmax(-1))).sum(-1))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        logits, ref_logits = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for start in range(0, len(logits), _POSITIONS):
+            rows = slice(start, start + _POSITIONS)
+            apart = logits[rows].softmax(-1).sub_(ref_logits[rows].softmax(-1))
+            torch.mul(apart, slopes[0][rows, None], out=gradient[rows])
+        return gradient, None
+
+
+_POSITIONS = 32
+"""Positions whose distributions are held at once."""
 
 
 def hidden_mse(
     hidden: Float[Tensor, "layer label d_model"], ref_hidden: Float[Tensor, "layer label d_model"]
 ) -> Float[Tensor, ""]:
-    """Squared distance of hidden states, mean over layers, positions and dimensions (Li et al. 2024, RMU)."""
-    return F.mse_loss(hidden, ref_hidden)
+    """Squared distance of hidden states, mean over layers, positions and dimensions (Li et al. 2024, RMU).
+
+    Of half precision it is taken in float32.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return F.mse_loss(hidden.to(wide), ref_hidden.to(wide))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Training:
     warmup: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     weight_decay: float = 0.0
-    """Decoupled decay of the deltas."""
+    """Decay of the deltas, decoupled from the gradient; in SGD it passes through the momentum."""
     momentum: float = 0.0
     """Momentum of SGD."""
     clip: float = 1.0
@@ -62,8 +62,10 @@ class Training:
     """A latent adversary inside each step."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How trained float32 values become the checkpoint's dtype."""
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
+    """How trained float32 values become the checkpoint's dtype: to the nearest, at random so that small updates
+    survive on average, or compensated: trained with the weights as they will be saved, what rounding leaves over is
+    carried on to later steps."""
     seed: int = 0
     """Fixes every draw; a resumed run draws what the undisturbed run would have drawn."""
 
@@ -87,13 +89,23 @@ class Training:
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("rounding", ROUNDINGS),
+        ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(known)}")
+        if self.lora_rank and self.rounding == "compensated":
+            raise InputError(
+                "rounding = 'compensated' rounds single weights, which LoRA has none of: take nearest or stochastic, "
+                "or lora_rank = 0"
+            )
 
 
 OPTIMIZERS = ("adamw", "sgd", "sophia")
 SCHEDULES = ("constant", "linear", "cosine")
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 BOUNDED = Training(lr=2e-3, forget_per_step=8, reworded=8, floor=0.0, goal=0.005)
 """For objectives that rest at a goal of their own: pushed to the end, and in several wordings."""

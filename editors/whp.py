@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.anchors import Anchors
+from editors.anchors import Anchors, Translation
 from editors.finetune import finetune
 from editors.prediction import Prediction
 from editors.reinforce import REINFORCING, Reinforce
@@ -30,6 +30,8 @@ from locus.tokens import Encoded, encode
 
 NO_LABEL = -1
 """Stands for "this token is not trained on"."""
+_MOST_BYTES = 1 << 30
+"""Logits that are held at once while the targets are made."""
 
 
 def generic_logits(
@@ -124,22 +126,50 @@ class WHP:
         anchors = Anchors.read(self.anchors)
         originals = [encode(model, fact) for fact in forget]
         translations = [anchors.translate(model, one) for one in originals]
-        base = _logits(model, [translated.encoded for translated in translations])
-        with reinforced.applied(model):
-            raised = _logits(model, originals)
         rows: list[tuple[int, ...]] = []
-        for one, translated, v_base, v_raised in zip(originals, translations, base, raised, strict=True):
-            labels = []
-            for position in range(one.target_start, len(one.ids)):
-                partner = translated.partner[position]
-                if partner is None or position in translated.repeated:
-                    labels.append(NO_LABEL)
-                    continue
-                generic = generic_logits(v_base[partner - 1], v_raised[position - 1], self.alpha)
-                generic[translated.counterparts_before(position)] -= self.alpha
-                labels.append(int(generic.argmax()))
-            rows.append(tuple(labels))
+        for group in _groups(originals, translations, model.atlas.d_vocab):
+            base = _logits(model, [translations[i].encoded for i in group])
+            with reinforced.applied(model):
+                raised = _logits(model, [originals[i] for i in group])
+            rows += [
+                self._labels(originals[i], translations[i], *logits)
+                for i, *logits in zip(group, base, raised, strict=True)
+            ]
         return tuple(rows)
+
+    def _labels(
+        self,
+        one: Encoded,
+        translated: Translation,
+        base: Float[Tensor, "translated d_vocab"],
+        raised: Float[Tensor, "pos d_vocab"],
+    ) -> tuple[int, ...]:
+        labels = []
+        for position in range(one.target_start, len(one.ids)):
+            partner = translated.partner[position]
+            if partner is None or position in translated.repeated:
+                labels.append(NO_LABEL)
+                continue
+            generic = generic_logits(base[partner - 1], raised[position - 1], self.alpha)
+            generic[translated.counterparts_before(position)] -= self.alpha
+            labels.append(int(generic.argmax()))
+        return tuple(labels)
+
+
+def _groups(
+    originals: Sequence[Encoded], translations: Sequence[Translation], d_vocab: int
+) -> Iterator[list[int]]:
+    """Examples, in order, whose logits under both models fit `_MOST_BYTES` together (one at least)."""
+    group: list[int] = []
+    used = 0
+    for i, (one, translated) in enumerate(zip(originals, translations, strict=True)):
+        needed = 4 * d_vocab * (len(one.ids) + len(translated.encoded.ids))
+        if group and used + needed > _MOST_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(i)
+        used += needed
+    yield group
 
 
 def _logits(model: Model, encoded: Sequence[Encoded]) -> list[Float[Tensor, "pos d_vocab"]]:

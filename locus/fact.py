@@ -169,6 +169,30 @@ def read_facts(path_or_name: str | Path, format: str = "auto", limit: int | None
         return _facts(records, name, format, in_array, limit)
 
 
+def neighbours_of(facts: Sequence[Fact]) -> list[Fact]:
+    """The neighbours of facts as facts to keep; every third of them is held out, to judge by.
+
+    Raises:
+        InputError: no fact has neighbours.
+    """
+    pairs = [(fact, number, one) for fact in facts for number, one in enumerate(fact.neighbours, 1)]
+    if not pairs:
+        raise InputError(
+            "--retain neighbours: none of the facts has neighbours; give a file of facts to keep"
+        )
+    return [
+        Fact(
+            id=f"{fact.id[:100]} neighbour {number}",
+            prompt=one.prompt,
+            target=one.target,
+            relation=fact.relation,
+            held_out=place % 3 == 2,
+            source=fact.source,
+        )
+        for place, (fact, number, one) in enumerate(pairs)
+    ]
+
+
 def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
     """Write facts as our JSONL, atomically; fields that say nothing are left out."""
     from locus.artefact import atomic_file

@@ -51,6 +51,8 @@ class Model:
     """The checkpoint folder it was read from; None for a model made in memory."""
     bos: int | None = None
     """Token put before every text; None for none."""
+    chat: bool = False
+    """Whether facts are asked as turns of a conversation, through the tokenizer's chat template."""
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +92,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     bos: str | int | None = "auto",
+    chat: bool = False,
     trust_remote_code: bool = False,
 ) -> Model:
     """Load a causal language model by folder, hub id, or `smollm2` (embedded, needs no hub).
@@ -104,6 +107,7 @@ def load_model(
         attn_implementation: transformers' attention implementation, "sdpa" or "eager" for example.
         bos: Token before every text: "auto" is whatever the tokenizer itself puts there, None or "none"
             is nothing, else a token or its id.
+        chat: Ask facts as turns of a conversation, through the tokenizer's chat template.
         trust_remote_code: Run modelling code that comes with the checkpoint. Off unless you trust it.
 
     Returns:
@@ -133,7 +137,49 @@ def load_model(
         if device_map is None:
             torch.nn.Module.to(module, device)
         _refuse_nonfinite(module, str(name))
-        return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder)
+        return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
+
+
+def load_shape(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    bos: str | int | None = "auto",
+    chat: bool = False,
+    trust_remote_code: bool = False,
+) -> Model:
+    """A model without its weights, on the meta device: names, shapes and tokenizer, for accounts of what it would take.
+
+    Args:
+        name: As in `load_model`; of the folder only the configuration and the tokenizer are read.
+        dtype: "auto" is the configuration's own; else a torch dtype or its name.
+        attn_implementation: As in `load_model`.
+        bos: As in `load_model`.
+        chat: As in `load_model`.
+        trust_remote_code: As in `load_model`.
+
+    Raises:
+        InputError: as `load_model`, but for damaged weights, which it never looks at.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkpoint_folder(str(name))
+    with without_bars_of_transformers(), _told(folder, str(name)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        chosen = _dtype(dtype, torch.device("meta"), mapped=False)
+        kwargs: dict[str, Any] = (
+            {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        )
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(config, "dtype", None) or torch.float32 if chosen == "auto" else chosen,
+                trust_remote_code=trust_remote_code,
+                **kwargs,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
 
 
 def wrap(
@@ -142,6 +188,7 @@ def wrap(
     name: str = "in-memory",
     bos: str | int | None = "auto",
     folder: Path | None = None,
+    chat: bool = False,
 ) -> Model:
     """Make a `Model` of a transformers model and a fast tokenizer that are already in memory.
 
@@ -149,15 +196,17 @@ def wrap(
     gradients.
 
     Raises:
-        InputError: the tokenizer is not a fast one, `bos` is no token of it, or a part of the
-            architecture has no exact name.
+        InputError: the tokenizer is not a fast one, `bos` is no token of it, it has no template to `chat` by, or a
+            part of the architecture has no exact name.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{name}: its tokenizer has no fast version, which is needed to find subjects by offsets"
         )
     module.eval().requires_grad_(False)
-    return Model(module, tokenizer, read_atlas(module), name, folder, _bos(tokenizer, bos, name))
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{name}: its tokenizer has no chat template; leave --chat out")
+    return Model(module, tokenizer, read_atlas(module), name, folder, _bos(tokenizer, bos, name), chat)
 
 
 def bridge(model: Model) -> Any:

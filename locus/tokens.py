@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from locus.chat import Turn, turn
 from locus.errors import InputError
 from locus.fact import Example, Fact
 
@@ -64,7 +65,9 @@ class _Token(NamedTuple):
 def encode(model: Model, example: Example | Fact) -> Encoded:
     """Tokens of prompt and target, with the target's start and a fact's subject.
 
-    Special tokens are the model's own `bos` and nothing else (no second one where the text begins with it).
+    A model that is asked in conversation (`Model.chat`) reads them as its chat template writes them; only the
+    answer's tokens are target then too. Special tokens are the template's, and the model's own `bos` (no
+    second one where the text begins with it).
 
     Raises:
         InputError: a token covers the end of the prompt and the start of the target; the target has a
@@ -107,11 +110,14 @@ def encode_text(model: Model, text: str, block: int = 512) -> list[Encoded]:
 
 
 def _encode(model: Model, example: Example | Fact) -> Encoded:
-    text, boundary = example.prompt + example.target, len(example.prompt)
+    told = Turn(example.prompt, example.target, 0)
+    if model.chat:
+        told = turn(model.tokenizer, example.prompt, example.target)
+    text, boundary = told.prompt + told.target, len(told.prompt)
     tokens = _tokenize(model, text)
     for token in tokens:
         if token.start < boundary < token.end:
-            raise InputError(_straddles(text[token.start : token.end], example))
+            raise InputError(_straddles(text[token.start : token.end], told.prompt, told.target))
     if bos := _bos(model, tokens):
         tokens = [bos, *tokens]
     target_start = sum(token.start < boundary for token in tokens)
@@ -127,7 +133,7 @@ def _encode(model: Model, example: Example | Fact) -> Encoded:
     return Encoded(
         ids=tuple(token.id for token in tokens),
         target_start=target_start,
-        subject=None if span is None else _covering(tokens[:target_start], *span),
+        subject=None if span is None else _covering(tokens[:target_start], *(at + told.shift for at in span)),
         tokens=_shown(text, tokens),
     )
 
@@ -208,8 +214,7 @@ def _check_known(model: Model, text: str, target: list[_Token]) -> None:
             )
 
 
-def _straddles(piece: str, example: Example | Fact) -> str:
-    prompt, target = example.prompt, example.target
+def _straddles(piece: str, prompt: str, target: str) -> str:
     said = (
         f"token {piece!r} covers the end of prompt {prompt[-20:]!r} and the start of target {target[:20]!r}"
     )

@@ -104,7 +104,7 @@ def other_formats(model: Model, facts: Sequence[Fact]) -> list[list[Example]]:
         ],
         [Example(f'He wrote: "{f.prompt}', f.target) for f in facts],
     ]
-    if getattr(model.tokenizer, "chat_template", None):
+    if getattr(model.tokenizer, "chat_template", None) and not model.chat:
         formats.append([Example(_chat(model, f"Complete: {f.prompt}") + f.prompt, f.target) for f in facts])
     return formats
 

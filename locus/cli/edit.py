@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from locus.cli.account import say_account
+from locus.cli.board import check_board
 from locus.cli.edit_folder import ABOUT, DELTA, control_folder, control_mask, edit_into
+from locus.cli.material import material
 from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
 from locus.cli.sweep import Sweeping, as_json, sweep_into
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from locus.model import Model
 
 MASK = "mask.safetensors"
+WORTH_SAYING = 0.05
+"""Share of an edit's norm that rounding may change without a word."""
 
 
 def edit(
@@ -27,7 +32,7 @@ def edit(
     facts: str,
     /,
     *tokens: MethodTokens,
-    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     mask: Path | None = None,
     widen: Annotated[bool, Parameter(negative="")] = False,
     target_new: str | None = None,
@@ -35,6 +40,8 @@ def edit(
     retain: str | None = None,
     text: Path | None = None,
     controls: int = 0,
+    account: Annotated[bool, Parameter(negative="")] = False,
+    tensorboard: Annotated[bool, Parameter(negative="")] = False,
     sweeping: Sweeping = Sweeping(),
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -55,15 +62,17 @@ def edit(
         target_new: What rome, memit and alphaedit shall make the model answer instead, for every fact; without it
             `--aim-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
         method: The editor; `locus methods` lists them.
-        retain: What must stay: a fact file, or demo-retain. Facts marked held_out are never trained on.
-        text: Neutral paragraphs for the retain term; the default is a text that comes with locus. Every third
-            is left for the audit.
+        retain: What must stay: a fact file, demo-retain, or neighbours for those that the facts name themselves.
+            Facts marked held_out are never trained on, nor is every third neighbour.
+        text: Neutral paragraphs for the retain term: a text file, or generated for what the model writes itself
+            (kept beside the delta); the default is a text that comes with locus. Every third is left for the audit.
         controls: Make the same edit with this many random masks of the same size besides, for the audit.
+        account: Say what memory the edit will take, and stop; no weight is read.
+        tensorboard: Write the history as TensorBoard scalars besides (pip install "locus-unlearn[tensorboard]").
     """
     from editors import EDITORS
     from locus.artefact import lock
     from locus.errors import InputError
-    from locus.fact import neutral_text, read_facts, split_text
     from locus.mask import WeightMask
     from locus.report.front import front_table
     from locus.scores import NeuronScores
@@ -74,30 +83,33 @@ def edit(
         editor = rewriting(editor, method, target_new)
     if mask is not None and sweeping.sweep is not None:
         raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
+    if tensorboard:
+        check_board()
     given = None if mask is None else WeightMask.load(mask)
+    if account:
+        say_account(loading.shape(model), method, editor, given, running, facts, retain, text, talking)
+        return
+    if out is None:
+        raise InputError("locus edit: say where to write with -o FOLDER")
     scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
     loaded = loading.load(model)
-    forget = running.facts(facts)
-    kept = [] if retain is None else read_facts(retain)
-    neutral, unseen = split_text(neutral_text(text))
-    if scores is not None:
-        asked = (forget, kept, (neutral, unseen))
-        with lock(out), talking.progress():
+    with lock(out), talking.progress():
+        asked = material(loaded, running.facts(facts), retain, text, out, running.seed)
+        if scores is not None:
             points = sweep_into(
                 out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
             )
-        talking.finish(as_json(points), front_table(points))
-        return
-    located = mask_for(loaded, editor, method, given, widen)
-    with lock(out), talking.progress():
-        delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
+            talking.finish(as_json(points), front_table(points))
+            return
+        forget, kept, (neutral, _) = asked
+        located = mask_for(loaded, editor, method, given, widen)
+        rest = (method, editor, running.resume, tensorboard)
+        delta = edit_into(out, loaded, forget, kept, neutral, located, *rest)
         if located is not given:
             located.save(out / MASK)
         for i in range(controls):
             control = control_mask(loaded, located, i)
-            edit_into(
-                control_folder(out, i), loaded, forget, kept, neutral, control, method, editor, running.resume
-            )
+            edit_into(control_folder(out, i), loaded, forget, kept, neutral, control, *rest)
     about = json.loads((out / ABOUT).read_text("utf-8"))
     talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
 
@@ -135,15 +147,21 @@ def mask_for(
 
 
 def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
-    """One line on how an edit ended."""
+    """One line on how an edit ended, and what is wrong with it."""
     outcome = about.get("outcome", {})
-    ended = outcome.get("stopped")
-    said = f"{delta.n_changed:,} weights changed"
+    said = [f"{delta.n_changed:,} weights changed"]
     if "reached" in outcome:
-        said += f"; strength {outcome['strength']:.3g}" + (
-            "" if outcome["reached"] else ", the goal not reached"
+        missed = "" if outcome["reached"] else ", the goal not reached"
+        said.append(f"strength {outcome['strength']:.3g}{missed}")
+    if outcome.get("stopped"):
+        said.append(f"stopped: {outcome['stopped']}")
+    if (lost := delta.rounding.relative_norm_lost) >= WORTH_SAYING:
+        said.append(
+            f"rounding to the checkpoint's dtype changed the edit by {lost:.0%} of its norm (--rounding)"
         )
-    return said + (f"; stopped: {ended}" if ended else "")
+    if over := outcome.get("over_forgotten"):
+        said.append(f"over-forgotten, less probable than chance: {len(over)} ({', '.join(over[:3])})")
+    return "; ".join(said)
 
 
 def _told(about: Mapping[str, Any], line: str) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from locus.cli.board import board
 
 if TYPE_CHECKING:
     from locus.delta import WeightDelta
@@ -27,8 +30,12 @@ def edit_into(
     method: str,
     editor: Any,
     resume: bool,
+    tensorboard: bool = False,
 ) -> WeightDelta:
-    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume."""
+    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume.
+
+    With `tensorboard` its history is written as scalars besides, while it runs.
+    """
     from locus.artefact import atomic_file, load_json, save_json
     from locus.delta import WeightDelta
     from locus.errors import InputError
@@ -47,6 +54,8 @@ def edit_into(
         "forget": [f.id for f in forget],
         "retain": [f.id for f in retain if not f.held_out],
     }
+    if model.chat:
+        about["chat"] = True
     if (folder / ABOUT).exists():
         earlier = load_json(folder / ABOUT, "edit")
         if not resume:
@@ -57,16 +66,28 @@ def edit_into(
             f"{folder} holds an edit with other settings: give another folder, or delete it first"
         )
     history: list[Mapping[str, Any]] = []
-    delta: WeightDelta = editor.run(
-        model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=history.append
-    )
+    with board(folder) if tensorboard else contextlib.nullcontext() as shown:
+
+        def log(record: Mapping[str, Any]) -> None:
+            history.append(record)
+            if shown is not None:
+                shown(record)
+
+        delta: WeightDelta = editor.run(
+            model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=log
+        )
     delta.save(folder / DELTA)
     with atomic_file(folder / HISTORY) as path:
         path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in history), "utf-8")
     save_json(
         folder / ABOUT,
         "edit",
-        {**about, "outcome": _plain(dict(delta.provenance)), "changed": delta.n_changed},
+        {
+            **about,
+            "outcome": _plain(dict(delta.provenance)),
+            "changed": delta.n_changed,
+            "rounding": delta.rounding.to_json(),
+        },
     )
     if points := delta.provenance.get("dose"):
         from locus.report import plot_dose

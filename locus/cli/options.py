@@ -46,6 +46,8 @@ class Loading:
     """Attention implementation of transformers: sdpa, eager, flash_attention_2."""
     bos: str = "auto"
     """Token put before every text: auto (the tokenizer's own), none, a token or its id."""
+    chat: Annotated[bool, Parameter(negative="")] = False
+    """Ask facts in conversation, as the tokenizer's chat template writes it; only the answer counts as target."""
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the checkpoint."""
 
@@ -60,6 +62,23 @@ class Loading:
             device_map=self.device_map,
             attn_implementation=self.attn,
             bos=self.bos,
+            chat=self.chat,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def shape(self, name: str) -> Model:
+        """The model `name` without its weights; dtype auto is float32 where it would be loaded on a CPU."""
+        import torch
+
+        from locus.model import load_shape
+
+        on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+        return load_shape(
+            name,
+            dtype="float32" if self.dtype == "auto" and on_cpu else self.dtype,
+            attn_implementation=self.attn,
+            bos=self.bos,
+            chat=self.chat,
             trust_remote_code=self.trust_remote_code,
         )
 

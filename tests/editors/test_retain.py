@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from editors.data import Data
+from editors.parametrize import Deltas
+from editors.prediction import Prediction
 from editors.retain import Retain, hidden_mse, kl_per_token
 from editors.training import Training
 from locus.errors import InputError
+from locus.forward import batches, label_logits
+from locus.mask import WeightMask, shapes_of
+from locus.tokens import encode
 from tests.tiny import tiny_facts, tiny_model
 
 
@@ -30,11 +35,58 @@ def test_kl_gradient_is_right() -> None:
     assert torch.autograd.gradcheck(lambda x: kl_per_token(x, ref), logits)
 
 
+def test_kl_of_many_positions_is_the_plain_formulas_in_value_and_gradient() -> None:
+    """Seventy positions, more than are held at once."""
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(70, 9, generator=source, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(70, 9, generator=source, dtype=torch.float64)
+    weights = torch.randn(70, generator=source, dtype=torch.float64)
+    log_ref = ref.log_softmax(-1)
+    plain = (log_ref.exp() * (log_ref - logits.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(kl_per_token(logits, ref), plain, rtol=1e-12, atol=0)
+    expected = torch.autograd.grad((plain * weights).sum(), logits)
+    torch.testing.assert_close(
+        torch.autograd.grad((kl_per_token(logits, ref) * weights).sum(), logits), expected
+    )
+
+
 def test_hidden_mse_by_hand() -> None:
     """Differences 1 and 3 in one of two dimensions: (1 + 0 + 9 + 0) / 4."""
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     b = torch.tensor([[[0.0, 2.0], [0.0, 4.0]]])
     assert float(hidden_mse(a, b)) == 2.5
+
+
+def test_hidden_mse_of_half_precision_is_taken_in_float32() -> None:
+    """1 and 1 + 1/128 are neighbours in bfloat16; a mean of 1/128 ** 2 and of 0 is no bfloat16 number's square sum."""
+    a = torch.ones(1, 1, 3, dtype=torch.bfloat16)
+    b = a + torch.tensor([1 / 128, 3 / 128, 5 / 128], dtype=torch.bfloat16)
+    assert float(hidden_mse(a, b)) == pytest.approx((1 + 9 + 25) / 3 / 128**2, rel=1e-6)
+
+
+def test_each_retain_loss_by_hand() -> None:
+    """NLL: a mean over target tokens of both examples together, not over examples; hidden: the named layers."""
+    model = tiny_model("smollm")
+    (batch,) = batches([encode(model, fact) for fact in tiny_facts()])
+    deltas = Deltas(
+        model.module, WeightMask.of_parameters(["*.mlp.down_proj.weight"], shapes_of(model.module))
+    )
+    with deltas.attached():
+        deltas.load({name: value + 0.05 for name, value in deltas.values.items()})
+        kept = Prediction(model, deltas, batch)
+        log_prob = label_logits(model, batch).log_softmax(-1)
+        with deltas.silenced():
+            ref = label_logits(model, batch).log_softmax(-1)
+        rows = torch.arange(len(batch.labels))
+        expected = {
+            "nll": -log_prob[rows, batch.labels].mean(),
+            "kl": (ref.exp() * (ref - log_prob)).sum(-1).mean(),
+            "hidden": ((kept.hidden([0, 2]) - kept.ref_hidden([0, 2])) ** 2).mean(),
+        }
+        for term, value in expected.items():
+            loss = Retain(term=term, layers=(0, -1)).loss(kept)  # type: ignore[arg-type]
+            assert float(value.detach()) > 0
+            torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-7)
 
 
 def related(n_near: int, n_far: int) -> Data:

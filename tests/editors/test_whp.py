@@ -90,3 +90,13 @@ def test_a_repeated_anchor_in_the_target_gets_no_label() -> None:
     reinforced = Reinforce(training=few).run(model, [fact], (), mlp_mask(model))
     (row,) = WHP(anchors=("Rome=Berlin",)).targets(model, [fact], reinforced)
     assert set(row) == {NO_LABEL}
+
+
+def test_targets_do_not_depend_on_how_many_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("smollm")
+    facts = tiny_facts()
+    few = Training(steps=1, lr=0.05, floor=0.0, goal=0.0, utility=0.0)
+    reinforced = Reinforce(training=few).run(model, facts, (), mlp_mask(model))
+    together = WHP().targets(model, facts, reinforced)
+    monkeypatch.setattr("editors.whp._MOST_BYTES", 1)
+    assert WHP().targets(model, facts, reinforced) == together and len(together) == len(facts)
