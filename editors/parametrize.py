@@ -9,6 +9,9 @@ the module's output, so the gradient of the whole matrix is never formed:
 Everything else (vectors, single elements, embeddings that scale) runs with the located entries of its parameter
 replaced for the duration of the module's forward. Every module that holds a shared (tied) parameter gets the
 delta. Deltas are float32 when the base is half precision.
+
+Where the base is sharded over processes (`locus.sharded`) the deltas are too: each is put together where it is used,
+and what is replaced is the parameter as it stands while its block runs.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from locus.errors import InputError
 from locus.mask import WeightMask
 from locus.selection import Selection
+from locus.sharded import device_of, gathered, whole, zeros_beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,20 +37,22 @@ class _Place:
 
     module: nn.Module
     attribute: str
-    base: nn.Parameter
     kind: str
     index: Tensor | None
-    """The selection's, on the base's device."""
+    """The selection's, on the device that computes."""
     value: nn.Parameter
+    n_rows: int
+    """Of the parameter."""
 
-    def effective(self) -> Tensor:
+    def effective(self, base: Tensor) -> Tensor:
         """The whole parameter with the delta in it, in the base's dtype: what would be exported."""
         axis = 1 if self.kind == "columns" else 0
-        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
+        value = gathered(self.value)
+        flat = base.reshape(-1) if self.kind == "elements" else base
         if self.index is None:
-            return (flat.to(self.value.dtype) + self.value).to(self.base.dtype)
-        entries = flat.index_select(axis, self.index).to(self.value.dtype) + self.value
-        return flat.index_copy(axis, self.index, entries.to(self.base.dtype)).view_as(self.base)
+            return (flat.to(value.dtype) + value).to(base.dtype)
+        entries = flat.index_select(axis, self.index).to(value.dtype) + value
+        return flat.index_copy(axis, self.index, entries.to(base.dtype)).view_as(base)
 
 
 @runtime_checkable
@@ -103,17 +109,17 @@ class Deltas:
                 )
             owner[id(base)] = name
             dtype = torch.promote_types(base.dtype, torch.float32)
-            entries = selection.take(base)
             self.bases[name] = base
-            self.values[name] = nn.Parameter(torch.zeros_like(entries, dtype=dtype), requires_grad=True)
+            self.values[name] = nn.Parameter(zeros_beside(base, selection.compact_shape, dtype))
         self._places: list[_Place] = []
         for holder in module.modules():
             for attribute, held in holder._parameters.items():
                 if held is not None and id(held) in owner:
                     name = owner[id(held)]
                     kind, index = self.selections[name].kind, self.selections[name].index
-                    index = None if index is None else index.to(held.device)
-                    self._places.append(_Place(holder, attribute, held, kind, index, self.values[name]))
+                    index = None if index is None else index.to(device_of(held))
+                    n_rows = held.shape[0] if held.dim() else 1
+                    self._places.append(_Place(holder, attribute, kind, index, self.values[name], n_rows))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -147,12 +153,12 @@ class Deltas:
 
     def dense(self, name: str) -> Tensor:
         """The change of one parameter's selected entries, compact, in full precision."""
-        return self.values[name].detach()
+        return whole(self.values[name].detach())
 
     def new_entries(self) -> dict[str, Tensor]:
         """Base plus delta for every masked entry, compact, rounded to the base's dtype."""
         return {
-            name: (self.selections[name].take(base).to(self.values[name].dtype) + self.dense(name)).to(
+            name: (self.selections[name].take(whole(base)).to(self.values[name].dtype) + self.dense(name)).to(
                 base.dtype
             )
             for name, base in self.bases.items()
@@ -218,13 +224,15 @@ def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[],
 @contextlib.contextmanager
 def _replaced(places: list[_Place]) -> Iterator[None]:
     """Let the holders' parameters be base plus delta inside the block; the dictionaries keep their order."""
+    held = [place.module._parameters[place.attribute] for place in places]
     try:
-        for place in places:
-            place.module._parameters[place.attribute] = place.effective()  # type: ignore[assignment]
+        for place, base in zip(places, held, strict=True):
+            assert base is not None
+            place.module._parameters[place.attribute] = place.effective(base)  # type: ignore[assignment]
         yield
     finally:
-        for place in places:
-            place.module._parameters[place.attribute] = place.base
+        for place, base in zip(places, held, strict=True):
+            place.module._parameters[place.attribute] = base
 
 
 def _adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -248,7 +256,7 @@ def _linear_adder(place: _Place, out_axis: int) -> Callable[[Tensor, Tensor], Te
     selects_outputs = kind == ("rows" if out_axis == 0 else "columns")
 
     def matrix(x: Tensor) -> Tensor:
-        d = value.to(x.dtype)
+        d = gathered(value).to(x.dtype)
         return d if out_axis == 0 else d.T
 
     # In place: y is the module's own fresh output, which no backward needs.
@@ -266,15 +274,16 @@ def _embedding_adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor]:
     """For y = W[ids]: unselected ids look up a row of zeros."""
     kind, index, value = place.kind, place.index, place.value
     if kind == "rows" and index is not None:
-        slot = torch.full((place.base.shape[0],), len(index), device=place.base.device)
-        slot[index] = torch.arange(len(index), device=place.base.device)
+        slot = torch.full((place.n_rows,), len(index), device=index.device)
+        slot[index] = torch.arange(len(index), device=index.device)
 
     def add(ids: Tensor, y: Tensor) -> Tensor:
+        rows = gathered(value)
         if kind == "all" or index is None:
-            return y + F.embedding(ids, value).to(y.dtype)
+            return y + F.embedding(ids, rows).to(y.dtype)
         if kind == "rows":
-            padded = torch.cat([value, value.new_zeros(1, value.shape[1])])
+            padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             return y + F.embedding(slot[ids], padded).to(y.dtype)
-        return y.index_add(-1, index, F.embedding(ids, value).to(y.dtype))
+        return y.index_add(-1, index, F.embedding(ids, rows).to(y.dtype))
 
     return add

@@ -22,6 +22,7 @@ from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
 from locus.schema import understood
+from locus.sharded import device_of, put_together
 from locus.tokens import Encoded
 
 
@@ -43,9 +44,13 @@ def lens_logits(model: Model, hidden: Float[Tensor, "*batch d_model"]) -> Float[
     Returns:
         Logits in float32.
     """
+    put_together(model.module)
     modules = dict(model.module.named_modules())
     norm, head = modules[model.atlas.final_norm], modules[model.atlas.unembed]
-    logits: Tensor = head(norm(hidden.to(next(norm.parameters(), hidden).device))).float()
+    weight = next(norm.parameters(), hidden)
+    if not weight.is_meta:  # what is offloaded brings its own device
+        hidden = hidden.to(device_of(weight))
+    logits: Tensor = head(norm(hidden)).float()
     softcap = getattr(model.module.config.get_text_config(), "final_logit_softcapping", None)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

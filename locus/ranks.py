@@ -92,6 +92,21 @@ class Ranks:
                 "files, model, options and threads"
             )
 
+    def told(self, value: str) -> str:
+        """What the first process says, on all of them; all of them call it."""
+        return self.said(value)[0]
+
+    def said(self, value: str) -> list[str]:
+        """What each process says, in the order of the processes, on all of them; all of them call it."""
+        if self._store is None:
+            return [value]
+        key = self._key("said")
+        with _lost_when_it_fails():
+            self._store.set(f"{key}/{self.rank}", value)
+        self.meet()
+        with _lost_when_it_fails():
+            return [self._store.get(f"{key}/{rank}").decode() for rank in range(self.size)]
+
     def meet(self) -> None:
         """Wait until all processes are here; all of them call it.
 
@@ -125,8 +140,17 @@ class Ranks:
         if self._store is None:
             return
         for tensor in tensors:
+            if not tensor.numel():
+                continue
             with _lost_when_it_fails():
                 dist.all_reduce(tensor)
+
+    def hand_round(self, tensor: torch.Tensor, rank: int) -> None:
+        """Give all processes what `rank` has in its tensor, a contiguous one on the CPU; all of them call it."""
+        if self._store is None or not tensor.numel():
+            return
+        with _lost_when_it_fails():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), rank)
 
     def seen(self, path: Path) -> bool:
         """Whether a file that another process has written is there; waits for a file system that lags."""

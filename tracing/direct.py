@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from locus.hooks import record
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
 from locus.tokens import Encoded
 from tracing.cost import Cost
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,11 @@ class DirectLogit:
         """
         encoded = encode_facts(model, facts)
         total = neuron_grid(model).cpu()
-        for one in track(encoded, "direct attribution"):
-            total += direct_attribution(model, one).neuron / len(encoded)
+
+        def of_fact(number: int) -> tuple[Tensor]:
+            return (direct_attribution(model, encoded[number]).neuron / len(encoded),)
+
+        blamed = Blame(model, facts, encoded, "its share of the logit")
+        for (share,) in each(range(len(encoded)), of_fact, "direct attribution", blamed.number):
+            total += share
         return NeuronScores(total, "direct-logit", model.fingerprint, model.atlas, asdict(self))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,8 @@ def edit(
     retain: str | None = None,
     text: Path | None = None,
     controls: int = 0,
+    shard: Annotated[bool, Parameter(negative="")] = False,
+    offload: Annotated[bool, Parameter(negative="")] = False,
     sweeping: Sweeping = Sweeping(),
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -42,7 +44,8 @@ def edit(
 ) -> None:
     """Make the model forget the facts by changing only the masked weights; writes a delta.
 
-    Each method has options of its own: `locus methods NAME` shows them. Without a mask, rome, memit, alphaedit and
+    Each method has options of its own: `locus methods NAME` shows them. Started by torchrun, several processes make
+    each step of a training together. Without a mask, rome, memit, alphaedit and
     law may change the down projections of the layers named (all of them, if none is), and edits of neurons those
     listed as `--neurons layer:neuron`; the mask they kept to is then written beside the delta.
 
@@ -59,47 +62,70 @@ def edit(
         text: Neutral paragraphs for the retain term; the default is a text that comes with locus. Every third
             is left for the audit.
         controls: Make the same edit with this many random masks of the same size besides, for the audit.
+        shard: Spread the model over the processes that torchrun started, each of which holds a part (FSDP2): for
+            models that no device holds whole. Without it each holds all of it, and takes part of every step's examples.
+        offload: Of a model that is spread, keep the parts in main memory.
     """
-    from editors import EDITORS
     from locus.artefact import lock
     from locus.errors import InputError
     from locus.fact import neutral_text, read_facts, split_text
     from locus.mask import WeightMask
+    from locus.ranks import joined
     from locus.report.front import front_table
     from locus.scores import NeuronScores
 
+    with joined() as ranks:
+        talking = talking.of(ranks)
+        editor = _editor(method, tokens, running, target_new)
+        if ranks.size > 1:
+            _refuse_alone(method, sweeping)
+        if mask is not None and sweeping.sweep is not None:
+            raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
+        given = None if mask is None else WeightMask.load(mask)
+        scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
+        loaded = loading.load(model, shard=shard, offload=offload)
+        forget = running.facts(facts)
+        kept = [] if retain is None else read_facts(retain)
+        neutral, unseen = split_text(neutral_text(text))
+        if scores is not None:
+            asked = (forget, kept, (neutral, unseen))
+            with lock(out), talking.progress():
+                points = sweep_into(
+                    out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
+                )
+            talking.finish(as_json(points), front_table(points))
+            return
+        located = mask_for(loaded, editor, method, given, widen)
+        with ranks.hold(out), talking.progress():
+            what = (loaded, forget, kept, neutral)
+            delta = edit_into(out, *what, located, method, editor, running.resume, ranks)
+            if located is not given and ranks.first:
+                located.save(out / MASK)
+            for i in range(controls):
+                control = control_mask(loaded, located, i)
+                edit_into(control_folder(out, i), *what, control, method, editor, running.resume, ranks)
+        if ranks.first:
+            about = json.loads((out / ABOUT).read_text("utf-8"))
+            talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+
+
+def _editor(method: str, tokens: Sequence[str], running: Running, target_new: str | None) -> Any:
+    """The method with its own options, and with a rewrite for its aim where an answer is given."""
+    from editors import EDITORS
+
     command = f"locus edit --method {method}"
     editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
-    if target_new is not None:
-        editor = rewriting(editor, method, target_new)
-    if mask is not None and sweeping.sweep is not None:
-        raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
-    given = None if mask is None else WeightMask.load(mask)
-    scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
-    loaded = loading.load(model)
-    forget = running.facts(facts)
-    kept = [] if retain is None else read_facts(retain)
-    neutral, unseen = split_text(neutral_text(text))
-    if scores is not None:
-        asked = (forget, kept, (neutral, unseen))
-        with lock(out), talking.progress():
-            points = sweep_into(
-                out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
-            )
-        talking.finish(as_json(points), front_table(points))
-        return
-    located = mask_for(loaded, editor, method, given, widen)
-    with lock(out), talking.progress():
-        delta = edit_into(out, loaded, forget, kept, neutral, located, method, editor, running.resume)
-        if located is not given:
-            located.save(out / MASK)
-        for i in range(controls):
-            control = control_mask(loaded, located, i)
-            edit_into(
-                control_folder(out, i), loaded, forget, kept, neutral, control, method, editor, running.resume
-            )
-    about = json.loads((out / ABOUT).read_text("utf-8"))
-    talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+    return editor if target_new is None else rewriting(editor, method, target_new)
+
+
+def _refuse_alone(method: str, sweeping: Sweeping) -> None:
+    """Several processes make the steps of a training together; nothing else is shared."""
+    from editors import OBJECTIVES
+    from locus.errors import InputError
+
+    if sweeping.sweep is not None or method not in OBJECTIVES:
+        what = "--sweep" if sweeping.sweep is not None else f"--method {method}"
+        raise InputError(f"locus edit {what} runs in one process: start it without torchrun")
 
 
 def rewriting(editor: Any, method: str, answer: str) -> Any:

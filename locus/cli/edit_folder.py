@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.mask import WeightMask
     from locus.model import Model
+    from locus.ranks import Ranks
 
 DELTA, ABOUT, HISTORY, DOSE = "delta.safetensors", "edit.json", "history.jsonl", "dose.png"
 
@@ -27,9 +28,13 @@ def edit_into(
     method: str,
     editor: Any,
     resume: bool,
+    ranks: Ranks | None = None,
 ) -> WeightDelta:
-    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume."""
-    from locus.artefact import atomic_file, load_json, save_json
+    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume.
+
+    Several processes run it together, and the first of them writes.
+    """
+    from locus.artefact import load_json
     from locus.delta import WeightDelta
     from locus.errors import InputError
 
@@ -47,6 +52,10 @@ def edit_into(
         "forget": [f.id for f in forget],
         "retain": [f.id for f in retain if not f.held_out],
     }
+    if ranks is not None:
+        ranks.agree(
+            "files in the output folder (it must be one that all see)", str((folder / ABOUT).exists())
+        )
     if (folder / ABOUT).exists():
         earlier = load_json(folder / ABOUT, "edit")
         if not resume:
@@ -57,9 +66,22 @@ def edit_into(
             f"{folder} holds an edit with other settings: give another folder, or delete it first"
         )
     history: list[Mapping[str, Any]] = []
+    together = {} if ranks is None or ranks.size == 1 else {"ranks": ranks}
+    state = folder / ".resume"
     delta: WeightDelta = editor.run(
-        model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=history.append
+        model, forget, retain, mask, text=text, folder=state, resume=resume, log=history.append, **together
     )
+    if ranks is None or ranks.first:
+        _write(folder, delta, history, about)
+    return delta
+
+
+def _write(
+    folder: Path, delta: WeightDelta, history: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> None:
+    """The files of a finished edit; what could be resumed is no longer needed."""
+    from locus.artefact import atomic_file, save_json
+
     delta.save(folder / DELTA)
     with atomic_file(folder / HISTORY) as path:
         path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in history), "utf-8")
@@ -73,7 +95,6 @@ def edit_into(
 
         plot_dose(points, delta.provenance["strength"], folder / DOSE)
     _clear(folder / ".resume")
-    return delta
 
 
 def control_mask(model: Model, mask: WeightMask, seed: int) -> WeightMask:
