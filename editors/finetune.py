@@ -8,7 +8,7 @@ goes on to the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +38,7 @@ from locus.delta import WeightDelta
 from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import Example, Fact
+from locus.finite import first_at_fault
 from locus.forward import Batch, collate, measure
 from locus.mask import WeightMask
 from locus.model import Model
@@ -325,8 +326,10 @@ class Run:
             pushed = self._forget(asked, pushed.batch, step)
         with training.attack.applied(self.model, pushed.batch):
             loss = self.objective.forget_loss(pushed) * (counts * pushed.n_examples / n_examples)
+        named = ((asked.facts[i].id, asked.encoded[i]) for i in pushed.batch.examples)
+        number = self._finite("forget loss", step, loss, named)
         loss.backward()
-        return self._finite("forget loss", step, loss), int(active.sum()) if counts else 0
+        return number, int(active.sum()) if counts else 0
 
     def _forget(self, asked: Asked, batch: Batch, step: int) -> Prediction:
         """A batch of forget examples, with another answer to the same prompts where the objective has one."""
@@ -366,7 +369,8 @@ class Run:
                 kept = Prediction(self.model, self.deltas, piece.batch, kept=self._kept(encoded))
                 n_own = len(piece.batch.labels) if piece.counts else 0
                 loss = term.loss(kept) * (n_own / n)
-                loss_sum += self._finite("retain loss", step, loss)
+                named = ((f"retain {i + 1}", encoded[i]) for i in piece.batch.examples)
+                loss_sum += self._finite("retain loss", step, loss, named)
                 (term.weight * loss).backward()
                 kl_sum += mean_kl(kept) * n_own
             n_labels += n
@@ -384,15 +388,20 @@ class Run:
             )
         return self._finite("gradient norm", step, self.team.clip_(with_gradient, most))
 
-    def _finite(self, what: str, step: int, value: Tensor) -> float:
-        """The value as a number, if it is one."""
+    def _finite(
+        self, what: str, step: int, value: Tensor, examples: Iterable[tuple[str, Encoded]] = ()
+    ) -> float:
+        """The value as a number, if it is one; else the error, with the example and the layer that it comes from."""
         number = float(value.detach())
-        if not math.isfinite(number):
-            raise InputError(
-                f"step {step + 1}: the {what} is {number}; lower the learning rate (now "
-                f"{lr_at(self.objective.training, step):g}) or load the model in float32"
-            )
-        return number
+        if math.isfinite(number):
+            return number
+        # Of a sharded model no process can run anything by itself.
+        found = None if self.team.in_step else first_at_fault(self.model, examples)
+        where = "" if found is None else f"; it arises in {found[1]}, of fact {found[0]!r} first"
+        raise InputError(
+            f"step {step + 1}: the {what} is {number}; lower the learning rate (now "
+            f"{lr_at(self.objective.training, step):g}) or load the model in float32{where}"
+        )
 
     def _over_forgotten(self, state: RunState) -> list[str]:
         """Facts whose target is now less probable than a random token string of its length."""

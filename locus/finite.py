@@ -35,16 +35,22 @@ def blame(model: Model, examples: Iterable[tuple[str, Encoded]], what: str) -> I
         what: What came out as no number, with its article.
     """
     listed = list(examples)
-    for name, encoded in listed:
-        found = first_broken(model, encoded.ids)
-        if found is not None:
-            return InputError(f"fact {name!r}: {found} of {model.name} gives NaN or infinity: {_MEND}")
+    if (found := first_at_fault(model, listed)) is not None:
+        return InputError(f"fact {found[0]!r}: {found[1]} of {model.name} gives NaN or infinity: {_MEND}")
     names = ", ".join(repr(name) for name, _ in listed[:3]) + (", …" if len(listed) > 3 else "")
     facts = "fact" if len(listed) == 1 else "facts"
     return InputError(
         f"{facts} {names}: {what} comes out as NaN or infinity, though every layer of {model.name} gives numbers: "
         "gradients too large for the dtype (try --dtype float32)"
     )
+
+
+def first_at_fault(model: Model, examples: Iterable[tuple[str, Encoded]]) -> tuple[str, str] | None:
+    """The first example whose run is not finite, and the first part of the model at fault in it, in words."""
+    for name, encoded in examples:
+        if (part := first_broken(model, encoded.ids)) is not None:
+            return name, part
+    return None
 
 
 @torch.no_grad()

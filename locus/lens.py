@@ -18,6 +18,7 @@ from torch import Tensor
 
 from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
+from locus.finite import blame, is_finite
 from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
@@ -148,7 +149,8 @@ def lens_grid(
         translate: Applied to the states of a layer before they are read: a tuned lens' translator.
 
     Raises:
-        InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place).
+        InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place), or
+            NaN or infinity, named by layer and example.
     """
     atlas, n = model.atlas, encoded.target_start
     if site == "block_mid" and atlas.parallel:
@@ -179,6 +181,8 @@ def lens_grid(
     rank, prob, entropy, kl, top_probs, top_ids = (
         torch.stack([torch.cat([piece[i] for piece in row]) for row in rows]) for i in range(6)
     )
+    if not is_finite(prob, top_probs):
+        raise blame(model, [(fact_id, encoded)], "what the lens reads")
     words = tuple(tuple(str(model.tokenizer.decode([int(best)])) for best in row) for row in top_ids[:, :, 0])
     target = str(model.tokenizer.decode([label]))
     return LensGrid(

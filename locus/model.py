@@ -56,7 +56,11 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device that computes the token embedding."""
-        return device_of(self._embedding)
+        weight = self._embedding
+        if weight.is_meta:  # accelerate has offloaded it, and knows where it computes
+            hook: Any = getattr(self.module.get_submodule(self.atlas.embed), "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or "meta")
+        return device_of(weight)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,6 +24,7 @@ from locus.hooks import patched
 from locus.model import Model
 from locus.scores import NeuronScores
 from locus.together import each
+from locus.weights import held
 from tracing.cost import Cost
 from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid, prediction_positions
 
@@ -31,11 +32,10 @@ from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid,
 def down_norms(model: Model) -> Float[Tensor, "layer neuron"]:
     """Euclidean norm of every neuron's down column: what one unit of its activation writes."""
     norms = neuron_grid(model)
-    parameters = dict(model.module.named_parameters())
     for layer, parts in enumerate(model.atlas.neurons):
         for part in parts:
             if part.role == "down":
-                weight = parameters[part.param].detach().float()
+                weight = held(model, part.param).float()
                 columns = weight.norm(dim=1 - part.axis)
                 norms[layer] = columns[part.offset : part.offset + model.atlas.d_mlp].to(norms.device)
     return norms

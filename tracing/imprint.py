@@ -40,6 +40,7 @@ from locus.hooks import patched
 from locus.model import Model
 from locus.scores import NeuronScores, count_of
 from locus.together import each
+from locus.weights import held
 from tracing.activation import down_norms
 from tracing.cost import Cost
 from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid, show_gradient, tapped
@@ -163,14 +164,13 @@ def imbalance_of(model: Model) -> Float[Tensor, "layer neuron"]:
 
 def row_norms(model: Model) -> list[Float[Tensor, "role neuron"]]:
     """Norms of every neuron's up row and, where there is one, its gate row."""
-    parameters = dict(model.module.named_parameters())
     d_mlp = model.atlas.d_mlp
     found = []
     for parts in model.atlas.neurons:
         norms = []
         for part in parts:
             if part.role in ("up", "gate"):
-                norm = parameters[part.param].detach().float().norm(dim=1 - part.axis)
+                norm = held(model, part.param).float().norm(dim=1 - part.axis)
                 norms.append(norm[part.offset : part.offset + d_mlp])
         found.append(torch.stack(norms))
     return found

@@ -203,7 +203,7 @@ def named(model: Model, patterns: Sequence[str]) -> dict[str, Tensor]:
     """Parameters by name or shell pattern, in the model's order; tied ones once.
 
     Raises:
-        InputError: a pattern that matches nothing.
+        InputError: a pattern that matches nothing, or a parameter that is offloaded and so can have no gradient.
     """
     parameters = dict(model.module.named_parameters())
     wanted: set[str] = set()
@@ -212,6 +212,11 @@ def named(model: Model, patterns: Sequence[str]) -> dict[str, Tensor]:
         if not found:
             raise InputError(f"parameters {pattern!r}: {model.name} has none of this name or pattern")
         wanted |= set(found)
+    if away := [name for name in parameters if name in wanted and parameters[name].is_meta]:
+        raise InputError(
+            f"{away[0]}: offloaded, so it has no gradient; load the model without a device_map that offloads, or name "
+            "other parameters"
+        )
     return {name: parameter for name, parameter in parameters.items() if name in wanted}
 
 

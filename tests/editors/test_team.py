@@ -32,19 +32,19 @@ from tests.forked import job
 from tests.tiny import save_tiny, tiny_model
 
 FEW = Training(
-    steps=3, lr=0.05, optimizer="sgd", momentum=0.9, check_every=2, save_every=2, goal=0.0, forget_per_step=3
+    steps=2, lr=0.05, optimizer="sgd", momentum=0.9, check_every=2, save_every=2, goal=0.0, forget_per_step=3
 )
 NEURONS = ("neurons",)
 PLAIN: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "every kind of mask": (NPO(training=FEW), KINDS),
-    "neurons by AdamW": (NPO(training=Training(steps=3, check_every=2, goal=0.0)), NEURONS),
+    "neurons by AdamW": (NPO(training=Training(steps=2, goal=0.0)), NEURONS),
 }
 COMPOSED: Mapping[str, tuple[Any, tuple[str, ...]]] = {
-    "checkpointing": (NPO(training=dataclasses.replace(FEW, steps=2, checkpointing=True)), KINDS),
-    "a forward cut short": (RMU(layer=2, training=dataclasses.replace(FEW, steps=2)), KINDS),
+    "checkpointing": (NPO(training=dataclasses.replace(FEW, checkpointing=True)), KINDS),
+    "a forward cut short": (RMU(layer=2, training=dataclasses.replace(FEW, steps=1)), KINDS),
     "the lens": (OBJECTIVES["head-projection"](training=dataclasses.replace(FEW, steps=1)), NEURONS),
     "an adversary": (NPO(training=dataclasses.replace(FEW, steps=1, attack=LatentAttack(steps=1))), NEURONS),
-    "a floor": (NPO(training=dataclasses.replace(FEW, steps=2, floor=0.2)), NEURONS),
+    "a floor": (NPO(training=dataclasses.replace(FEW, floor=0.2)), NEURONS),
 }
 
 
