@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from editors.guard import unmoved
 from editors.hessian import EVERY as HESSIAN_EVERY
 from editors.hessian import estimate_hessian
 from editors.lora import LoraDeltas
+from editors.objective import Answering, Finishing, Objective
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Kept, Prediction
 from editors.recompute import recomputed
@@ -37,7 +38,7 @@ from locus import progress
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
 from locus.errors import InputError
-from locus.fact import Example, Fact
+from locus.fact import Fact
 from locus.finite import first_at_fault
 from locus.forward import Batch, collate, measure
 from locus.mask import WeightMask
@@ -48,38 +49,6 @@ from locus.tokens import Encoded, encode
 
 Log = Callable[[Mapping[str, Any]], None]
 """Called with one record a step: see `Run.take_step`."""
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What the loop needs of an editor: its loss on forget examples and its settings."""
-
-    @property
-    def retain(self) -> Retain:
-        """The retain term."""
-
-    @property
-    def training(self) -> Training:
-        """The training settings."""
-
-    def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
-        """The loss to lower on a batch of forget examples: a mean over its examples."""
-
-
-@runtime_checkable
-class Answering(Protocol):
-    """An objective that also looks at another answer to each prompt."""
-
-    def answer(self, fact: Fact, pool: Sequence[Fact], step: int) -> Example:
-        """The fact's prompt with that answer; `pool` are all facts that may be looked at."""
-
-
-@runtime_checkable
-class Finishing(Protocol):
-    """An objective with a stopping rule of its own, asked at looks once `min_steps` are done."""
-
-    def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
-        """Whether the forget examples are forgotten by its own measure."""
 
 
 def finetune(

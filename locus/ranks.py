@@ -270,7 +270,7 @@ def joined() -> Iterator[Ranks]:
     except (Exception, KeyboardInterrupt, _Ended) as error:
         ranks.told_to_end = False
         why = f"another process of this job was lost (killed, or out of memory?); {_GO_ON}"
-        said = ranks.tell(Stopped(why) if isinstance(error, _Ended) else error)
+        said = ranks.tell(Stopped(why) if isinstance(error, _Ended) or _cut_off(error) else error)
         with contextlib.suppress(Stopped):
             ranks.linger(5.0)
         raise said from (error.__cause__ if said is error else None)
@@ -278,6 +278,14 @@ def joined() -> Iterator[Ranks]:
         quiet.set()
         beating.join()
         dist.destroy_process_group()
+
+
+def _cut_off(error: BaseException) -> bool:
+    """Whether the other end of a sum is gone: gloo and NCCL say so in the middle of a forward or a backward."""
+    words = str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo/transport" in words or "NCCL" in words
+    )
 
 
 def _join() -> Ranks:

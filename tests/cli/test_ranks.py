@@ -72,7 +72,7 @@ def test_an_error_of_all_is_said_once(world):
 
 LOCATE = ["locate", "model", "facts.jsonl", "--limit", "3", "--batch-tokens", "24", "-q"]
 EDIT = [
-    "edit", "model", "facts.jsonl", "--limit", "3", "--mask", "mask.safetensors", "--steps", "2", "--min-steps", "1",
+    "edit", "model", "facts.jsonl", "--limit", "3", "--mask", "mask.safetensors", "--min-steps", "1",
     "--optimizer", "sgd", "--lr", "0.05", "--retain-term", "none", "--goal", "0", "--utility", "0", "-q",
 ]  # fmt: skip
 
@@ -93,9 +93,11 @@ def test_two_processes_locate_what_one_locates(world):
 def test_two_processes_edit_as_one_does_and_the_first_writes(world, how):
     with contextlib.chdir(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
-        assert execute([*EDIT, "-o", "edit", "--resume"]) == 0
+        assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
     out = f"edit-by-two{''.join(how)}"
-    children = job(lambda: execute([*EDIT, "-o", out, "--controls", "1", *how]), 2, world / "logs", world)
+    children = job(
+        lambda: execute([*EDIT, "--steps", "2", "-o", out, "--controls", "1", *how]), 2, world / "logs", world
+    )
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     ours, theirs = (WeightDelta.load(world / name / "delta.safetensors") for name in ("edit", out))
     assert set(ours.changes) == set(theirs.changes) and ours.norm > 1e-3
@@ -109,10 +111,33 @@ def test_two_processes_edit_as_one_does_and_the_first_writes(world, how):
     assert (world / out / "control-0" / "edit.json").exists() and not (world / out / ".resume").exists()
 
 
+def test_a_lost_process_ends_an_edit_and_one_process_resumes_it(world):
+    with contextlib.chdir(world):
+        assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
+    command = [*EDIT, "--steps", "60", "--save-every", "1", "-o", "cut", "--floor", "0", "--max-kl", "0"]
+    children = job(lambda: execute([*command, "--shard"]), 2, world / "logs", world)
+    state, deadline = world / "cut" / ".resume" / "state.safetensors", time.monotonic() + 120
+    while not state.exists():
+        assert time.monotonic() < deadline, [child.said for child in children]
+        time.sleep(0.01)
+    children[1].kill()
+    assert children[1].wait() == -signal.SIGKILL
+    assert children[0].wait() == 1
+    lines = children[0].said.splitlines()
+    assert len(lines) == 1 and "--resume" in lines[0] and "lost" in lines[0], lines
+    assert not (world / "cut" / "delta.safetensors").exists()
+    with contextlib.chdir(world):
+        assert execute([*command, "--resume"]) == 0
+    history = [
+        json.loads(line)["step"] for line in (world / "cut" / "history.jsonl").read_text().splitlines()
+    ]
+    assert history == list(range(1, 61))
+
+
 def test_two_processes_audit_what_one_audits(world):
     with contextlib.chdir(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
-        assert execute([*EDIT, "-o", "edit", "--resume"]) == 0
+        assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
     audit = ["audit", "model", "edit", "facts.jsonl", "--retain", "facts.jsonl", "--attacks", "lens", "choice",
              "relearn", "dose", "--control", "edit", "-q"]  # fmt: skip
     with contextlib.chdir(world):

@@ -1,7 +1,7 @@
 """A model that accelerate spreads: part of its weights stay on the disk and come only while they are needed.
 
-Two devices are not needed for that: what is offloaded is on no device between calls, and nothing may be computed with it
-but by its own module.
+Two devices are not needed for that: what is offloaded is on no device between calls, and nothing may be computed with
+it but by its own module.
 """
 
 from __future__ import annotations
