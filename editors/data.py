@@ -95,13 +95,13 @@ class Data:
     def forget_batches(self, training: Training, step: int) -> Iterator[Batch]:
         """This step's forget examples; `Batch.examples` are numbers in `forget`."""
         chosen = draw(training.seed, "forget", step, len(self.forget), training.forget_per_step)
-        return _batches(self.forget, chosen, training.batch_tokens)
+        return batched(self.forget, chosen, training.batch_tokens)
 
     def reworded_batches(self, training: Training, step: int) -> Iterator[Batch]:
         """This step's forget facts in other words; `Batch.examples` are numbers in `reworded`."""
         encoded = self.reworded.encoded
         chosen = draw(training.seed, "reworded", step, len(encoded), training.reworded)
-        return _batches(encoded, chosen, training.batch_tokens)
+        return batched(encoded, chosen, training.batch_tokens)
 
     def retain_batches(self, term: Retain, training: Training, step: int) -> Iterator[Batch]:
         """This step's retain facts, `term.near` of them from the relations of the forgotten facts.
@@ -115,12 +115,12 @@ class Data:
         n_near = term.facts - n_far
         chosen = [near[i] for i in draw(training.seed, "near", step, len(near), n_near)]
         chosen += [far[i] for i in draw(training.seed, "retain", step, len(far), n_far)]
-        return _batches(self.retain, chosen, training.batch_tokens)
+        return batched(self.retain, chosen, training.batch_tokens)
 
     def text_batches(self, term: Retain, training: Training, step: int) -> Iterator[Batch]:
         """This step's blocks of neutral text."""
         chosen = draw(training.seed, "text", step, len(self.texts), term.texts)
-        return _batches(self.texts, chosen, training.batch_tokens)
+        return batched(self.texts, chosen, training.batch_tokens)
 
     def fingerprint(self) -> list[object]:
         """What the examples are, as JSON values."""
@@ -128,7 +128,7 @@ class Data:
         return [[[list(one.ids), one.target_start] for one in group] for group in groups]
 
 
-def _batches(encoded: Sequence[Encoded], chosen: Sequence[int], max_tokens: int) -> Iterator[Batch]:
+def batched(encoded: Sequence[Encoded], chosen: Sequence[int], max_tokens: int) -> Iterator[Batch]:
     """Batches of the chosen examples that keep their numbers in the whole list."""
     for batch in batches([encoded[i] for i in chosen], max_tokens):
         yield collate(encoded, [chosen[i] for i in batch.examples])

@@ -8,19 +8,21 @@ goes on to the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from editors.data import Asked, Data
 from editors.guard import unmoved
+from editors.hessian import EVERY as HESSIAN_EVERY
+from editors.hessian import estimate_hessian
 from editors.lora import LoraDeltas
+from editors.objective import Answering, Finishing, Objective
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Kept, Prediction
 from editors.recompute import recomputed
@@ -31,54 +33,23 @@ from editors.rounding import saved_dtypes
 from editors.sophia import SophiaG
 from editors.state import RunState, identity, load_state, save_state
 from editors.stopping import RISE, look, verdict
-from editors.training import Training, generator, lr_at, make_optimizer
+from editors.team import BY_ITSELF, Deal, Team
+from editors.training import Training, lr_at, make_optimizer
 from locus import progress
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
 from locus.errors import InputError
-from locus.fact import Example, Fact
+from locus.fact import Fact
+from locus.finite import first_at_fault
 from locus.forward import Batch, collate, measure
 from locus.mask import WeightMask
 from locus.model import Model
+from locus.ranks import ALONE, Ranks
+from locus.sharded import whole
 from locus.tokens import Encoded, encode
 
 Log = Callable[[Mapping[str, Any]], None]
 """Called with one record a step: see `Run.take_step`."""
-
-HESSIAN_EVERY = 10
-"""Steps between two estimates of Sophia's Hessian (Jia et al. 2024)."""
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What the loop needs of an editor: its loss on forget examples and its settings."""
-
-    @property
-    def retain(self) -> Retain:
-        """The retain term."""
-
-    @property
-    def training(self) -> Training:
-        """The training settings."""
-
-    def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
-        """The loss to lower on a batch of forget examples: a mean over its examples."""
-
-
-@runtime_checkable
-class Answering(Protocol):
-    """An objective that also looks at another answer to each prompt."""
-
-    def answer(self, fact: Fact, pool: Sequence[Fact], step: int) -> Example:
-        """The fact's prompt with that answer; `pool` are all facts that may be looked at."""
-
-
-@runtime_checkable
-class Finishing(Protocol):
-    """An objective with a stopping rule of its own, asked at looks once `min_steps` are done."""
-
-    def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
-        """Whether the forget examples are forgotten by its own measure."""
 
 
 def finetune(
@@ -92,6 +63,7 @@ def finetune(
     folder: Path | None = None,
     resume: bool = False,
     log: Log | None = None,
+    ranks: Ranks = ALONE,
 ) -> WeightDelta:
     """Train the located weights; the model in memory ends bit for bit as it was.
 
@@ -105,18 +77,22 @@ def finetune(
         folder: Where resumable states are kept; None keeps none.
         resume: Go on from the state in `folder`, if there is one.
         log: Called after every step with its record (JSON values); on resuming, first with those of earlier steps.
+        ranks: The processes that make each step together, all of which call this with the same arguments; of a
+            model that each holds whole, or that is spread over them. `folder` is one that all of them see.
 
     Returns:
-        The delta; its provenance says how the run ended and what rounding to the model's dtype lost.
+        The delta, on every process and equal to one process's within rounding; its provenance says how the run
+        ended and what rounding to the model's dtype lost.
 
     Raises:
         InputError: nothing to forget, a mask of another model, a retain term without retain data, a state of
-            another run, or a loss that is not a finite number.
+            another run, or a loss that is not a finite number; processes that were given different things.
         MaskLeak: a weight that must not move did.
     """
     mask.check(model)
     training = objective.training
-    deltas = _deltas(model, mask, training)
+    team = Team.of(ranks, model)
+    deltas = _deltas(model, mask, training, team)
     with unmoved(model.module):
         data = Data.read(model, forget, retain, text, objective.retain, training)
         run = Run(
@@ -125,9 +101,12 @@ def finetune(
             deltas,
             data,
             make_optimizer(training, deltas.parameters),
-            _references(objective.retain, model, deltas),
+            _references(objective.retain, model, deltas, team),
+            team,
         )
+        team.settle(data, run.identity)
         state = run.start(folder if resume else None)
+        ranks.agree("states to go on from (the output folder must be one that all see)", str(state.step))
         with (
             deltas.attached(),
             recomputed(model, training.checkpointing),
@@ -143,23 +122,28 @@ def finetune(
                 if log is not None:
                     log(record)
                 if folder is not None and (state.stopped or state.step % training.save_every == 0):
-                    save_state(folder, run.identity, state, deltas.values, run.optimizer)
+                    save_state(folder, run.identity, state, deltas.values, run.optimizer, ranks.first)
         if state.stopped == "utility floor":
             deltas.load(state.good)
         return weight_delta(model, mask, deltas, training, run.provenance(state))
 
 
-def _deltas(model: Model, mask: WeightMask, training: Training) -> Trained:
+def _deltas(model: Model, mask: WeightMask, training: Training, team: Team) -> Trained:
     """The trainable form of the mask that the settings ask for."""
+    if training.lora_rank and team.in_step:
+        raise InputError("LoRA: not of a sharded model; train the located weights themselves (lora_rank 0)")
     if training.lora_rank:
         return LoraDeltas(model.module, mask, training.lora_rank, training.seed)
     saved = saved_dtypes(model, mask) if training.rounding == "compensated" else None
     return Deltas(model.module, mask, saved)
 
 
-def _references(term: Retain, model: Model, deltas: Trained) -> References | None:
-    """Where the base's logits are kept, if they are to be kept."""
-    if term.reference == "live":
+def _references(term: Retain, model: Model, deltas: Trained, team: Team) -> References | None:
+    """Where the base's logits are kept, if they are to be kept.
+
+    A sharded base is asked every time: what one process has kept, another would still have to ask all for.
+    """
+    if term.reference == "live" or team.in_step:
         return None
     folder = cache_folder() / "references" if term.reference == "disk" else None
     return References(model, deltas, folder, FACT_TOKENS if term.reference == "facts" else None)
@@ -176,6 +160,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     references: References | None = None
     """The base's logits, where they are kept."""
+    team: Team = BY_ITSELF
+    """The processes that make each step together."""
 
     @property
     def identity(self) -> str:
@@ -211,8 +197,9 @@ class Run:
             self._estimate_hessian(self.optimizer, step)
         self.optimizer.zero_grad(set_to_none=True)
         record: dict[str, Any] = {"step": step + 1, "lr": lr_at(training, step), "utility": None}
-        record |= self._push(state, step)
-        record |= self._hold(step)
+        deal = self.team.deal()
+        record |= self._push(state, step, deal)
+        record |= self._hold(step, deal)
         record["grad_norm"] = self._clip(step)
         self.optimizer.step()
         state.step += 1
@@ -221,11 +208,11 @@ class Run:
         state.stopped = verdict(training, self.data, state)
         looking = state.step % training.check_every == 0
         if looking and state.step >= training.min_steps and isinstance(self.objective, Finishing):
-            state.stopped = state.stopped or (
-                "goal" if self.objective.done(self.model, self.data.forget) else ""
-            )
+            done = self.objective.done(self.model, self.data.forget)
+            # What the first process found holds for all.
+            state.stopped = state.stopped or ("goal" if self.team.ranks.told(str(done)) == "True" else "")
         if state.stopped or looking:
-            look(self.model, training, self.data, state, self.deltas)
+            look(self.model, training, self.data, state, self.deltas, self.team)
         return record
 
     def provenance(self, state: RunState) -> dict[str, Any]:
@@ -239,7 +226,7 @@ class Run:
             "forget_prob_before": float(self.data.reference.prob.mean()),
             "forget_prob_after": float(prob.nanmean()),
             "over_forgotten": self._over_forgotten(state),
-            "unreached": [n for n, v in self.deltas.values.items() if not v.detach().any()],
+            "unreached": [n for n, v in self.deltas.values.items() if not whole(v.detach()).any()],
             "last": state.history[-1],
         }
 
@@ -248,28 +235,29 @@ class Run:
         references = self.references
         return None if references is None else lambda batch: references.logits(encoded, batch)
 
-    def _push(self, state: RunState, step: int) -> dict[str, Any]:
+    def _push(self, state: RunState, step: int, deal: Deal) -> dict[str, Any]:
         """Backward of the forget loss, batch by batch, and what is now known of the forget examples."""
         data, training = self.data, self.objective.training
         plain = list(data.forget_batches(training, step))
         other = list(data.reworded_batches(training, step))
         chosen = [number for batch in plain for number in batch.examples]
         n_examples = len(chosen) + sum(len(batch.examples) for batch in other)
-        loss_sum, n_active = 0.0, 0
-        for batch in plain:
-            forget = self._forget(data.plain, batch, step)
-            loss, active = self._lower(data.plain, forget, n_examples, step)
+        loss_sum, n_active = 0.0, 0.0
+        seen = torch.zeros(3, len(data.forget))
+        for piece in deal.pieces(data.forget, plain, training.batch_tokens):
+            forget = self._forget(data.plain, piece.batch, step)
+            loss, active = self._lower(data.plain, forget, n_examples, step, piece.counts)
             loss_sum, n_active = loss_sum + loss, n_active + active
-            if forget.has_run:
-                state.nll[list(batch.examples)] = forget.nll.detach().float().cpu()
-                state.correct[list(batch.examples)] = forget.correct.float().cpu()
-            elif step % training.check_every == 0:
-                scores = measure(self.model, [data.forget[i] for i in batch.examples], training.batch_tokens)
-                state.nll[list(batch.examples)] = scores.nll
-                state.correct[list(batch.examples)] = scores.correct.float()
-        for batch in other:
-            forget = self._forget(data.reworded, batch, step)
-            loss_sum += self._lower(data.reworded, forget, n_examples, step)[0]
+            now = self._seen(forget, step)
+            if now is not None and piece.counts:
+                seen[:, list(piece.batch.examples)] = now
+        for piece in deal.pieces(data.reworded.encoded, other, training.batch_tokens):
+            forget = self._forget(data.reworded, piece.batch, step)
+            loss_sum += self._lower(data.reworded, forget, n_examples, step, piece.counts)[0]
+        loss_sum, n_active = self.team.total(loss_sum, n_active)
+        self.team.ranks.add_([seen])
+        looked_at = seen[2] > 0
+        state.nll[looked_at], state.correct[looked_at] = seen[0, looked_at], seen[1, looked_at]
         return {
             "forget_loss": loss_sum,
             "forget_prob": float((-state.nll[chosen]).exp().nanmean()),
@@ -277,21 +265,38 @@ class Run:
             "active": n_active / len(chosen),
         }
 
-    def _lower(self, asked: Asked, forget: Prediction, n_examples: int, step: int) -> tuple[float, int]:
+    def _seen(self, forget: Prediction, step: int) -> Float[Tensor, "3 example"] | None:
+        """NLL and correctness of a batch's examples, and a 1 each; None where they are not known at this step."""
+        if forget.has_run:
+            nll, correct = forget.nll.detach().float().cpu(), forget.correct.float().cpu()
+        elif step % self.objective.training.check_every == 0:
+            encoded = [self.data.forget[i] for i in forget.batch.examples]
+            scores = measure(self.model, encoded, self.objective.training.batch_tokens)
+            nll, correct = scores.nll, scores.correct.float()
+        else:
+            return None
+        return torch.stack([nll, correct, torch.ones_like(nll)])
+
+    def _lower(
+        self, asked: Asked, forget: Prediction, n_examples: int, step: int, counts: bool
+    ) -> tuple[float, int]:
         """Backward of the loss of one of a step's batches; its share of the step's loss, and how many were pushed.
 
-        Examples that are gone already get no push.
+        Examples that are gone already get no push, and a batch that does not count none of any weight.
         """
         training = self.objective.training
         active = self._active(forget)
-        if not active.any():
+        counts = counts and bool(active.any())
+        if not self.team.any(counts):
             return 0.0, 0
-        pushed = forget if active.all() else forget.only(active)
+        pushed = forget if not counts or active.all() else forget.only(active)
         if training.attack.steps:
             pushed = pushed.under(training.attack.found(self.model, pushed.batch))
-        loss = self.objective.forget_loss(pushed) * (pushed.n_examples / n_examples)
+        loss = self.objective.forget_loss(pushed) * (counts * pushed.n_examples / n_examples)
+        named = ((asked.facts[i].id, asked.encoded[i]) for i in pushed.batch.examples)
+        number = self._finite("forget loss", step, loss, named)
         loss.backward()
-        return self._finite("forget loss", step, loss), int(active.sum())
+        return number, int(active.sum()) if counts else 0
 
     def _forget(self, asked: Asked, batch: Batch, step: int) -> Prediction:
         """A batch of forget examples, with another answer to the same prompts where the objective has one."""
@@ -317,7 +322,7 @@ class Run:
         risen = nll - forget.ref_nll.to(nll.device) >= RISE * forget.n_tokens
         return ~((nll > -math.log(floor)) & risen)
 
-    def _hold(self, step: int) -> dict[str, Any]:
+    def _hold(self, step: int, deal: Deal) -> dict[str, Any]:
         """Backward of the retain term on this step's facts and texts, each a mean over its tokens."""
         term, training = self.objective.retain, self.objective.training
         if not term.active:
@@ -327,36 +332,43 @@ class Run:
         for encoded, source in ((data.retain, data.retain_batches), (data.texts, data.text_batches)):
             batches = list(source(term, training, step))
             n = sum(len(batch.labels) for batch in batches)
-            for batch in batches:
-                kept = Prediction(self.model, self.deltas, batch, kept=self._kept(encoded))
-                loss = term.loss(kept) * (len(batch.labels) / n)
-                loss_sum += self._finite("retain loss", step, loss)
+            for piece in deal.pieces(encoded, batches, training.batch_tokens):
+                kept = Prediction(self.model, self.deltas, piece.batch, kept=self._kept(encoded))
+                n_own = len(piece.batch.labels) if piece.counts else 0
+                loss = term.loss(kept) * (n_own / n)
+                named = ((f"retain {i + 1}", encoded[i]) for i in piece.batch.examples)
+                loss_sum += self._finite("retain loss", step, loss, named)
                 (term.weight * loss).backward()
-                kl_sum += mean_kl(kept) * len(batch.labels)
+                kl_sum += mean_kl(kept) * n_own
             n_labels += n
+        loss_sum, kl_sum = self.team.total(loss_sum, kl_sum)
         return {"retain_loss": loss_sum, "kl": kl_sum / n_labels}
 
     def _clip(self, step: int) -> float:
         """Clip the gradient of all deltas together; its norm before that."""
         most = self.objective.training.clip or math.inf
-        with_gradient = [p for p in self.deltas.parameters if p.grad is not None]
+        with_gradient = self.team.summed(self.deltas.parameters)
         if step == 0 and not with_gradient:
             raise InputError(
                 "no located weight influences the loss: the mask lies above the layers this objective runs, or in "
                 "parameters the model does not use"
             )
-        norm = torch.nn.utils.clip_grad_norm_(with_gradient, most)
-        return self._finite("gradient norm", step, norm)
+        return self._finite("gradient norm", step, self.team.clip_(with_gradient, most))
 
-    def _finite(self, what: str, step: int, value: Tensor) -> float:
-        """The value as a number, if it is one."""
+    def _finite(
+        self, what: str, step: int, value: Tensor, examples: Iterable[tuple[str, Encoded]] = ()
+    ) -> float:
+        """The value as a number, if it is one; else the error, with the example and the layer that it comes from."""
         number = float(value.detach())
-        if not math.isfinite(number):
-            raise InputError(
-                f"step {step + 1}: the {what} is {number}; lower the learning rate (now "
-                f"{lr_at(self.objective.training, step):g}) or load the model in float32"
-            )
-        return number
+        if math.isfinite(number):
+            return number
+        # Of a sharded model no process can run anything by itself.
+        found = None if self.team.in_step else first_at_fault(self.model, examples)
+        where = "" if found is None else f"; it arises in {found[1]}, of fact {found[0]!r} first"
+        raise InputError(
+            f"step {step + 1}: the {what} is {number}; lower the learning rate (now "
+            f"{lr_at(self.objective.training, step):g}) or load the model in float32{where}"
+        )
 
     def _over_forgotten(self, state: RunState) -> list[str]:
         """Facts whose target is now less probable than a random token string of its length."""
@@ -365,16 +377,8 @@ class Run:
         return [fact.id for fact, flag in zip(self.data.facts, flags, strict=True) if flag]
 
     def _estimate_hessian(self, optimizer: SophiaG, step: int) -> None:
-        """Gauss-Newton-Bartlett: squared gradients of the NLL of labels drawn from the model itself."""
-        term, training = self.objective.retain, self.objective.training
-        batches: list[Batch] = [*self.data.forget_batches(training, step)]
+        term, training, data = self.objective.retain, self.objective.training, self.data
+        asked = {"forget": (data.forget, list(data.forget_batches(training, step)))}
         if term.active:
-            batches += self.data.retain_batches(term, training, step)
-        n = sum(len(batch.labels) for batch in batches)
-        optimizer.zero_grad(set_to_none=True)
-        source = generator(training.seed, "hessian", step)
-        for batch in batches:
-            logits = Prediction(self.model, self.deltas, batch).logits
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=source).flatten()
-            (F.cross_entropy(logits, drawn.to(logits.device), reduction="sum") / n).backward()
-        optimizer.update_hessian(n)
+            asked["retain"] = (data.retain, list(data.retain_batches(term, training, step)))
+        estimate_hessian(optimizer, self.model, self.deltas, self.team, asked, training, step)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from locus.fingerprint import digests, tensor_digest
+from locus.sharded import given_back, is_sharded, local
 
 
 class MaskLeak(RuntimeError):
@@ -15,10 +16,15 @@ class MaskLeak(RuntimeError):
 
 
 def every_digest(module: nn.Module) -> dict[str, str]:
-    """sha256 of every parameter and buffer that is in memory, by name; tied tensors once."""
+    """sha256 of every parameter and buffer that is in memory, by name; tied tensors once.
+
+    Of a sharded model, of this process's part of each.
+    """
+    if is_sharded(module):
+        given_back(module)
     found = dict(module.named_parameters()) | dict(module.named_buffers())
     names = [name for name, tensor in found.items() if not tensor.is_meta]
-    return digests(names, lambda name: tensor_digest(found[name]))
+    return digests(names, lambda name: tensor_digest(local(found[name])))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from locus.errors import InputError
 from locus.mask import WeightMask, shapes_of
 from locus.model import Model
 from locus.selection import Selection, same_bits
-from locus.weights import stored
+from locus.weights import refuse_offloaded, stored
 
 EARLY = 0.2
 """Share of the depth where editors start when the mask leaves the choice to them: about where ROME and MEMIT edit
@@ -149,9 +149,11 @@ def borrowed(model: Model, names: Iterable[str]) -> Iterator[None]:
     """Let these parameters be written; on leaving every bit is as before.
 
     Raises:
-        InputError: the model in memory is not its checkpoint (it was edited since it was loaded).
+        InputError: the model in memory is not its checkpoint (it was edited since it was loaded), or one of
+            them is offloaded.
     """
     parameters = {name: model.module.get_parameter(name) for name in names}
+    refuse_offloaded(parameters)
     base = stored(model)
     for name, parameter in parameters.items():
         if not bool(same_bits(base.read(name).to(parameter.dtype), parameter.detach().cpu()).all()):

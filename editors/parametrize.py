@@ -10,6 +10,9 @@ Everything else (vectors, single elements, embeddings that scale) runs with the 
 replaced for the duration of the module's forward. Every module that holds a shared (tied) parameter gets the
 delta. Deltas are float32 when the base is half precision; the forward sees them whole, or, on request, what rounding
 to the checkpoint's dtype leaves of them.
+
+Where the base is sharded over processes (`locus.sharded`) the deltas are too: each is put together where it is used,
+and what is replaced is the parameter as it stands while its block runs.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from editors.rounding import as_saved
 from locus.errors import InputError
 from locus.mask import WeightMask
 from locus.selection import Selection
+from locus.sharded import device_of, gathered, whole, zeros_beside
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,37 +39,41 @@ class _Place:
 
     module: nn.Module
     attribute: str
-    base: nn.Parameter
     kind: str
     index: Tensor | None
-    """The selection's, on the base's device."""
+    """The selection's, on the device that computes."""
     value: nn.Parameter
+    n_rows: int
+    """Of the parameter."""
     saved: torch.dtype | None = None
     """dtype whose rounding the forward shall see; None for the delta as it is."""
 
-    def effective(self) -> Tensor:
+    def effective(self, base: Tensor) -> Tensor:
         """The whole parameter with the delta in it, in the base's dtype: what would be exported."""
-        entries = self._new(self._old()).to(self.base.dtype)
+        entries = self._new(self._old(base)).to(base.dtype)
         if self.index is None:
             return entries
-        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
-        return flat.index_copy(self._axis, self.index, entries).view_as(self.base)
+        flat = base.reshape(-1) if self.kind == "elements" else base
+        return flat.index_copy(self._axis, self.index, entries).view_as(base)
 
     def change(self) -> Tensor:
         """The delta as the forward sees it: whole, or what rounding the weight leaves of it."""
         if self.saved is None:
-            return self.value
-        old = self._old()
+            return gathered(self.value)
+        base = self.module._parameters[self.attribute]
+        assert base is not None
+        old = self._old(base)
         return self._new(old) - old
 
-    def _old(self) -> Tensor:
+    def _old(self, base: Tensor) -> Tensor:
         """The located entries of the base, in the delta's dtype."""
-        flat = self.base.reshape(-1) if self.kind == "elements" else self.base
+        flat = base.reshape(-1) if self.kind == "elements" else base
         old = flat if self.index is None else flat.index_select(self._axis, self.index)
         return old.to(self.value.dtype)
 
     def _new(self, old: Tensor) -> Tensor:
-        return old + self.value if self.saved is None else as_saved(old, self.value, self.saved)
+        value = gathered(self.value)
+        return old + value if self.saved is None else as_saved(old, value, self.saved)
 
     @property
     def _axis(self) -> int:
@@ -134,19 +142,19 @@ class Deltas:
                 )
             owner[id(base)] = name
             dtype = torch.promote_types(base.dtype, torch.float32)
-            entries = selection.take(base)
             self.bases[name] = base
-            self.values[name] = nn.Parameter(torch.zeros_like(entries, dtype=dtype), requires_grad=True)
+            self.values[name] = nn.Parameter(zeros_beside(base, selection.compact_shape, dtype))
         self._places: list[_Place] = []
         for holder in module.modules():
             for attribute, held in holder._parameters.items():
                 if held is not None and id(held) in owner:
                     name = owner[id(held)]
                     kind, index = self.selections[name].kind, self.selections[name].index
-                    index = None if index is None else index.to(held.device)
+                    index = None if index is None else index.to(device_of(held))
+                    n_rows = held.shape[0] if held.dim() else 1
                     rounded = None if saved is None else saved[name]
                     self._places.append(
-                        _Place(holder, attribute, held, kind, index, self.values[name], rounded)
+                        _Place(holder, attribute, kind, index, self.values[name], n_rows, rounded)
                     )
 
     @property
@@ -181,12 +189,12 @@ class Deltas:
 
     def dense(self, name: str) -> Tensor:
         """The change of one parameter's selected entries, compact, in full precision."""
-        return self.values[name].detach()
+        return whole(self.values[name].detach())
 
     def new_entries(self) -> dict[str, Tensor]:
         """Base plus delta for every masked entry, compact, rounded to the base's dtype."""
         return {
-            name: (self.selections[name].take(base).to(self.values[name].dtype) + self.dense(name)).to(
+            name: (self.selections[name].take(whole(base)).to(self.values[name].dtype) + self.dense(name)).to(
                 base.dtype
             )
             for name, base in self.bases.items()
@@ -252,13 +260,15 @@ def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[],
 @contextlib.contextmanager
 def _replaced(places: list[_Place]) -> Iterator[None]:
     """Let the holders' parameters be base plus delta inside the block; the dictionaries keep their order."""
+    held = [place.module._parameters[place.attribute] for place in places]
     try:
-        for place in places:
-            place.module._parameters[place.attribute] = place.effective()  # type: ignore[assignment]
+        for place, base in zip(places, held, strict=True):
+            assert base is not None
+            place.module._parameters[place.attribute] = place.effective(base)  # type: ignore[assignment]
         yield
     finally:
-        for place in places:
-            place.module._parameters[place.attribute] = place.base
+        for place, base in zip(places, held, strict=True):
+            place.module._parameters[place.attribute] = base
 
 
 def _adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -300,16 +310,16 @@ def _embedding_adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor]:
     """For y = W[ids]: unselected ids look up a row of zeros."""
     kind, index = place.kind, place.index
     if kind == "rows" and index is not None:
-        slot = torch.full((place.base.shape[0],), len(index), device=place.base.device)
-        slot[index] = torch.arange(len(index), device=place.base.device)
+        slot = torch.full((place.n_rows,), len(index), device=index.device)
+        slot[index] = torch.arange(len(index), device=index.device)
 
     def add(ids: Tensor, y: Tensor) -> Tensor:
-        value = place.change()
+        rows = place.change()
         if kind == "all" or index is None:
-            return y + F.embedding(ids, value).to(y.dtype)
+            return y + F.embedding(ids, rows).to(y.dtype)
         if kind == "rows":
-            padded = torch.cat([value, value.new_zeros(1, value.shape[1])])
+            padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             return y + F.embedding(slot[ids], padded).to(y.dtype)
-        return y.index_add(-1, index, F.embedding(ids, value).to(y.dtype))
+        return y.index_add(-1, index, F.embedding(ids, rows).to(y.dtype))
 
     return add

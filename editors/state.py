@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
 from locus.schema import understood, value_of
+from locus.sharded import laid_out_as, whole
 
 KIND = "edit-state"
 FILE = "state.safetensors"
@@ -60,16 +61,17 @@ def save_state(
     state: RunState,
     deltas: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    write: bool = True,
 ) -> None:
-    """Write the state of the run with identity `run`, atomically."""
-    tensors = {f"delta/{name}": value.detach() for name, value in deltas.items()}
-    tensors |= {f"good/{name}": value for name, value in state.good.items()}
+    """Write the state of the run with identity `run`, atomically; of several processes all call it, one writes."""
+    tensors = {f"delta/{name}": whole(value.detach()) for name, value in deltas.items()}
+    tensors |= {f"good/{name}": whole(value) for name, value in state.good.items()}
     tensors |= {"nll": state.nll, "correct": state.correct}
     numbers: dict[str, Any] = {}
     for index, slots in optimizer.state_dict()["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{slot}"] = value
+                tensors[f"optimizer/{index}/{slot}"] = whole(value)
             elif value is not None:
                 numbers[f"{index}/{slot}"] = value
     meta = {
@@ -81,7 +83,8 @@ def save_state(
         "stopped": state.stopped,
         "optimizer": numbers,
     }
-    save_tensors(folder / FILE, KIND, {k: v.cpu().contiguous() for k, v in tensors.items()}, meta)
+    if write:
+        save_tensors(folder / FILE, KIND, {k: v.cpu().contiguous() for k, v in tensors.items()}, meta)
 
 
 @torch.no_grad()
@@ -112,18 +115,21 @@ def _restored(
     optimizer: torch.optim.Optimizer,
 ) -> RunState:
     for name, value in deltas.items():
-        value.copy_(tensors[f"delta/{name}"])
+        value.copy_(laid_out_as(value, tensors[f"delta/{name}"]))
+    parameters = list(deltas.values())
     slots: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
             _, index, slot = key.split("/")
-            slots.setdefault(int(index), {})[slot] = tensor
+            like = parameters[int(index)]
+            fits = tensor.shape == like.shape
+            slots.setdefault(int(index), {})[slot] = laid_out_as(like, tensor) if fits else tensor
     for key, number in meta["optimizer"].items():
         index, slot = key.split("/")
         slots.setdefault(int(index), {})[slot] = number
     if slots:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    good = {name: tensors[f"good/{name}"].to(value.device) for name, value in deltas.items()}
+    good = {name: laid_out_as(value, tensors[f"good/{name}"]) for name, value in deltas.items()}
     numbers = {name: value_of(int, meta[name], name) for name in ("good_step", "bad_looks", "step")}
     history = value_of(tuple[Mapping[str, Any], ...], meta["history"], "history")
     stopped = value_of(str, meta["stopped"], "stopped")

@@ -7,8 +7,8 @@ import torch
 from editors.data import Data
 from editors.parametrize import Trained
 from editors.state import RunState
+from editors.team import Team
 from editors.training import Training
-from locus.forward import measure
 from locus.model import Model
 
 RISE = 1.0
@@ -29,7 +29,7 @@ def verdict(training: Training, data: Data, state: RunState) -> str:
     return "steps" if state.step >= training.steps else ""
 
 
-def look(model: Model, training: Training, data: Data, state: RunState, deltas: Trained) -> None:
+def look(model: Model, training: Training, data: Data, state: RunState, deltas: Trained, team: Team) -> None:
     """Measure utility; remember the deltas while it holds, end the run when it does not.
 
     Sets `utility` in the latest record. Below the floor `PATIENCE` looks in a row, or at the run's end, the run
@@ -39,7 +39,7 @@ def look(model: Model, training: Training, data: Data, state: RunState, deltas: 
     recent = [r["kl"] for r in state.history[-KL_WINDOW:] if r["kl"] is not None]
     holds = not (training.max_kl and recent) or sum(recent) / len(recent) <= training.max_kl
     if data.probe and training.utility:
-        share = float(measure(model, data.probe, training.batch_tokens).correct.float().mean())
+        share = float(team.measure(model, data.probe, training.batch_tokens).correct.float().mean())
         record["utility"] = share
         holds = holds and share >= training.utility
     if holds:

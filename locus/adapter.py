@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from locus.atlas import NeuronPart, Role
 from locus.errors import InputError
+from locus.sharded import class_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ class Names:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
-        self.architecture = type(module).__name__
+        self.architecture = class_name(module)
         self._adapter = _adapter(module)
         mapping = self._adapter.component_mapping
         if getattr(module.config, "is_encoder_decoder", False) or "blocks" not in mapping:
@@ -173,7 +174,7 @@ def _adapter(module: PreTrainedModel) -> Any:
     )
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-    architecture = type(module).__name__
+    architecture = class_name(module)
     config = build_bridge_config_from_hf(module.config, architecture, architecture, module.dtype)
     try:
         return ArchitectureAdapterFactory.select_architecture_adapter(config)

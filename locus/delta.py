@@ -22,7 +22,7 @@ from locus.mask import WeightMask
 from locus.naming import canonical, resolve
 from locus.schema import built, understood, value_of
 from locus.selection import Selection, same_bits
-from locus.weights import Weights, in_memory, module_of, stored
+from locus.weights import Weights, in_memory, module_of, refuse_offloaded, stored
 
 if TYPE_CHECKING:
     from locus.model import Model
@@ -278,6 +278,7 @@ class WeightDelta:
         """Each touched parameter with its change, after all of them were found to hold the old values."""
         parameters = dict(module_of(model).named_parameters(remove_duplicate=False))
         names = {name: resolve(name, parameters, "the model") for name in self.changes}
+        refuse_offloaded({name: parameters[known] for name, known in names.items()})
         for name, change in self.changes.items():
             self._check_base(name, change, parameters[names[name]])
         return ((parameters[names[name]], change) for name, change in self.changes.items())

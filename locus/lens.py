@@ -18,10 +18,12 @@ from torch import Tensor
 
 from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
+from locus.finite import blame, is_finite
 from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
 from locus.schema import understood
+from locus.sharded import device_of, put_together
 from locus.tokens import Encoded
 
 
@@ -43,9 +45,13 @@ def lens_logits(model: Model, hidden: Float[Tensor, "*batch d_model"]) -> Float[
     Returns:
         Logits in float32.
     """
+    put_together(model.module)
     modules = dict(model.module.named_modules())
     norm, head = modules[model.atlas.final_norm], modules[model.atlas.unembed]
-    logits: Tensor = head(norm(hidden.to(next(norm.parameters(), hidden).device))).float()
+    weight = next(norm.parameters(), hidden)
+    if not weight.is_meta:  # what is offloaded brings its own device
+        hidden = hidden.to(device_of(weight))
+    logits: Tensor = head(norm(hidden)).float()
     softcap = getattr(model.module.config.get_text_config(), "final_logit_softcapping", None)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -143,7 +149,8 @@ def lens_grid(
         translate: Applied to the states of a layer before they are read: a tuned lens' translator.
 
     Raises:
-        InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place).
+        InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place), or
+            NaN or infinity, named by layer and example.
     """
     atlas, n = model.atlas, encoded.target_start
     if site == "block_mid" and atlas.parallel:
@@ -174,6 +181,8 @@ def lens_grid(
     rank, prob, entropy, kl, top_probs, top_ids = (
         torch.stack([torch.cat([piece[i] for piece in row]) for row in rows]) for i in range(6)
     )
+    if not is_finite(prob, top_probs):
+        raise blame(model, [(fact_id, encoded)], "what the lens reads")
     words = tuple(tuple(str(model.tokenizer.decode([int(best)])) for best in row) for row in top_ids[:, :, 0])
     target = str(model.tokenizer.decode([label]))
     return LensGrid(

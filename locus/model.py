@@ -22,6 +22,7 @@ from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
 from locus.folder import Checkpoint
 from locus.progress import without_bars_of_transformers
+from locus.sharded import device_of, given_back, load_sharded, local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,8 +57,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the token embedding."""
-        return self._embedding.device
+        """Where inputs go: the device that computes the token embedding."""
+        weight = self._embedding
+        if weight.is_meta:  # accelerate has offloaded it, and knows where it computes
+            hook: Any = getattr(self.module.get_submodule(self.atlas.embed), "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or "meta")
+        return device_of(weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +99,8 @@ def load_model(
     bos: str | int | None = "auto",
     chat: bool = False,
     trust_remote_code: bool = False,
+    shard: bool = False,
+    offload: bool = False,
 ) -> Model:
     """Load a causal language model by folder, hub id, or `smollm2` (embedded, needs no hub).
 
@@ -109,17 +116,24 @@ def load_model(
             is nothing, else a token or its id.
         chat: Ask facts as turns of a conversation, through the tokenizer's chat template.
         trust_remote_code: Run modelling code that comes with the checkpoint. Off unless you trust it.
+        shard: Spread it over the processes of a job (`locus.ranks.joined`), each of which calls this and holds a
+            part: for training what no device holds whole. See `locus.sharded`.
+        offload: Of a sharded model, keep the parts in main memory.
 
     Returns:
         The model in eval mode, no parameter requiring a gradient.
 
     Raises:
         InputError: no such folder or hub id, not a causal language model, no fast tokenizer, an unknown
-            dtype, device or token, a damaged checkpoint, NaN or infinite weights, or an architecture whose
-            parts have no exact names.
+            dtype, device or token, a damaged checkpoint, NaN or infinite weights, an architecture whose
+            parts have no exact names, or a model to be sharded without a job or over a device_map.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if (shard and device_map is not None) or (offload and not shard):
+        raise InputError(
+            "a model is spread over processes (shard, with offload if need be) or over devices (device_map)"
+        )
     device = _device(device)
     folder = checkpoint_folder(str(name))
     Checkpoint(folder)  # refuses a missing shard or a truncated file in words a person understands
@@ -130,14 +144,23 @@ def load_model(
             kwargs["attn_implementation"] = attn_implementation
         if device_map is not None:
             kwargs["device_map"] = device_map
-        module = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
-        )
+        if shard:
+            module = load_sharded(
+                folder, config, kwargs["dtype"], device, offload=offload, attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        else:
+            module = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if device_map is None:
+        if device_map is None and not shard:
             torch.nn.Module.to(module, device)
         _refuse_nonfinite(module, str(name))
-        return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
+        model = wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
+        if shard:
+            given_back(module)  # drawing the atlas has run it
+        return model
 
 
 def load_shape(
@@ -311,7 +334,8 @@ def _bos(tokenizer: Any, bos: str | int | None, name: str) -> int | None:
 
 
 def _refuse_nonfinite(module: PreTrainedModel, name: str) -> None:
-    for parameter, value in module.named_parameters():
+    for parameter, held in module.named_parameters():
+        value = local(held)
         # A sum is finite only if every term is; it costs no copy. Only where it is not, look closer.
         if value.is_meta or torch.isfinite(value.sum(dtype=torch.float32)):
             continue

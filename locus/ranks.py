@@ -92,6 +92,21 @@ class Ranks:
                 "files, model, options and threads"
             )
 
+    def told(self, value: str) -> str:
+        """What the first process says, on all of them; all of them call it."""
+        return self.said(value)[0]
+
+    def said(self, value: str) -> list[str]:
+        """What each process says, in the order of the processes, on all of them; all of them call it."""
+        if self._store is None:
+            return [value]
+        key = self._key("said")
+        with _lost_when_it_fails():
+            self._store.set(f"{key}/{self.rank}", value)
+        self.meet()
+        with _lost_when_it_fails():
+            return [self._store.get(f"{key}/{rank}").decode() for rank in range(self.size)]
+
     def meet(self) -> None:
         """Wait until all processes are here; all of them call it.
 
@@ -125,8 +140,17 @@ class Ranks:
         if self._store is None:
             return
         for tensor in tensors:
+            if not tensor.numel():
+                continue
             with _lost_when_it_fails():
                 dist.all_reduce(tensor)
+
+    def hand_round(self, tensor: torch.Tensor, rank: int) -> None:
+        """Give all processes what `rank` has in its tensor, a contiguous one on the CPU; all of them call it."""
+        if self._store is None or not tensor.numel():
+            return
+        with _lost_when_it_fails():
+            dist.broadcast(tensor.view(-1).view(torch.uint8), rank)
 
     def seen(self, path: Path) -> bool:
         """Whether a file that another process has written is there; waits for a file system that lags."""
@@ -246,7 +270,7 @@ def joined() -> Iterator[Ranks]:
     except (Exception, KeyboardInterrupt, _Ended) as error:
         ranks.told_to_end = False
         why = f"another process of this job was lost (killed, or out of memory?); {_GO_ON}"
-        said = ranks.tell(Stopped(why) if isinstance(error, _Ended) else error)
+        said = ranks.tell(Stopped(why) if isinstance(error, _Ended) or _cut_off(error) else error)
         with contextlib.suppress(Stopped):
             ranks.linger(5.0)
         raise said from (error.__cause__ if said is error else None)
@@ -254,6 +278,14 @@ def joined() -> Iterator[Ranks]:
         quiet.set()
         beating.join()
         dist.destroy_process_group()
+
+
+def _cut_off(error: BaseException) -> bool:
+    """Whether the other end of a sum is gone: gloo and NCCL say so in the middle of a forward or a backward."""
+    words = str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo/transport" in words or "NCCL" in words
+    )
 
 
 def _join() -> Ranks:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
 from locus.folder import Checkpoint
 from locus.naming import resolve
@@ -56,6 +57,26 @@ def in_memory(weights: Model | nn.Module | Checkpoint | Mapping[str, Tensor]) ->
         lambda name: held[resolve(name, held, "the model")].detach().cpu(),
         lambda: fingerprint_of(module),
     )
+
+
+def held(model: Model, name: str) -> Tensor:
+    """A parameter as it is in memory; one that accelerate has offloaded, as the checkpoint has it, on the CPU."""
+    parameter = model.module.get_parameter(name)
+    return stored(model).read(name).to(parameter.dtype) if parameter.is_meta else parameter.detach()
+
+
+def refuse_offloaded(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse to change parameters that accelerate keeps elsewhere: what is written in memory would be lost.
+
+    Raises:
+        InputError: one of them is offloaded; says which.
+    """
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name}: offloaded, so it cannot be changed in memory; load the model without a device_map that "
+                "offloads (of several processes, `locus edit --shard` holds what no device holds whole)"
+            )
 
 
 def module_of(model: Model | nn.Module) -> nn.Module:

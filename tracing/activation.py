@@ -19,23 +19,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.forward import batches, label_logits
+from locus.forward import Batch, batches, label_logits
 from locus.hooks import patched
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
+from locus.weights import held
 from tracing.cost import Cost
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid, prediction_positions
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid, prediction_positions
 
 
 def down_norms(model: Model) -> Float[Tensor, "layer neuron"]:
     """Euclidean norm of every neuron's down column: what one unit of its activation writes."""
     norms = neuron_grid(model)
-    parameters = dict(model.module.named_parameters())
     for layer, parts in enumerate(model.atlas.neurons):
         for part in parts:
             if part.role == "down":
-                weight = parameters[part.param].detach().float()
+                weight = held(model, part.param).float()
                 columns = weight.norm(dim=1 - part.axis)
                 norms[layer] = columns[part.offset : part.offset + model.atlas.d_mlp].to(norms.device)
     return norms
@@ -51,17 +51,23 @@ def mean_activations(
     """Mean absolute activation of every neuron: over an example's positions first, then over examples."""
     encoded = encode_facts(model, examples)
     total = neuron_grid(model)
-    for batch in track(batches(encoded, batch_tokens), "activations"):
+
+    def of_batch(batch: Batch) -> tuple[Tensor]:
         where = batch.attention_mask.bool() if positions == "all" else prediction_positions(batch)
         weight = where / where.sum(1, keepdim=True)
+        grid = neuron_grid(model)
 
-        def add(layer: int, h: Tensor, weight: Tensor = weight) -> None:
-            sums = torch.einsum("bpn,bp->n", h.abs().float(), weight.to(h.device))
-            total[layer] += sums.to(total.device)
+        def look(layer: int, h: Tensor) -> None:
+            grid[layer] = torch.einsum("bpn,bp->n", h.abs().float(), weight.to(h.device)).to(grid.device)
 
-        looks = {name: partial(add, layer) for layer, name in enumerate(model.atlas.neuron_in)}
+        looks = {name: partial(look, layer) for layer, name in enumerate(model.atlas.neuron_in)}
         with torch.no_grad(), patched(model.module, inputs=looks):
             label_logits(model, batch)
+        return (grid,)
+
+    blamed = Blame(model, examples, encoded, "its activation")
+    for (grid,) in each(batches(encoded, batch_tokens), of_batch, "activations", blamed.batch):
+        total += grid.to(total.device)
     return total / len(encoded)
 
 

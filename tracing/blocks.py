@@ -196,7 +196,8 @@ def _mask(recorded: Tensor | None, rows: Rows) -> Tensor:
     if recorded is None:
         mask = (rows.visible & (key <= query))[:, None]
     else:
-        entries = recorded[0][:, query, key].transpose(0, 1)
+        there = recorded.device  # of a model on several devices, the first block's
+        entries = recorded[0][:, query.to(there), key.to(there)].transpose(0, 1).to(query.device)
         if recorded.dtype == torch.bool:
             mask = entries & rows.visible[:, None]
         else:
@@ -206,7 +207,7 @@ def _mask(recorded: Tensor | None, rows: Rows) -> Tensor:
 
 def _rotary(recorded: Any, rows: Rows) -> Any:
     def gather(table: Tensor) -> Tensor:
-        return rows.once("rotary", table, lambda: rows.spread(table[0][rows.positions]))
+        return rows.once("rotary", table, lambda: rows.spread(table[0][rows.positions.to(table.device)]))
 
     return gather(recorded) if isinstance(recorded, Tensor) else tuple(gather(table) for table in recorded)
 
@@ -214,7 +215,7 @@ def _rotary(recorded: Any, rows: Rows) -> Any:
 def _alibi(recorded: Tensor, rows: Rows) -> Tensor:
     """`head 1 key` (Bloom, `batch*head 1 key`) or `1 head 1 key` (Falcon), for the keys of these rows."""
     table = recorded if recorded.dim() == 3 else recorded[0]
-    out = rows.spread(table[:, 0][:, rows.key_positions].transpose(0, 1))[:, :, None]
+    out = rows.spread(table[:, 0][:, rows.key_positions.to(table.device)].transpose(0, 1))[:, :, None]
     batch = rows.positions.shape[0] * rows.draws
     out = out.expand(batch, -1, -1, -1)
     return out.flatten(0, 1) if recorded.dim() == 3 else out.contiguous()

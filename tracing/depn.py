@@ -17,15 +17,16 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from locus.errors import InputError
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
 from tracing.cost import Cost
 from tracing.integrated import EngineName, integrated_cost, integrated_gradients
 from tracing.knowledge_neurons import share_of_coarse
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ class PrivacyNeurons:
             raise InputError(f"threshold {self.threshold}: a share of the largest, above 0 and at most 1")
         encoded = encode_facts(model, facts)
         mean, count = neuron_grid(model), neuron_grid(model)
-        for text in track(encoded, "privacy neurons"):
+
+        def of_text(number: int) -> tuple[Tensor, ...]:
             # integrated_gradients gives the mean over the target tokens; DEPN sums them
-            summed = text.n_target * integrated_gradients(
-                model, text, self.steps, engine=self.engine, batch_tokens=batch_tokens
+            summed = encoded[number].n_target * integrated_gradients(
+                model, encoded[number], self.steps, engine=self.engine, batch_tokens=batch_tokens
             )
-            mean += summed / len(encoded)
-            count += share_of_coarse([summed], self.threshold)
+            return summed / len(encoded), share_of_coarse([summed], self.threshold)
+
+        blamed = Blame(model, facts, encoded, "its attribution")
+        for share, candidate in each(range(len(encoded)), of_text, "privacy neurons", blamed.number):
+            mean += share.to(mean.device)
+            count += candidate.to(count.device)
         values = count + 0.499 * mean / mean.abs().max().clamp(min=torch.finfo(mean.dtype).tiny)
         return NeuronScores(values.cpu(), "depn", model.fingerprint, model.atlas, asdict(self))

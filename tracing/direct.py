@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from locus.hooks import record
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
 from locus.tokens import Encoded
+from locus.weights import held
 from tracing.cost import Cost
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,19 @@ class _Linear:
     bias: Float[Tensor, " d_model"]
 
     @classmethod
-    def of(cls, norm: nn.Module, x: Float[Tensor, " d_model"]) -> _Linear:
+    def of(cls, model: Model, name: str, x: Float[Tensor, " d_model"]) -> _Linear:
         """At this state; read off the norm's own output, so its epsilon and any (1 + weight) are in it."""
+        norm = model.module.get_submodule(name)
         centred = isinstance(norm, nn.LayerNorm)
         bias = (
-            norm.get_parameter("bias").detach().float()
-            if centred and norm.bias is not None
+            held(model, f"{name}.bias").float().to(x.device)
+            if isinstance(norm, nn.LayerNorm) and norm.bias is not None
             else torch.zeros_like(x).float()
         )
         entered = x.float() - x.float().mean() if centred else x.float()
-        out = norm(x[None])[0].float() - bias
+        weight = next(norm.parameters(), x)
+        there = x if weight.is_meta else x.to(weight.device)
+        out = norm(there[None])[0].float().to(x.device) - bias
         return cls(torch.where(entered == 0, torch.zeros_like(out), out / entered), centred, bias)
 
     def back(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
@@ -95,22 +99,22 @@ def _record_ends(model: Model, encoded: Encoded) -> tuple[dict[str, Tensor], dic
     with record(model.module, outputs=outputs, inputs=inputs) as seen:
         ids = torch.tensor([encoded.prompt_ids], device=model.device)
         model.module(input_ids=ids, use_cache=False)
-    entered = {name: tensor[0, -1] for name, tensor in seen.inputs.items()}
-    return entered, {name: tensor[0, -1] for name, tensor in seen.outputs.items()}
+    # On one device: of a model on several, every layer's are its own's.
+    entered = {name: tensor[0, -1].to(model.device) for name, tensor in seen.inputs.items()}
+    return entered, {name: tensor[0, -1].to(model.device) for name, tensor in seen.outputs.items()}
 
 
 def _final_direction(
     model: Model, encoded: Encoded, ends: dict[str, Tensor]
 ) -> tuple[Float[Tensor, " d_model"], float]:
     """Direction of the residual stream that is the target's logit above the mean, and the constant beside it."""
-    norm_module = model.module.get_submodule(model.atlas.final_norm)
     head = model.module.get_submodule(model.atlas.unembed)
-    norm = _Linear.of(norm_module, ends[model.atlas.final_norm])
-    unembedding = head.get_parameter("weight").detach().float()
+    norm = _Linear.of(model, model.atlas.final_norm, ends[model.atlas.final_norm])
+    unembedding = held(model, f"{model.atlas.unembed}.weight").float().to(norm.ratio.device)
     wanted = unembedding[encoded.target_ids[0]] - unembedding.mean(0)
     constant = float(norm.bias @ wanted)
     if getattr(head, "bias", None) is not None:
-        bias = head.get_parameter("bias")
+        bias = held(model, f"{model.atlas.unembed}.bias")
         constant += float(bias[encoded.target_ids[0]] - bias.mean())
     return norm.back(wanted), constant
 
@@ -148,8 +152,8 @@ def _through(
     """What one unit of each entry of a projection's input adds along a direction of the residual stream."""
     module = model.module.get_submodule(projection)
     if out in ends and out != projection:
-        direction = _Linear.of(model.module.get_submodule(out), ends[out]).back(direction)
-    weight = module.get_parameter("weight").detach().float()
+        direction = _Linear.of(model, out, ends[out]).back(direction.to(ends[out].device))
+    weight = held(model, f"{projection}.weight").float().to(direction.device)
     columns = weight.T if isinstance(module, nn.Linear) else weight  # transformers' Conv1D is [in, out]
     result: Tensor = columns @ direction
     return result
@@ -173,6 +177,11 @@ class DirectLogit:
         """
         encoded = encode_facts(model, facts)
         total = neuron_grid(model).cpu()
-        for one in track(encoded, "direct attribution"):
-            total += direct_attribution(model, one).neuron / len(encoded)
+
+        def of_fact(number: int) -> tuple[Tensor]:
+            return (direct_attribution(model, encoded[number]).neuron / len(encoded),)
+
+        blamed = Blame(model, facts, encoded, "its share of the logit")
+        for (share,) in each(range(len(encoded)), of_fact, "direct attribution", blamed.number):
+            total += share
         return NeuronScores(total, "direct-logit", model.fingerprint, model.atlas, asdict(self))

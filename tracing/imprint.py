@@ -38,11 +38,12 @@ from locus.errors import InputError
 from locus.forward import Batch, batches, label_logits
 from locus.hooks import patched
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores, count_of
+from locus.together import each
+from locus.weights import held
 from tracing.activation import down_norms
 from tracing.cost import Cost
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid, show_gradient, tapped
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid, show_gradient, tapped
 from tracing.neuron_masks import gated
 
 
@@ -113,19 +114,21 @@ def alignment_of(
     encoded = encode_facts(model, facts)
     norms = down_norms(model)
     total = neuron_grid(model)
-    for batch in track(batches(encoded, batch_tokens), "alignment"):
-        written: dict[int, Tensor] = {}
 
-        def keep(layer: int, _: Tensor, gradient: Tensor, written: dict[int, Tensor] = written) -> None:
+    def of_batch(batch: Batch) -> tuple[Tensor]:
+        written: dict[int, Tensor] = {}
+        grid = neuron_grid(model)
+
+        def keep(layer: int, _: Tensor, gradient: Tensor) -> None:
             written[layer] = gradient.float()
 
-        def add(layer: int, h: Tensor, gradient: Tensor, written: dict[int, Tensor] = written) -> None:
+        def add(layer: int, h: Tensor, gradient: Tensor) -> None:
             g, h = written.pop(layer), h.float()
             push = (h * gradient.float()).sum(1)
             gram = torch.einsum("bpd,bqd->bpq", g, g)
             size = torch.einsum("bpn,bpq,bqn->bn", h, gram, h).clamp(min=0).sqrt()
             cosine = push / (size * norms[layer].to(size.device)).clamp(min=torch.finfo(size.dtype).tiny)
-            total[layer] += cosine.sum(0).to(total.device)
+            grid[layer] = cosine.sum(0).to(grid.device)
 
         outputs: dict[str, Callable[[Tensor], Tensor]] = {
             name: partial(show_gradient, layer=layer, visit=keep)
@@ -134,6 +137,11 @@ def alignment_of(
         dimming = contextlib.nullcontext() if gates is None else gated(model, gates)
         with dimming, torch.enable_grad(), tapped(model, add), patched(model.module, outputs=outputs):
             log_odds(model, batch).sum().backward()
+        return (grid,)
+
+    blamed = Blame(model, facts, encoded, "its alignment")
+    for (grid,) in each(batches(encoded, batch_tokens), of_batch, "alignment", blamed.batch):
+        total += grid.to(total.device)
     return total / len(encoded)
 
 
@@ -156,14 +164,13 @@ def imbalance_of(model: Model) -> Float[Tensor, "layer neuron"]:
 
 def row_norms(model: Model) -> list[Float[Tensor, "role neuron"]]:
     """Norms of every neuron's up row and, where there is one, its gate row."""
-    parameters = dict(model.module.named_parameters())
     d_mlp = model.atlas.d_mlp
     found = []
     for parts in model.atlas.neurons:
         norms = []
         for part in parts:
             if part.role in ("up", "gate"):
-                norm = parameters[part.param].detach().float().norm(dim=1 - part.axis)
+                norm = held(model, part.param).float().norm(dim=1 - part.axis)
                 norms.append(norm[part.offset : part.offset + d_mlp])
         found.append(torch.stack(norms))
     return found
@@ -172,17 +179,22 @@ def row_norms(model: Model) -> list[Float[Tensor, "role neuron"]]:
 def _beyond_line(
     y: Float[Tensor, " neuron"], x: Float[Tensor, "role neuron"], rounds: int = 5
 ) -> Float[Tensor, " neuron"]:
-    """Residual of y on 1 and x by least squares, reweighted so that outliers do not bend the line."""
-    design = torch.cat([torch.ones_like(x[:1]), x]).T
-    weights = torch.ones_like(y)
-    residual = y - y.median()
+    """Residual of y on 1 and x by least squares, reweighted so that outliers do not bend the line.
+
+    By normal equations in float64, whose sums are the same at every run; LAPACK's least squares are not, to the bit.
+    """
+    design, wanted = torch.cat([torch.ones_like(x[:1]), x]).double(), y.double()
+    weights = torch.ones_like(wanted)
+    residual = wanted - wanted.median()
     for _ in range(rounds):
-        root = weights.sqrt()[:, None]
-        solution = torch.linalg.lstsq(design * root, y[:, None] * root).solution
-        residual = y - (design @ solution)[:, 0]
+        weighted = weights * design
+        square = (weighted[:, None] * design).sum(-1)
+        square.diagonal().add_(1e-12 * square.trace())  # two rows may be the same
+        solution = torch.linalg.solve(square, (weighted * wanted).sum(-1))
+        residual = wanted - (solution[:, None] * design).sum(0)
         scale = 1.4826 * residual.abs().median().clamp(min=1e-12)
         weights = 1 / (1 + (residual / (2 * scale)) ** 2)
-    return residual
+    return residual.to(y.dtype)
 
 
 def robust_z(values: Float[Tensor, "layer neuron"]) -> Float[Tensor, "layer neuron"]:

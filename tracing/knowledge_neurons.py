@@ -29,12 +29,12 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
 from locus.tokens import Encoded, encode
 from tracing.cost import Cost
 from tracing.integrated import EngineName, integrated_cost, integrated_gradients
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,22 @@ class KnowledgeNeurons:
         Raises:
             InputError: no facts, or a setting out of range.
         """
-        encode_facts(model, facts)
+        encoded = encode_facts(model, facts)
         mean, count = neuron_grid(model), neuron_grid(model)
-        for fact in track(facts, "knowledge neurons"):
-            own, negative = self._prompts(model, fact)
+
+        def of_fact(number: int) -> tuple[Tensor, ...]:
+            own, negative = self._prompts(model, facts[number])
             attributions = self._attributions(model, own, batch_tokens)
-            mean += torch.stack(attributions).mean(0) / len(facts)
-            if self.refine:
-                against = self._attributions(model, negative, batch_tokens)
-                count += self._refined(attributions, against)
+            share = torch.stack(attributions).mean(0) / len(facts)
+            if not self.refine:
+                return (share,)
+            return share, self._refined(attributions, self._attributions(model, negative, batch_tokens))
+
+        blamed = Blame(model, facts, encoded, "its attribution")
+        for share, *refined in each(range(len(facts)), of_fact, "knowledge neurons", blamed.number):
+            mean += share.to(mean.device)
+            for chosen in refined:
+                count += chosen.to(count.device)
         values = mean
         if self.refine:
             values = count + 0.499 * mean / mean.abs().max().clamp(min=torch.finfo(mean.dtype).tiny)

@@ -28,14 +28,14 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.hooks import Recording, record
 from locus.model import Model
-from locus.progress import track
 from locus.scores import LayerScores, NeuronScores
+from locus.together import each
 from tracing.blocks import CannotReplay, Recorded, Rows, record_whole
 from tracing.combine import normalize
 from tracing.corruption import Corrupter, Prepared
 from tracing.cost import Cost
 from tracing.direct import head_directions
-from tracing.neuron_gradients import Examples
+from tracing.neuron_gradients import Blame, Examples
 from tracing.plain import logits_of
 from tracing.question import Inputs
 from tracing.saliency import GradientSaliency
@@ -84,22 +84,33 @@ class FactLookup:
             raise InputError(f"heads is {self.heads}: {model.name} has {atlas.n_layers * atlas.n_heads}")
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
+        numbers = range(len(prepared))
+        at_fault = Blame(model, facts, [one.encoded for one in prepared], "its head's share").number
+
+        def pair(number: int) -> _Pair:
+            one = prepared[number]
+            return _Pair.of(model, one, corrupter.inputs(model, one, self.samples))
+
+        def by_head(number: int) -> tuple[Tensor]:
+            return (pair(number).head_falls(),)
+
+        def by_mlp(number: int) -> tuple[Tensor]:
+            runs, falls = pair(number), torch.zeros(atlas.n_layers)
+            for layer in kept.any(1).nonzero().flatten().tolist():
+                falls[:layer] += runs.falls_by_mlp(int(layer), kept[int(layer)])
+            return (falls / len(prepared),)
+
         try:
-            pairs = (
-                _Pair.of(model, one, corrupter.inputs(model, one, self.samples))
-                for one in track(prepared, "extraction heads")
-            )
-            falls = torch.stack([pair.head_falls() for pair in pairs]).mean(0)
+            falls = torch.stack([fall for (fall,) in each(numbers, by_head, "extraction heads", at_fault)])
+            falls = falls.mean(0)
         except CannotReplay as reason:
             raise InputError(f"{model.name}: its heads cannot be run again by themselves: {reason}") from None
         best = falls.flatten().topk(self.heads).indices
         kept = torch.zeros_like(falls, dtype=torch.bool)
         kept.view(-1)[best] = True
         total = torch.zeros(atlas.n_layers)
-        for one in track(prepared, "path patching"):
-            pair = _Pair.of(model, one, corrupter.inputs(model, one, self.samples))
-            for layer in kept.any(1).nonzero().flatten().tolist():
-                total[:layer] += pair.falls_by_mlp(int(layer), kept[int(layer)]) / len(prepared)
+        for (fall,) in each(numbers, by_mlp, "path patching", at_fault):
+            total += fall
         return LayerScores(total, "fact-lookup", model.fingerprint, atlas, asdict(self))
 
 

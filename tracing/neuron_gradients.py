@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from locus.errors import InputError
 from locus.fact import Example, Fact
+from locus.finite import blame
 from locus.forward import Batch, label_logits, label_nll
 from locus.hooks import patched
 from locus.model import Model
@@ -38,6 +40,29 @@ def encode_facts(model: Model, facts: Examples, what: str = "facts") -> list[Enc
     if not facts:
         raise InputError(f"no {what} given: a localizer needs at least one")
     return [fact if isinstance(fact, Encoded) else encode(model, fact) for fact in facts]
+
+
+@dataclass(frozen=True, eq=False)
+class Blame:
+    """Which example is at fault where what a localizer computes is NaN or infinite."""
+
+    model: Model
+    facts: Examples
+    encoded: Sequence[Encoded]
+    what: str
+    """What is computed of an example, beginning with "its"."""
+
+    def batch(self, batch: Batch) -> InputError:
+        """The error for a batch of the examples."""
+        return self._of(batch.examples)
+
+    def number(self, number: int) -> InputError:
+        """The error for one example, by its number."""
+        return self._of([number])
+
+    def _of(self, numbers: Sequence[int]) -> InputError:
+        named = [(getattr(self.facts[i], "id", f"number {i + 1}"), self.encoded[i]) for i in numbers]
+        return blame(self.model, named, self.what)
 
 
 def required(retain: Examples | None, method: str) -> Examples:

@@ -31,6 +31,7 @@ from locus.hooks import patched
 from locus.model import Model
 from locus.progress import task
 from locus.scores import NeuronScores
+from locus.together import each
 from tracing.cost import Cost
 from tracing.neuron_gradients import Examples, encode_facts, label_logprobs
 
@@ -57,15 +58,22 @@ def gated_nll(
 
     Batch by batch: the graph of one is gone before the next is made.
     """
-    total = 0.0
-    for batch in groups:
+
+    def of_batch(batch: Batch) -> tuple[Tensor, Tensor]:
         lengths = torch.bincount(batch.rows, minlength=len(batch.examples))
         weights = (1.0 / lengths)[batch.rows]
-        with torch.enable_grad(), gated(model, gates):
+        leaf = gates.detach().requires_grad_()
+        with torch.enable_grad(), gated(model, leaf):
             logprobs = label_logprobs(model, batch)
             nll = -(logprobs * weights.to(logprobs.device)).sum() / n_examples
-        nll.backward()
-        total += float(nll.detach())
+        (gradient,) = torch.autograd.grad(nll, leaf)
+        return nll.detach().double(), gradient
+
+    total = 0.0
+    for nll, gradient in each(groups, of_batch, "one step"):
+        total += float(nll)
+        gradient = gradient.to(gates.device)
+        gates.grad = gradient if gates.grad is None else gates.grad.add_(gradient)
     return total
 
 

@@ -16,18 +16,20 @@ With a retain set, `contrast="difference"` takes away the neurons that every fac
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.forward import batches
+from locus.forward import Batch, batches
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
 from tracing.cost import Cost
 from tracing.neuron_gradients import (
+    Blame,
     Examples,
     encode_facts,
     neuron_grid,
@@ -83,23 +85,30 @@ class GradientSaliency:
     ) -> Float[Tensor, "layer neuron"]:
         encoded = encode_facts(model, facts, what)
         total = neuron_grid(model)
-        for batch in track(batches(encoded, batch_tokens), f"saliency, {what}"):
-            where = prediction_positions(batch) if self.positions == "prediction" else None
-
-            def visit(layer: int, h: Tensor, gradient: Tensor, where: Tensor | None = where) -> None:
-                product = h.float() * gradient.float()
-                if where is not None:
-                    product = product * where[..., None].to(product.device)
-                if self.absolute == "position":
-                    product = product.abs()
-                by_example = product.sum(1)
-                if self.absolute == "example":
-                    by_example = by_example.abs()
-                total[layer] += by_example.sum(0).to(total.device)
-
-            visit_neurons(model, batch, visit)
+        groups, blamed = batches(encoded, batch_tokens), Blame(model, facts, encoded, "its saliency")
+        for (grid,) in each(groups, partial(self._of_batch, model), f"saliency, {what}", blamed.batch):
+            total += grid.to(total.device)
         total /= len(encoded)
         return total.abs() if self.absolute == "end" else total
+
+    def _of_batch(self, model: Model, batch: Batch) -> tuple[Float[Tensor, "layer neuron"]]:
+        """The sum over a batch's examples."""
+        where = prediction_positions(batch) if self.positions == "prediction" else None
+        grid = neuron_grid(model)
+
+        def visit(layer: int, h: Tensor, gradient: Tensor) -> None:
+            product = h.float() * gradient.float()
+            if where is not None:
+                product = product * where[..., None].to(product.device)
+            if self.absolute == "position":
+                product = product.abs()
+            by_example = product.sum(1)
+            if self.absolute == "example":
+                by_example = by_example.abs()
+            grid[layer] = by_example.sum(0).to(grid.device)
+
+        visit_neurons(model, batch, visit)
+        return (grid,)
 
 
 def _contrasted(

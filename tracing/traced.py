@@ -24,12 +24,12 @@ from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.hooks import record
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores
+from locus.together import each
 from locus.tokens import Encoded, encode
 from tracing.corruption import Corrupter, Prepared, prepare
 from tracing.cost import Cost
-from tracing.neuron_gradients import Examples, encode_facts, neuron_grid, tapped
+from tracing.neuron_gradients import Blame, Examples, encode_facts, neuron_grid, tapped
 from tracing.plain import logits_of
 from tracing.question import Inputs
 from tracing.readout import Readout
@@ -65,9 +65,15 @@ class TracedNeurons:
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
         total = neuron_grid(model)
-        for one in track(prepared, "neurons by indirect effect"):
+
+        def of_fact(number: int) -> tuple[Tensor]:
+            one = prepared[number]
             corrupted = corrupter.inputs(model, one, self.samples)
-            total += _effects(model, one, corrupted, max(1, batch_tokens // len(one.ids))) / len(prepared)
+            return (_effects(model, one, corrupted, max(1, batch_tokens // len(one.ids))) / len(prepared),)
+
+        blamed = Blame(model, facts, [one.encoded for one in prepared], "its indirect effect")
+        for (share,) in each(range(len(prepared)), of_fact, "neurons by indirect effect", blamed.number):
+            total += share.to(total.device)
         return NeuronScores(total.cpu(), "traced-neurons", model.fingerprint, model.atlas, asdict(self))
 
 

@@ -39,6 +39,7 @@ from locus.progress import track
 from locus.schema import understood
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
+from locus.together import add_, own_part
 from tracing.cost import Cost
 from tracing.neuron_gradients import Examples, encode_facts, label_logprobs, required
 from tracing.threshold import top_of
@@ -202,7 +203,7 @@ def named(model: Model, patterns: Sequence[str]) -> dict[str, Tensor]:
     """Parameters by name or shell pattern, in the model's order; tied ones once.
 
     Raises:
-        InputError: a pattern that matches nothing.
+        InputError: a pattern that matches nothing, or a parameter that is offloaded and so can have no gradient.
     """
     parameters = dict(model.module.named_parameters())
     wanted: set[str] = set()
@@ -211,6 +212,11 @@ def named(model: Model, patterns: Sequence[str]) -> dict[str, Tensor]:
         if not found:
             raise InputError(f"parameters {pattern!r}: {model.name} has none of this name or pattern")
         wanted |= set(found)
+    if away := [name for name in parameters if name in wanted and parameters[name].is_meta]:
+        raise InputError(
+            f"{away[0]}: offloaded, so it has no gradient; load the model without a device_map that offloads, or name "
+            "other parameters"
+        )
     return {name: parameter for name, parameter in parameters.items() if name in wanted}
 
 
@@ -224,9 +230,11 @@ def mean_gradients(
         (label_logprobs(model, batch).sum() / len(encoded)).backward()
 
     taken = _with_gradients(parameters, batches(encoded, batch_tokens), add)
-    return {
+    total = {
         name: taken[name] if name in taken else torch.zeros_like(p.detach()) for name, p in parameters.items()
     }
+    add_(list(total.values()))
+    return total
 
 
 def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,18 +248,22 @@ def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Te
             total[name].addcmul_(gradient, gradient, value=1 / len(encoded))
 
     _with_gradients(parameters, batches(encoded, 1), add)
+    add_(list(total.values()))
     return total
 
 
 def _with_gradients(
     parameters: Mapping[str, Tensor], groups: Sequence[Batch], add: Callable[[Batch], None]
 ) -> dict[str, Tensor]:
-    """Let these parameters have gradients while `add` runs on each batch; what it leaves in them, taken away."""
+    """Let these parameters have gradients while `add` runs on each batch; what it leaves in them, taken away.
+
+    Of several processes each runs its part of the batches: gradients of all weights are too large to be handed round.
+    """
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            for batch in track(groups, "gradients"):
+            for batch in track(own_part(groups), "gradients"):
                 add(batch)
     finally:
         taken = _taken(parameters)

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from locus.errors import InputError
 from locus.model import Model
-from locus.progress import track
 from locus.scores import NeuronScores, count_of
+from locus.together import each
 from locus.tokens import Encoded
 from tracing.cost import Cost
 from tracing.engine import Engine
 from tracing.engine import EngineName as PatchEngine
-from tracing.neuron_gradients import Examples, encode_facts
+from tracing.neuron_gradients import Blame, Examples, encode_facts
 from tracing.question import Inputs, Question
 from tracing.readout import Readout
 from tracing.saliency import GradientSaliency
@@ -64,8 +64,13 @@ class ZeroOut:
         engine = Engine(model, self.engine, batch_tokens)
         encoded = encode_facts(model, facts)
         drop = torch.zeros(count, dtype=torch.float64)
-        for one in track(encoded, "zeroing neurons"):
-            drop += silenced_drop(engine, one, where) / len(encoded)
+
+        def of_fact(number: int) -> tuple[Tensor]:
+            return (silenced_drop(engine, encoded[number], where) / len(encoded),)
+
+        blamed = Blame(model, facts, encoded, "its drop without a neuron")
+        for (fall,) in each(range(len(encoded)), of_fact, "zeroing neurons", blamed.number):
+            drop += fall
         values = _below(slope, float(drop.min()))
         values[layers, neurons] = drop.float()
         return NeuronScores(values, "zero-out", model.fingerprint, model.atlas, asdict(self))

@@ -33,7 +33,7 @@ from locus.errors import InputError
 from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
-from locus.progress import task
+from locus.together import each_value
 from locus.tokens import Encoded, encode_text
 
 KIND = "audit"
@@ -182,6 +182,8 @@ def audit(
 ) -> Audit:
     """Measure the base, each edit and each control on the same questions and attacks.
 
+    Inside `locus.together.together` several processes share the states.
+
     Args:
         base: The model before any edit. Deltas are applied to it and undone, bit for bit.
         edits: Name -> delta on the base, or a separately loaded checkpoint.
@@ -212,17 +214,16 @@ def audit(
     reference = next((state for state in states if state.role == "reference"), None)
     context = Context(states[0], facts, retain, questions, settings, never_knew=reference)
     texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
-    measured = []
-    with task("audit", total=len(states)) as line:
-        for state in states:
-            if state.role == "base" and before is not None:
-                one = _taken_over(before, base, questions, settings, suites)
-                context.answers[state.name] = one.answers
-                measured.append(replace(one, text=texts.get(state.name)))
-            else:
-                one = measure_model(state, questions, settings, texts.get(state.name), context)
-                measured.append(with_suites(one, state, suites, context))
-            line.advance(note=state.name)
+
+    def measured_in(state: State) -> Measurement:
+        if state.role == "base" and before is not None:
+            one = _taken_over(before, base, questions, settings, suites)
+            context.answers[state.name] = one.answers
+            return replace(one, text=texts.get(state.name))
+        one = measure_model(state, questions, settings, texts.get(state.name), context)
+        return with_suites(one, state, suites, context)
+
+    measured = list(each_value(states, measured_in, Measurement, "audit"))
     return Audit(
         base=measured[0],
         edits=tuple(m for m in measured if m.role == "edit"),

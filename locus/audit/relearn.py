@@ -24,6 +24,7 @@ from locus.hooks import patched
 from locus.model import Model
 from locus.progress import task
 from locus.tokens import Encoded
+from locus.weights import refuse_offloaded
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _accumulate(model: Model, encoded: Sequence[Encoded], max_tokens: int) -> fl
 @contextlib.contextmanager
 def _full(model: Model) -> Iterator[list[Tensor]]:
     """All parameters, trainable inside; their old values are put back on leaving."""
+    refuse_offloaded(dict(model.module.named_parameters()))
     parameters: list[Tensor] = [p for p in model.module.parameters() if p.is_floating_point()]
     saved = [p.detach().clone() for p in parameters]
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from locus.audit.answers import Answers, Questions, ask
 from locus.metrics import round_to_nearest
 from locus.model import Model
+from locus.weights import refuse_offloaded
 
 Format = Literal["bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
@@ -57,6 +58,7 @@ def rounded(model: Model, fmt: Format) -> Iterator[None]:
     output) round the matrices of the blocks, as common loaders do: embeddings, unembedding, norms and
     biases stay. Needs the memory of the rounded tensors once more.
     """
+    refuse_offloaded(dict(model.module.named_parameters()))
     saved: dict[str, Tensor] = {}
     try:
         with torch.no_grad():

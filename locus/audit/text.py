@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from locus.audit.state import State
 from locus.forward import Batch, batches, label_logits
 from locus.metrics import kl_divergence
 from locus.model import Model
-from locus.progress import task
+from locus.together import each, n_processes
 from locus.tokens import Encoded
 
 
@@ -49,31 +50,42 @@ def read_text(
     The base's log-probabilities are kept for as many batches as fit in `max_bytes`, then every other
     state reads those batches: one forward a state and token, bounded memory, one set of weights.
     """
-    base, *others = states
+    base = states[0]
     size = 4 * base.model.atlas.d_vocab
     max_tokens = max(1, min(max_tokens, max_bytes // size))
-    columns: dict[str, list[tuple[Tensor, Tensor]]] = {state.name: [] for state in states}
-    owners: list[int] = []
-    with task("neutral text", total=len(text) * len(states)) as line:
-        for group in _groups(batches(text, max_tokens), size, max_bytes):
-            owners += [int(i) for batch in group for i in batch.example]
-            with base.active() as model:
-                cached = [_logprobs(model, batch) for batch in group]
-            for batch, logprobs in zip(group, cached, strict=True):
-                columns[base.name].append((_nll(logprobs, batch), torch.zeros(len(batch.labels))))
-            line.advance(sum(len(batch.examples) for batch in group))
-            for state in others:
-                with state.active() as model:
-                    for batch, before in zip(group, cached, strict=True):
-                        after = _logprobs(model, batch)
-                        kl = kl_divergence(before.to(after.device), after).cpu()
-                        columns[state.name].append((_nll(after, batch), _finite(kl)))
-                line.advance(sum(len(batch.examples) for batch in group))
+    cut = batches(text, max_tokens)
+    if n_processes() > 1:  # as many groups as processes, at least: to the numbers it makes no difference
+        max_bytes = min(max_bytes, size * -(-sum(len(batch.labels) for batch in cut) // n_processes()))
+    groups = list(_groups(cut, size, max_bytes))
+    found = list(each(groups, partial(_read_group, states), "neutral text"))
+    owners = [int(i) for group in groups for batch in group for i in batch.example]
     paragraphs = tuple(f"paragraph {i}" for i in owners)
-    return {
-        name: TextScores(paragraphs, torch.cat([nll for nll, _ in parts]), torch.cat([kl for _, kl in parts]))
-        for name, parts in columns.items()
-    }
+    nll, kl = (
+        torch.cat([piece[half] for piece in found], 1) if found else torch.zeros(len(states), 0)
+        for half in range(2)
+    )
+    return {state.name: TextScores(paragraphs, nll[i], kl[i]) for i, state in enumerate(states)}
+
+
+def _read_group(
+    states: Sequence[State], group: Sequence[Batch]
+) -> tuple[Float[Tensor, "state token"], Float[Tensor, "state token"]]:
+    """NLL and KL of every token of some batches, under every state."""
+    base, *others = states
+    with base.active() as model:
+        cached = [_logprobs(model, batch) for batch in group]
+    nll = [torch.cat([_nll(logprobs, batch) for logprobs, batch in zip(cached, group, strict=True)])]
+    kl = [torch.zeros_like(nll[0])]
+    for state in others:
+        own: list[tuple[Tensor, Tensor]] = []
+        with state.active() as model:
+            for batch, before in zip(group, cached, strict=True):
+                after = _logprobs(model, batch)
+                distance = kl_divergence(before.to(after.device), after).cpu()
+                own.append((_nll(after, batch), _finite(distance)))
+        nll.append(torch.cat([one for one, _ in own]))
+        kl.append(torch.cat([one for _, one in own]))
+    return torch.stack(nll), torch.stack(kl)
 
 
 def _logprobs(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:

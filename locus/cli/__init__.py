@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-_SHARED = ("trace",)
+_SHARED = ("trace", "locate", "edit", "audit")
 """Commands that share their work among the processes of torchrun."""
 
 

@@ -45,7 +45,8 @@ def audit(
 ) -> int:
     """Judge an edit: what was forgotten, what survived, what came back, beside controls.
 
-    Exit 3 if a gate was given and is not met. `locus methods audit` shows the attacks and the further settings.
+    Exit 3 if a gate was given and is not met. Started by torchrun, several processes share the base, the edit and the
+    controls. `locus methods audit` shows the attacks and the further settings.
 
     Args:
         base: The model before the edit: checkpoint folder, hub id, or smollm2.
@@ -68,43 +69,40 @@ def audit(
         tasks_folder: Folder with YAML files of further tasks.
         gate: A TOML file of thresholds and verdicts; exit 3 if one fails or its evidence is missing.
     """
-    from locus.artefact import lock
     from locus.audit import AuditSettings
     from locus.audit.attacks import attacks_of
     from locus.audit.gate import check_gate, read_gate
     from locus.audit.harness import Harness
     from locus.audit.suites import load_suite
     from locus.fact import neutral_text, read_facts, split_text
+    from locus.ranks import joined
+    from locus.together import together
 
-    wanted = None if gate is None else read_gate(gate)
-    settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
-    if attacks:
-        settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
-    judged_by = load_suite(suite, facts, running.limit)
-    suites = [judged_by, *([Harness(tasks, tasks_limit, tasks_folder)] if tasks else [])]
-    kept = [*judged_by.retain, *([] if retain is None else read_facts(retain))]
-    _, unseen = split_text(neutral_text(text))
-    loaded = loading.load(base)
-    reference = None if never_knew is None else loading.load(never_knew)
-    with lock(out), talking.progress():
-        done = audit_edits(
-            loaded,
-            {"edited": edited},
-            control,
-            judged_by.facts,
-            kept,
-            unseen,
-            settings,
-            loading,
-            mask,
-            never_knew=reference,
-            suites=suites,
-        )
-        written = write(done, out)
-    results = [] if wanted is None else check_gate(done, wanted)
-    failed = [r for r in results if not r.passed]
-    talking.finish({**written, "gate": [dataclasses.asdict(r) for r in results]}, _table(done, out, results))
-    return 3 if failed else 0
+    with joined() as ranks, together(ranks):
+        talking = talking.of(ranks)
+        if tasks and ranks.size > 1:
+            raise InputError("locus audit --tasks runs in one process: start it without torchrun")
+        wanted = None if gate is None else read_gate(gate)
+        settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
+        if attacks:
+            settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
+        judged_by = load_suite(suite, facts, running.limit)
+        suites = [judged_by, *([Harness(tasks, tasks_limit, tasks_folder)] if tasks else [])]
+        kept = [*judged_by.retain, *([] if retain is None else read_facts(retain))]
+        _, unseen = split_text(neutral_text(text))
+        loaded = loading.load(base)
+        reference = None if never_knew is None else loading.load(never_knew)
+        edits, asked = {"edited": edited}, (judged_by.facts, kept, unseen, settings, loading, mask)
+        given = [loaded.fingerprint, [f.id for f in judged_by.facts], [f.id for f in kept], settings]
+        ranks.agree("models, facts or settings", repr(given))
+        with ranks.hold(out), talking.progress():
+            done = audit_edits(loaded, edits, control, *asked, never_knew=reference, suites=suites)
+            written = write(done, out) if ranks.first else {}
+        results = [] if wanted is None else check_gate(done, wanted)
+        if ranks.first:
+            gated = [dataclasses.asdict(r) for r in results]
+            talking.finish({**written, "gate": gated}, _table(done, out, results))
+        return 0 if all(r.passed for r in results) else 3
 
 
 def audit_into(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from locus.cli.account import say_account
 from locus.cli.board import check_board
 from locus.cli.edit_folder import ABOUT, DELTA, control_folder, control_mask, edit_into
-from locus.cli.material import material
+from locus.cli.material import GENERATED, material
 from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
 from locus.cli.sweep import Sweeping, as_json, sweep_into
 
@@ -42,6 +42,8 @@ def edit(
     controls: int = 0,
     account: Annotated[bool, Parameter(negative="")] = False,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
+    shard: Annotated[bool, Parameter(negative="")] = False,
+    offload: Annotated[bool, Parameter(negative="")] = False,
     sweeping: Sweeping = Sweeping(),
     loading: Loading = Loading(),
     running: Running = Running(),
@@ -49,7 +51,8 @@ def edit(
 ) -> None:
     """Make the model forget the facts by changing only the masked weights; writes a delta.
 
-    Each method has options of its own: `locus methods NAME` shows them. Without a mask, rome, memit, alphaedit and
+    Each method has options of its own: `locus methods NAME` shows them. Started by torchrun, several processes make
+    each step of a training together. Without a mask, rome, memit, alphaedit and
     law may change the down projections of the layers named (all of them, if none is), and edits of neurons those
     listed as `--neurons layer:neuron`; the mask they kept to is then written beside the delta.
 
@@ -69,49 +72,81 @@ def edit(
         controls: Make the same edit with this many random masks of the same size besides, for the audit.
         account: Say what memory the edit will take, and stop; no weight is read.
         tensorboard: Write the history as TensorBoard scalars besides (pip install "locus-unlearn[tensorboard]").
+        shard: Spread the model over the processes that torchrun started, each of which holds a part (FSDP2): for
+            models that no device holds whole. Without it each holds all of it, and takes part of every step's examples.
+        offload: Of a model that is spread, keep the parts in main memory.
     """
-    from editors import EDITORS
-    from locus.artefact import lock
     from locus.errors import InputError
     from locus.mask import WeightMask
+    from locus.ranks import joined
     from locus.report.front import front_table
     from locus.scores import NeuronScores
 
+    with joined() as ranks:
+        talking = talking.of(ranks)
+        editor = _editor(method, tokens, running, target_new)
+        if ranks.size > 1:
+            _refuse_alone(method, sweeping, text, account)
+        if mask is not None and sweeping.sweep is not None:
+            raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
+        if tensorboard:
+            check_board()
+        given = None if mask is None else WeightMask.load(mask)
+        if account:
+            say_account(loading.shape(model), method, editor, given, running, facts, retain, text, talking)
+            return
+        if out is None:
+            raise InputError("locus edit: say where to write with -o FOLDER")
+        scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
+        loaded = loading.load(model, shard=shard, offload=offload)
+        with ranks.hold(out), talking.progress():
+            asked = material(loaded, running.facts(facts), retain, text, out, running.seed)
+            if scores is not None:
+                points = sweep_into(
+                    out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
+                )
+                talking.finish(as_json(points), front_table(points))
+                return
+            forget, kept, (neutral, _) = asked
+            located = mask_for(loaded, editor, method, given, widen)
+            what, rest = (loaded, forget, kept, neutral), (method, editor, running.resume, tensorboard, ranks)
+            delta = edit_into(out, *what, located, *rest)
+            if located is not given and ranks.first:
+                located.save(out / MASK)
+            for i in range(controls):
+                edit_into(control_folder(out, i), *what, control_mask(loaded, located, i), *rest)
+        if ranks.first:
+            about = json.loads((out / ABOUT).read_text("utf-8"))
+            talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+
+
+def _editor(method: str, tokens: Sequence[str], running: Running, target_new: str | None) -> Any:
+    """The method with its own options, and with a rewrite for its aim where an answer is given."""
+    from editors import EDITORS
+
     command = f"locus edit --method {method}"
     editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
-    if target_new is not None:
-        editor = rewriting(editor, method, target_new)
-    if mask is not None and sweeping.sweep is not None:
-        raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
-    if tensorboard:
-        check_board()
-    given = None if mask is None else WeightMask.load(mask)
-    if account:
-        say_account(loading.shape(model), method, editor, given, running, facts, retain, text, talking)
-        return
-    if out is None:
-        raise InputError("locus edit: say where to write with -o FOLDER")
-    scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
-    loaded = loading.load(model)
-    with lock(out), talking.progress():
-        asked = material(loaded, running.facts(facts), retain, text, out, running.seed)
-        if scores is not None:
-            points = sweep_into(
-                out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
-            )
-            talking.finish(as_json(points), front_table(points))
-            return
-        forget, kept, (neutral, _) = asked
-        located = mask_for(loaded, editor, method, given, widen)
-        rest = (method, editor, running.resume, tensorboard)
-        delta = edit_into(out, loaded, forget, kept, neutral, located, *rest)
-        if located is not given:
-            located.save(out / MASK)
-        for i in range(controls):
-            control = control_mask(loaded, located, i)
-            edit_into(control_folder(out, i), loaded, forget, kept, neutral, control, *rest)
-    about = json.loads((out / ABOUT).read_text("utf-8"))
-    talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+    return editor if target_new is None else rewriting(editor, method, target_new)
+
+
+def _refuse_alone(method: str, sweeping: Sweeping, text: Path | None, account: bool) -> None:
+    """Several processes make the steps of a training together; nothing else is shared."""
+    from editors import OBJECTIVES
+    from locus.errors import InputError
+
+    alone = [
+        what
+        for what, is_so in (
+            ("--sweep", sweeping.sweep is not None),
+            ("--account", account),
+            ("--text generated", text == Path(GENERATED)),
+            (f"--method {method}", method not in OBJECTIVES),
+        )
+        if is_so
+    ]
+    if alone:
+        what = alone[0]
+        raise InputError(f"locus edit {what} runs in one process: start it without torchrun")
 
 
 def rewriting(editor: Any, method: str, answer: str) -> Any:

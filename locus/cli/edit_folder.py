@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.mask import WeightMask
     from locus.model import Model
+    from locus.ranks import Ranks
 
 DELTA, ABOUT, HISTORY, DOSE = "delta.safetensors", "edit.json", "history.jsonl", "dose.png"
 
@@ -31,12 +32,14 @@ def edit_into(
     editor: Any,
     resume: bool,
     tensorboard: bool = False,
+    ranks: Ranks | None = None,
 ) -> WeightDelta:
     """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume.
 
-    With `tensorboard` its history is written as scalars besides, while it runs.
+    Several processes run it together, and the first of them writes. With `tensorboard` its history is written as
+    scalars besides, while it runs.
     """
-    from locus.artefact import atomic_file, load_json, save_json
+    from locus.artefact import load_json
     from locus.delta import WeightDelta
     from locus.errors import InputError
 
@@ -56,6 +59,10 @@ def edit_into(
     }
     if model.chat:
         about["chat"] = True
+    if ranks is not None:
+        ranks.agree(
+            "files in the output folder (it must be one that all see)", str((folder / ABOUT).exists())
+        )
     if (folder / ABOUT).exists():
         earlier = load_json(folder / ABOUT, "edit")
         if not resume:
@@ -66,7 +73,9 @@ def edit_into(
             f"{folder} holds an edit with other settings: give another folder, or delete it first"
         )
     history: list[Mapping[str, Any]] = []
-    with board(folder) if tensorboard else contextlib.nullcontext() as shown:
+    first = ranks is None or ranks.first
+    together = {} if ranks is None or ranks.size == 1 else {"ranks": ranks}
+    with board(folder) if tensorboard and first else contextlib.nullcontext() as shown:
 
         def log(record: Mapping[str, Any]) -> None:
             history.append(record)
@@ -74,8 +83,27 @@ def edit_into(
                 shown(record)
 
         delta: WeightDelta = editor.run(
-            model, forget, retain, mask, text=text, folder=folder / ".resume", resume=resume, log=log
+            model,
+            forget,
+            retain,
+            mask,
+            text=text,
+            folder=folder / ".resume",
+            resume=resume,
+            log=log,
+            **together,
         )
+    if first:
+        _write(folder, delta, history, about)
+    return delta
+
+
+def _write(
+    folder: Path, delta: WeightDelta, history: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> None:
+    """The files of a finished edit; what could be resumed is no longer needed."""
+    from locus.artefact import atomic_file, save_json
+
     delta.save(folder / DELTA)
     with atomic_file(folder / HISTORY) as path:
         path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in history), "utf-8")
@@ -94,7 +122,6 @@ def edit_into(
 
         plot_dose(points, delta.provenance["strength"], folder / DOSE)
     _clear(folder / ".resume")
-    return delta
 
 
 def control_mask(model: Model, mask: WeightMask, seed: int) -> WeightMask:

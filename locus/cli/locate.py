@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +21,8 @@ from locus.cli.options import (
 
 Part = Literal["gate", "up", "down"]
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
+_CPU_TOKENS, _GPU_TOKENS = 512, 4096
+"""Tokens of a batch that keep a device busy."""
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +53,8 @@ def locate(
 ) -> None:
     """Score the neurons or weights by one method, and write a mask of the best; or compare several methods.
 
-    Each method has options of its own: `locus methods NAME` shows them, with its formula and when to use it.
+    Each method has options of its own: `locus methods NAME` shows them, with its formula and when to use it. Started
+    by torchrun, several processes share the facts of one method.
 
     Args:
         model: Checkpoint folder, hub id, or smollm2.
@@ -69,9 +74,13 @@ def locate(
         patience: Seconds a run may take to be repeated.
     """
     from locus.errors import InputError
+    from locus.ranks import asked_for, joined
+    from locus.together import together
     from tracing import LOCALIZERS
 
     if "," in method or ":" in method or method == "all":
+        if asked_for():
+            _refuse_many()
         if threshold is not None or scores is not None or tokens:
             wrong = (
                 "--threshold" if threshold is not None else "--scores" if scores is not None else tokens[0]
@@ -90,22 +99,45 @@ def locate(
             patience=patience, resume=running.resume, talking=talking,
         )  # fmt: skip
         return
-    chosen: Any = settings_of(
-        f"locus locate --method {method}",
-        method_class(LOCALIZERS, method, "localizer"),
-        tokens,
-        running.shared,
-    )
-    loaded = loading.load(model)
-    forget = running.facts(facts)
-    kept = None if retain is None else _trainable(retain)
-    with talking.progress():
-        mask, scored = locate_mask(loaded, forget, kept, chosen, budget, per_layer, parts, talking, threshold)
-    mask.save(out)
-    if scores is not None:
-        scored.save(scores)
-    summary = describe(mask, loaded)
-    talking.finish({"mask": str(out), **summary}, f"{out}: {summary['text']}")
+    with joined() as ranks:
+        talking = talking.of(ranks)
+        chosen: Any = settings_of(
+            f"locus locate --method {method}",
+            method_class(LOCALIZERS, method, "localizer"),
+            tokens,
+            running.shared,
+        )
+        loaded = loading.load(model)
+        forget = running.facts(facts)
+        kept = None if retain is None else _trainable(retain)
+        ranks.agree("facts, settings or weights", _asked(loaded, forget, kept, chosen, running))
+        how = (budget, per_layer, parts, talking, threshold, running.batch_tokens)
+        with talking.progress(), together(ranks):
+            mask, scored = locate_mask(loaded, forget, kept, chosen, *how)
+        if not ranks.first:
+            return
+        mask.save(out)
+        if scores is not None:
+            scored.save(scores)
+        summary = describe(mask, loaded)
+        talking.finish({"mask": str(out), **summary}, f"{out}: {summary['text']}")
+
+
+def _refuse_many() -> None:
+    """Several methods may be repeated for as long as patience lasts, which processes would not agree on."""
+    from locus.errors import AlreadySaid, InputError
+
+    if os.environ.get("RANK", "0") != "0":
+        raise AlreadySaid
+    raise InputError("locus locate with several methods runs in one process: start it without torchrun")
+
+
+def _asked(
+    model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None, localizer: Any, running: Running
+) -> str:
+    """What all processes must have been given alike."""
+    given = [model.fingerprint, localizer, running.batch_tokens, list(facts), list(retain or ())]
+    return hashlib.sha256(repr(given).encode()).hexdigest()
 
 
 def methods_of(text: str, running: Running) -> dict[str, Any]:
@@ -148,11 +180,17 @@ def locate_mask(
     parts: Sequence[str],
     talking: Talking,
     threshold: str | None = None,
+    batch_tokens: int | None = None,
 ) -> tuple[WeightMask, Any]:
-    """Run a localizer and cut its scores at a budget or a threshold; says first what it will cost."""
+    """Run a localizer and cut its scores at a budget or a threshold; says first what it will cost.
+
+    Without `batch_tokens` a batch holds what keeps the device busy and no more, so that several processes find
+    enough of them to share; one process makes the same.
+    """
     cut = None if threshold is None else _cut_of(localizer, threshold)
     talking.note(f"locate: {localizer.cost(model, facts, retain)}")
-    scored = localizer.run(model, facts, retain)
+    at_once = batch_tokens or (_CPU_TOKENS if model.device.type == "cpu" else _GPU_TOKENS)
+    scored = localizer.run(model, facts, retain, batch_tokens=at_once)
     if cut is not None:
         return scored.passing(cut, parts=parts), scored
     return scored.top(budget, per_layer=per_layer, parts=parts), scored

@@ -51,8 +51,8 @@ class Loading:
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the checkpoint."""
 
-    def load(self, name: str) -> Model:
-        """Load the model `name` this way."""
+    def load(self, name: str, *, shard: bool = False, offload: bool = False) -> Model:
+        """Load the model `name` this way; to be spread over the processes of a job if `shard`."""
         from locus.model import load_model
 
         return load_model(
@@ -64,6 +64,8 @@ class Loading:
             bos=self.bos,
             chat=self.chat,
             trust_remote_code=self.trust_remote_code,
+            shard=shard,
+            offload=offload,
         )
 
     def shape(self, name: str) -> Model:

@@ -23,9 +23,11 @@ from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.forward import measure
+from locus.hooks import patched
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
+from locus.tokens import encode
 from tests.tiny import tiny_facts, tiny_model
 
 TEXT = ("Berlin is the capital and the largest city of Germany", "What language does he speak? French")
@@ -208,6 +210,30 @@ def test_a_loss_that_is_no_number_names_the_step() -> None:
         InputError, match=r"step \d+: the .* is (nan|inf); lower the learning rate \(now 1e\+30\)"
     ):
         NPO(training=training).run(model, forget, retain, neuron_mask(model))
+
+
+def test_it_names_the_fact_and_the_layer_that_it_comes_from() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    one = encode(model, forget[1]).ids
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(ids: torch.Tensor) -> None:
+        seen["ids"] = ids
+
+    def spoil(state: torch.Tensor) -> torch.Tensor:
+        """Infinity at the end of the second fact, once the reference has been measured."""
+        seen["calls"] = seen.get("calls", 0) + 1
+        own = torch.tensor([list(row[: len(one)]) == list(one) for row in seen["ids"].tolist()])
+        return torch.where(own[:, None, None] & (seen["calls"] > 3), torch.inf, state)
+
+    with (
+        patched(model.module, {model.atlas.blocks[1]: spoil}, {model.atlas.embed: note}),
+        pytest.raises(
+            InputError, match=r"step \d: the .* is nan; .*; it arises in layer 1, of fact '1' first"
+        ),
+    ):
+        NPO(training=QUICK).run(model, forget, retain, neuron_mask(model))
 
 
 def test_nothing_to_forget_is_refused() -> None:

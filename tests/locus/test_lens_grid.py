@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from locus.errors import InputError
-from locus.hooks import record
+from locus.hooks import patched, record
 from locus.lens import lens_grid, lens_logits, load_grids, save_grids
 from locus.tokens import encode
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
@@ -79,3 +79,12 @@ def test_rows_at_once_do_not_matter_and_grids_survive_saving(tmp_path):
     assert torch.equal(back.top_ids, whole.top_ids)
     assert (back.tokens, back.top_tokens, back.target) == (whole.tokens, whole.top_tokens, whole.target)
     assert back.readable_from == whole.readable_from
+
+
+def test_what_is_no_number_is_named():
+    model = tiny_model("llama")
+    with (
+        patched(model.module, {model.atlas.blocks[1]: lambda state: state * torch.inf}),
+        pytest.raises(InputError, match="fact 'tower': layer 1 of tiny-llama gives NaN or infinity"),
+    ):
+        lens_grid(model, encode(model, tiny_facts()[0]), "tower")
