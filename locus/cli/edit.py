@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,12 +110,15 @@ def edit(
                 return
             forget, kept, (neutral, _) = asked
             located = mask_for(loaded, editor, method, given, widen)
-            what, rest = (loaded, forget, kept, neutral), (method, editor, running.resume, tensorboard, ranks)
-            delta = edit_into(out, *what, located, *rest)
+            made = partial(
+                edit_into, model=loaded, forget=forget, retain=kept, text=neutral, method=method, editor=editor,
+                resume=running.resume, tensorboard=tensorboard, ranks=ranks,
+            )  # fmt: skip
+            delta = made(out, mask=located)
             if located is not given and ranks.first:
                 located.save(out / MASK)
             for i in range(controls):
-                edit_into(control_folder(out, i), *what, control_mask(loaded, located, i), *rest)
+                made(control_folder(out, i), mask=control_mask(loaded, located, i))
         if ranks.first:
             about = json.loads((out / ABOUT).read_text("utf-8"))
             talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
@@ -134,19 +138,15 @@ def _refuse_alone(method: str, sweeping: Sweeping, text: Path | None, account: b
     from editors import OBJECTIVES
     from locus.errors import InputError
 
-    alone = [
-        what
-        for what, is_so in (
-            ("--sweep", sweeping.sweep is not None),
-            ("--account", account),
-            ("--text generated", text == Path(GENERATED)),
-            (f"--method {method}", method not in OBJECTIVES),
-        )
-        if is_so
-    ]
-    if alone:
-        what = alone[0]
-        raise InputError(f"locus edit {what} runs in one process: start it without torchrun")
+    asked = {
+        "--sweep": sweeping.sweep is not None,
+        "--account": account,
+        "--text generated": text == Path(GENERATED),
+        f"--method {method}": method not in OBJECTIVES,
+    }
+    for what, alone in asked.items():
+        if alone:
+            raise InputError(f"locus edit {what} runs in one process: start it without torchrun")
 
 
 def rewriting(editor: Any, method: str, answer: str) -> Any:
