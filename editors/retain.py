@@ -24,7 +24,7 @@ def kl_per_token(
     gradient in the logits is edited - reference, in probabilities; both are taken a few positions at a time, so that
     beside the logits themselves there is one tensor of their size and not six. The reference gets no gradient.
     """
-    values: Tensor = _KL.apply(logits, ref_logits)
+    values: Tensor = _KL.apply(logits, ref_logits)  # type: ignore[no-untyped-call]
     return values
 
 

@@ -67,7 +67,7 @@ def edit_into(
         earlier = load_json(folder / ABOUT, "edit")
         if not resume:
             raise InputError(f"{folder} holds a finished edit: give another folder, or --resume to keep it")
-        if {k: earlier.get(k) for k in about} == about:
+        if {k: earlier.get(k) for k in about} == about and earlier.get("chat", False) == model.chat:
             return WeightDelta.load(folder / DELTA)
         raise InputError(
             f"{folder} holds an edit with other settings: give another folder, or delete it first"

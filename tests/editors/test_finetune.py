@@ -114,7 +114,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(optimizer: str, tmp_path: Path) -
     forget, retain = known_facts(model)
     mask = neuron_mask(model)
     training = dataclasses.replace(
-        QUICK, optimizer=optimizer, goal=0.0, momentum=0.9, weight_decay=0.01, clip=0.1
+        QUICK,
+        optimizer=optimizer,
+        goal=0.0,
+        momentum=0.9,
+        weight_decay=0.01,
+        clip=0.1,
+        schedule="cosine",
+        warmup=3,
+        forget_per_step=1,
+        batch_tokens=12,
     )
     editor = NPO(training=training, retain=Retain(facts=2))
     whole: list[dict[str, float]] = []
@@ -189,6 +198,30 @@ def test_a_collapsing_run_is_stopped_and_gives_what_still_held() -> None:
     assert delta.provenance["stopped"] == "utility floor"
     assert delta.provenance["steps"] == 0
     assert not delta.changes
+
+
+def test_what_is_less_probable_than_chance_is_flagged() -> None:
+    """Ascent without a floor drives the targets below one in the vocabulary; one gentle step does not."""
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    far = Training(steps=30, lr=0.1, goal=0.0, floor=0.0, utility=0.0, max_kl=0.0)
+    near = dataclasses.replace(far, steps=1, lr=1e-4)
+    flags = [
+        GA(training=training).run(model, forget, retain, neuron_mask(model)).provenance["over_forgotten"]
+        for training in (far, near)
+    ]
+    assert flags == [[fact.id for fact in forget], []]
+
+
+def test_attention_weights_can_be_what_is_located() -> None:
+    model = tiny_model("llama")
+    forget, retain = known_facts(model)
+    shape = tuple(model.module.model.layers[1].self_attn.v_proj.weight.shape)
+    mask = WeightMask(
+        {"model.layers.1.self_attn.v_proj.weight": Selection("rows", torch.arange(0, shape[0], 2), shape)}
+    )
+    delta = NPO(training=dataclasses.replace(QUICK, steps=3)).run(model, forget, retain, mask)
+    assert set(delta.changes) == set(mask.entries) and delta.outside(mask) == 0
 
 
 def test_facts_that_are_gone_are_not_pushed() -> None:

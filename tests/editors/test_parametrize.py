@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from editors.parametrize import Deltas
 from locus.errors import InputError
@@ -124,6 +125,32 @@ def test_nothing_below_the_lowest_located_layer_is_differentiated() -> None:
         out = logits(model.module)
     hook.remove()
     assert out.requires_grad and not states[0].requires_grad
+
+
+def test_no_gradient_as_large_as_a_located_matrix_is_formed() -> None:
+    """Of every tensor that the backward pass makes none has the shape of a weight; rows and columns need none."""
+    model = tiny_model("llama")
+    chosen = torch.zeros(model.atlas.n_layers, model.atlas.d_mlp, dtype=torch.bool)
+    chosen[:, ::5] = True
+    deltas = Deltas(model.module, WeightMask.of_neurons(model.atlas, chosen))
+    held = {
+        p.untyped_storage().data_ptr() for p in model.module.parameters()
+    }  # a transposed weight is no new one
+    made: list[tuple[int, ...]] = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in held:
+                made.append(tuple(out.shape))
+            return out
+
+    with deltas.attached():
+        loss = logits(model.module).sum()
+        with Shapes():
+            loss.backward()
+    weights = {tuple(p.shape) for p in model.module.parameters() if p.dim() == 2}
+    assert made and not weights & {*made, *(shape[::-1] for shape in made)}
 
 
 @pytest.mark.parametrize(
