@@ -50,9 +50,13 @@ class Team:
         """The processes `ranks`, which hold `model`.
 
         Raises:
-            InputError: the model is spread over processes that were not named.
+            InputError: the model is spread over processes that were not named, or was not read so from a checkpoint.
         """
         sharded = is_sharded(model.module)
+        if sharded and model.folder is None:
+            raise InputError(
+                f"{model.name}: a sharded model is read from its checkpoint, by load_model with shard"
+            )
         if sharded and ranks is ALONE:
             raise InputError(f"{model.name} is spread over several processes: give them as ranks")
         if sharded:

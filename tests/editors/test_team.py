@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,20 +33,21 @@ from tests.editors.test_finetune import TEXT, known_facts, neuron_mask, same
 from tests.forked import job
 from tests.tiny import save_tiny, tiny_model
 
-FEW = Training(
-    steps=2, lr=0.05, optimizer="sgd", momentum=0.9, check_every=2, save_every=2, goal=0.0, forget_per_step=3
-)
-NEURONS = ("neurons",)
-PLAIN: Mapping[str, tuple[Any, tuple[str, ...]]] = {
-    "every kind of mask": (NPO(training=FEW), KINDS),
+FEW = Training(steps=2, lr=0.05, optimizer="sgd", momentum=0.9, save_every=1, goal=0.0, forget_per_step=3)
+SHORT = dataclasses.replace(FEW, steps=1)
+NEURONS, ONE = ("neurons",), ("one neuron",)
+Edits = Mapping[str, tuple[Any, tuple[str, ...]]]
+EVERY_KIND: Edits = {"every kind of mask": (NPO(training=FEW), KINDS)}
+NEURONS_OF_ADAM: Edits = {
     "neurons by AdamW": (NPO(training=Training(steps=2, goal=0.0)), NEURONS),
+    "fewer rows than processes": (NPO(training=Training(steps=1, goal=0.0)), ONE),
 }
-COMPOSED: Mapping[str, tuple[Any, tuple[str, ...]]] = {
-    "checkpointing": (NPO(training=dataclasses.replace(FEW, checkpointing=True)), KINDS),
-    "a forward cut short": (RMU(layer=2, training=dataclasses.replace(FEW, steps=1)), KINDS),
-    "the lens": (OBJECTIVES["head-projection"](training=dataclasses.replace(FEW, steps=1)), NEURONS),
-    "an adversary": (NPO(training=dataclasses.replace(FEW, steps=1, attack=LatentAttack(steps=1))), NEURONS),
-    "a floor": (NPO(training=dataclasses.replace(FEW, floor=0.2)), NEURONS),
+COMPOSED: Edits = {
+    "checkpointing": (NPO(training=dataclasses.replace(SHORT, checkpointing=True)), KINDS),
+    "a forward cut short": (RMU(layer=2, training=SHORT), KINDS),
+    "the lens": (OBJECTIVES["head-projection"](training=SHORT), NEURONS),
+    "an adversary": (NPO(training=dataclasses.replace(SHORT, attack=LatentAttack(steps=1))), NEURONS),
+    "a floor": (NPO(training=dataclasses.replace(SHORT, floor=0.2)), NEURONS),
 }
 
 
@@ -55,24 +58,45 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def folder(arch: str) -> Path:
         if not (place / arch).exists():
-            save_tiny(tiny_model(arch), place / arch)
+            save_tiny(tiny_model(arch, **SMALLER[arch]), place / arch)
         return place / arch
 
     return folder
 
 
+SMALLER: dict[str, dict[str, int]] = {
+    "gpt2": {},
+    "smollm": {"num_hidden_layers": 2},
+    "gemma2": {"num_hidden_layers": 2},
+}
+
+
 def edit(
     model: Model, facts: Any, editor: Any, kinds: tuple[str, ...], ranks: Ranks = ALONE, **more: Any
 ) -> WeightDelta:
-    mask: WeightMask = neuron_mask(model) if kinds == NEURONS else mask_of(model, kinds)
-    delta: WeightDelta = editor.run(model, *facts, mask, text=TEXT, ranks=ranks, **more)
+    delta: WeightDelta = editor.run(model, *facts, mask_for(model, kinds), text=TEXT, ranks=ranks, **more)
     return delta
 
 
-def assert_made_together(
-    edits: Mapping[str, tuple[Any, tuple[str, ...]]], folder: Path, size: int, logs: Path, **how: bool
-) -> None:
-    """Several processes make what one makes, to 1e-5 in float32."""
+def mask_for(model: Model, kinds: tuple[str, ...]) -> WeightMask:
+    if kinds == NEURONS:
+        return neuron_mask(model)
+    if kinds == ONE:
+        chosen = torch.zeros(model.atlas.n_layers, model.atlas.d_mlp, dtype=torch.bool)
+        chosen[1, 5] = True
+        return WeightMask.of_neurons(model.atlas, chosen, fingerprint=model.fingerprint)
+    return mask_of(model, kinds)
+
+
+def made_together(
+    edits: Edits,
+    folder: Path,
+    size: int,
+    logs: Path,
+    then: Callable[[Model, Any, Ranks], dict[str, Any]] = lambda *_: {},
+    **how: bool,
+) -> list[dict[str, Any]]:
+    """Several processes make the deltas that one makes, to 1e-5 in float32; what each of them says `then`."""
     model = load_model(folder)
     facts = known_facts(model)
 
@@ -83,6 +107,7 @@ def assert_made_together(
                 delta = edit(own, facts, editor, kinds, ranks)
                 if ranks.first:
                     delta.save(logs / f"{name}.safetensors")
+            print(json.dumps(then(own, facts, ranks)))
         return 0
 
     children = job(work, size, logs)
@@ -90,6 +115,7 @@ def assert_made_together(
     for name, (editor, kinds) in edits.items():
         alone = edit(model, facts, editor, kinds)
         assert_near(alone, WeightDelta.load(logs / f"{name}.safetensors"), name)
+    return [json.loads(child.said.splitlines()[-1]) for child in children]
 
 
 def assert_near(a: WeightDelta, b: WeightDelta, name: str) -> None:
@@ -102,104 +128,70 @@ def assert_near(a: WeightDelta, b: WeightDelta, name: str) -> None:
         assert (ours - theirs).abs().max() <= 1e-5, (name, parameter)
 
 
-@pytest.mark.parametrize(
-    ("arch", "size", "shard"),
-    [("gpt2", 2, True), ("smollm", 2, True), ("gemma2", 4, True), ("smollm", 2, False)],
-)
-def test_several_processes_make_the_delta_of_one(
-    folder_of: Any, arch: str, size: int, shard: bool, tmp_path: Path
-) -> None:
-    assert_made_together(PLAIN, folder_of(arch), size, tmp_path, shard=shard)
+def test_processes_that_hold_the_whole_model_make_the_delta_of_one(folder_of: Any, tmp_path: Path) -> None:
+    made_together(EVERY_KIND | NEURONS_OF_ADAM, folder_of("smollm"), 2, tmp_path)
+
+
+def test_four_processes_that_hold_a_part_each_do_too(folder_of: Any, tmp_path: Path) -> None:
+    short = {"every kind of mask": (NPO(training=SHORT), KINDS)}
+    made_together(short, folder_of("gemma2"), 4, tmp_path, shard=True)
 
 
 def test_a_sharded_model_may_be_offloaded_checkpointed_cut_short_and_attacked(
     folder_of: Any, tmp_path: Path
 ) -> None:
-    assert_made_together(COMPOSED, folder_of("gpt2"), 2, tmp_path, shard=True, offload=True)
+    edits = EVERY_KIND | NEURONS_OF_ADAM | COMPOSED
+    made_together(edits, folder_of("gpt2"), 2, tmp_path, shard=True, offload=True)
 
 
-def test_each_process_holds_its_part_of_a_sharded_model_and_a_tied_one_stays_tied(
-    folder_of: Any, tmp_path: Path
-) -> None:
-    model = load_model(folder_of("smollm"))
-    total = sum(p.numel() for p in model.module.parameters())
-
-    def work() -> int:
-        with joined() as ranks:
-            own = load_model(folder_of("smollm"), shard=True)
-            held = [local(p) for p in own.module.parameters()]
-            tied = own.module.lm_head.weight is own.module.model.embed_tokens.weight
-            print(json.dumps([sum(p.numel() for p in held), tied, own.fingerprint]), ranks.size)
-        return 0
-
-    children = job(work, 2, tmp_path)
-    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
-    said = [json.loads(child.said.rpartition(" ")[0]) for child in children]
-    assert sum(held for held, _, _ in said) == total and max(held for held, _, _ in said) < 0.52 * total
-    assert all(tied and fingerprint == model.fingerprint for _, tied, fingerprint in said)
-
-
-def test_a_killed_run_goes_on_with_another_number_of_processes(folder_of: Any, tmp_path: Path) -> None:
-    """Two sharded processes end after the second step; one goes on, and so do they, to what each does undisturbed."""
-    folder, stopped = folder_of("smollm"), tmp_path / "state"
-    model = load_model(folder)
-    facts, editor = known_facts(model), NPO(training=dataclasses.replace(FEW, steps=4))
-
-    class Killed(Exception):
-        pass
-
-    def kill(record: Mapping[str, Any]) -> None:
-        if record["step"] == 2:
-            raise Killed
-
-    def work() -> int:
-        with joined() as ranks:
-            own = load_model(folder, shard=True)
-            whole = edit(own, facts, editor, KINDS, ranks)
-            try:
-                edit(own, facts, editor, KINDS, ranks, folder=stopped, log=kill)
-            except Killed:
-                ranks.meet()
-            resumed = edit(own, facts, editor, KINDS, ranks, folder=stopped, resume=True)
-            print(same(whole, resumed), resumed.provenance["steps"])
-        return 0
-
-    children = job(work, 2, tmp_path)
-    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
-    assert [child.said for child in children] == ["True 4\n"] * 2
-    alone = edit(model, facts, editor, KINDS)
-    seen: list[Mapping[str, Any]] = []
-    taken_up = edit(model, facts, editor, KINDS, folder=stopped, resume=True, log=seen.append)
-    assert_near(alone, taken_up, "one process")
-    assert [record["step"] for record in seen] == [1, 2, 3, 4]
-
-
-def test_a_leak_in_a_part_is_caught_by_the_process_that_holds_it(
+def test_a_part_each_of_a_tied_model_a_kill_and_a_leak(
     folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folder_of("smollm")
-    facts = known_facts(load_model(folder))
-    honest = Run.take_step
+    """Two processes that hold a part each make the delta of one; killed, they go on to the same bits, and one process
+    goes on from there as well; a bit that moves in one's part is found by that one."""
+    folder, stopped, honest = folder_of("smollm"), tmp_path / "state", Run.take_step
+    editor = NPO(training=dataclasses.replace(FEW, steps=3))
+    lose, leak = False, False
 
-    def leaking(run: Run, state: Any) -> dict[str, Any]:
-        if not run.team.ranks.first:
+    def take_step(run: Run, state: Any) -> dict[str, Any]:
+        if lose and state.step == 2:
+            raise KeyboardInterrupt
+        if leak and not run.team.ranks.first:
             local(run.model.module.get_parameter("model.layers.1.self_attn.q_proj.weight"))[0, 0] += 1e-3
         return honest(run, state)
 
-    monkeypatch.setattr(Run, "take_step", leaking)
+    monkeypatch.setattr(Run, "take_step", take_step)
 
-    def work() -> int:
-        with joined() as ranks:
-            editor = NPO(training=dataclasses.replace(FEW, steps=1))
-            try:
-                edit(load_model(folder, shard=True), facts, editor, NEURONS, ranks)
-            except MaskLeak as leak:
-                print("q_proj" in str(leak))
-        return 0
+    def then(own: Model, facts: Any, ranks: Ranks) -> dict[str, Any]:
+        nonlocal lose, leak
+        held = sum(local(p).numel() for p in own.module.parameters())
+        tied = own.module.lm_head.weight is own.module.model.embed_tokens.weight
+        whole = edit(own, facts, editor, KINDS, ranks)
+        lose = True
+        with contextlib.suppress(KeyboardInterrupt):
+            edit(own, facts, editor, KINDS, ranks, folder=stopped)
+        lose = False
+        ranks.meet()
+        if ranks.first:
+            shutil.copy(stopped / "state.safetensors", tmp_path / "killed.safetensors")
+        resumed = edit(own, facts, editor, KINDS, ranks, folder=stopped, resume=True)
+        leak, caught = True, ""
+        try:
+            edit(own, facts, NPO(training=SHORT), NEURONS, ranks)
+        except MaskLeak as error:
+            caught = str(error)
+        return {"held": held, "tied": tied, "same": same(whole, resumed), "caught": caught}
 
-    children = job(work, 2, tmp_path)
-    assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
-    assert [child.said for child in children] == ["", "True\n"]
+    first, second = made_together(EVERY_KIND, folder, 2, tmp_path, then, shard=True)
+    model = load_model(folder)
+    total = sum(p.numel() for p in model.module.parameters())
+    assert first["held"] + second["held"] == total and abs(first["held"] - second["held"]) < 0.05 * total
+    assert all(one["tied"] and one["same"] for one in (first, second))
+    assert first["caught"] == "" and "q_proj" in second["caught"]
+    shutil.copy(tmp_path / "killed.safetensors", stopped / "state.safetensors")
+    facts = known_facts(model)
+    taken_up = edit(model, facts, editor, KINDS, folder=stopped, resume=True)
+    assert_near(edit(model, facts, editor, KINDS), taken_up, "one process")
 
 
 def test_a_sharded_model_needs_a_job(folder_of: Any) -> None:
