@@ -71,11 +71,7 @@ class FactLookup:
         Raises:
             InputError: no facts, more heads than there are, or blocks that cannot be run one by one.
         """
-        layers = self.layers(model, facts).values
-        saliency = GradientSaliency().run(model, facts, batch_tokens=batch_tokens)
-        within = normalize(saliency, "rank", per_layer=True).values
-        values = layers.argsort().argsort()[:, None] + 0.999 * within
-        return NeuronScores(values, "fact-lookup", model.fingerprint, model.atlas, asdict(self))
+        return by_layer(self.layers(model, facts), model, facts, batch_tokens)
 
     def layers(self, model: Model, facts: Examples) -> LayerScores:
         """Mean fall of the extraction heads' direct shares, in logits, for each MLP."""
@@ -101,6 +97,14 @@ class FactLookup:
             for layer in kept.any(1).nonzero().flatten().tolist():
                 total[:layer] += pair.falls_by_mlp(int(layer), kept[int(layer)]) / len(prepared)
         return LayerScores(total, "fact-lookup", model.fingerprint, atlas, asdict(self))
+
+
+def by_layer(layers: LayerScores, model: Model, facts: Examples, batch_tokens: int = 4096) -> NeuronScores:
+    """Neuron scores that order by their layer's score first, then by saliency."""
+    saliency = GradientSaliency().run(model, facts, batch_tokens=batch_tokens)
+    within = normalize(saliency, "rank", per_layer=True).values
+    values = layers.values.argsort().argsort()[:, None] + 0.999 * within
+    return NeuronScores(values, layers.method, layers.fingerprint, layers.atlas, layers.settings)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,8 @@ class WeightScores:
             InputError: there are none.
         """
         values = self._allowed(parts)
-        mask = WeightMask.of_elements(
-            {name: tensor > threshold for name, tensor in values.items()},
+        mask = WeightMask(  # a parameter after the other: all at once would be a byte a weight
+            {name: Selection.of(tensor > threshold) for name, tensor in values.items()},
             self.fingerprint,
             {
                 "method": self.method,

@@ -22,6 +22,7 @@ FEWER = {
     "hard-concrete": ":steps=2",
     "knowledge-neurons": ":steps=2",
     "depn": ":steps=2",
+    "lookup-probe": ":least=2",
 }
 EVERY = ",".join(name + FEWER.get(name, "") for name in LOCALIZERS)
 METHODS = "saliency,slimming:steps=2,random,disagreeing-tensors"
@@ -35,7 +36,8 @@ def place(tmp_path_factory):
     words = ("Eiffel", "Gothic", "Marble", "Silver", "Wooden", "Copper")
     facts = [{**fact, "relation": relations[i % 3]} for i, fact in enumerate(_facts(words, False))]
     (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-    kept = "".join(json.dumps(fact) + "\n" for fact in _facts(("Golden", "Broken"), False))
+    others = [{**fact, "target": " Rome"} for fact in _facts(("Green", "Yellow"), False)]
+    kept = "".join(json.dumps(fact) + "\n" for fact in [*_facts(("Golden", "Broken"), False), *others])
     (place / "keep.jsonl").write_text(kept)
     return place
 
