@@ -39,7 +39,7 @@ from tracing.neuron_gradients import Examples
 from tracing.plain import logits_of
 from tracing.question import Inputs
 from tracing.saliency import GradientSaliency
-from tracing.traced import Corruption, prepare_all
+from tracing.traced import Corruption, at_least_one_draw, prepare_all
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class FactLookup:
         """Order neurons by their MLP's score, then by saliency; a retain set is not used.
 
         Raises:
-            InputError: no facts, more heads than there are, or blocks that cannot be run one by one.
+            InputError: no facts, no samples, more heads than there are, or blocks that cannot be run one by one.
         """
         return by_layer(self.layers(model, facts), model, facts, batch_tokens)
 
@@ -78,6 +78,7 @@ class FactLookup:
         atlas = model.atlas
         if not 1 <= self.heads <= atlas.n_layers * atlas.n_heads:
             raise InputError(f"heads is {self.heads}: {model.name} has {atlas.n_layers * atlas.n_heads}")
+        at_least_one_draw(self.samples)
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
         try:

@@ -113,6 +113,8 @@ class LookupProbe:
     def _questions(self, facts: Examples, retain: Examples | None) -> list[Question]:
         if not facts:
             raise InputError("no facts given: a localizer needs at least one")
+        if not self.ridge > 0:
+            raise InputError(f"ridge is {self.ridge:g}: give a penalty above 0")
         told = _told(facts)
         relations = {fact.relation for fact in told}
         each = {(f.prompt, f.target): f for f in [*told, *_told(retain or ())] if f.relation in relations}

@@ -189,7 +189,7 @@ class LearnedMask(abc.ABC):
         for values in self.path(model, facts, **how):  # noqa: B007
             pass
         if values is None:
-            raise InputError("steps is 0: a mask is learned in at least one")
+            raise InputError(f"steps is {self.steps}: a mask is learned in at least 1")
         return values
 
     def _scores(self, model: Model, values: Float[Tensor, "layer neuron"]) -> NeuronScores:
@@ -269,6 +269,8 @@ class HardConcrete(LearnedMask):
 
     @property
     def _start(self) -> float:
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature:g}: give one above 0")
         return self.initial
 
     def _gates(self, parameter: Tensor, generator: torch.Generator) -> Tensor:
