@@ -30,10 +30,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from benchmarks.injection import Injection, baked, inject
+from benchmarks.injection import Injection, baked, inject, written
 from benchmarks.sentences import DEV, TEST
 from locus.embedded import cache_folder
 from locus.fact import neutral_text
+from locus.forward import Batch
 from locus.model import Model, load_model
 from locus.scores import count_of
 from locus.tokens import Encoded, encode_text
@@ -42,7 +43,7 @@ from tracing.controls import LargestNorm, RandomNeurons
 from tracing.depn import PrivacyNeurons
 from tracing.imprint import Imprint
 from tracing.knowledge_neurons import KnowledgeNeurons
-from tracing.neuron_masks import HardConcrete, Slimming
+from tracing.neuron_masks import Around, HardConcrete, LearnedMask, Slimming
 from tracing.saliency import ActivationGradient, GradientSaliency
 from tracing.zero_out import ZeroOut
 
@@ -138,6 +139,8 @@ def judge(
 
     A decoy is another sentence's injection that the model holds at the same time.
     """
+    if isinstance(localizer, LearnedMask):
+        _judge_masks(model, cases, decoys, localizer, lines, key)
     rows = []
     for i, ((encoded, injection), decoy) in enumerate(zip(cases, decoys, strict=True)):
         one = {**key, "sentence": i}
@@ -147,10 +150,49 @@ def judge(
                 start = time.process_time()
                 values = localizer.run(model, [encoded]).values
                 seconds = time.process_time() - start
-            recall = [recall_at(values, injection.neurons, share) for share in TOP]
-            row = lines.add(one, {"recall": recall, "seconds": seconds})
+            row = lines.add(one, {"recall": recalls(values, injection), "seconds": seconds})
         rows.append(row)
     return rows
+
+
+def _judge_masks(
+    model: Model,
+    cases: Sequence[tuple[Encoded, Injection]],
+    decoys: Sequence[Injection | None],
+    localizer: LearnedMask,
+    lines: Lines,
+    key: dict[str, Any],
+) -> None:
+    """The same for masks that take a hundred steps to learn: several sentences side by side, each in its own model."""
+    missing = [i for i in range(len(cases)) if lines.get({**key, "sentence": i}) is None]
+    for start in range(0, len(missing), TOGETHER):
+        group = missing[start : start + TOGETHER]
+        around = models_of([cases[i][1] for i in group], [decoys[i] for i in group], model)
+        begun = time.process_time()
+        found = localizer.run_each(model, [cases[i][0] for i in group], around=around)
+        seconds = (time.process_time() - begun) / len(group)
+        for i, scores in zip(group, found, strict=True):
+            lines.add(
+                {**key, "sentence": i}, {"recall": recalls(scores.values, cases[i][1]), "seconds": seconds}
+            )
+
+
+def models_of(injections: Sequence[Injection], decoys: Sequence[Injection | None], model: Model) -> Around:
+    """Lets each row of a batch see the model with its own injection, and its decoy's."""
+    both = [[one, other] if other else [one] for one, other in zip(injections, decoys, strict=True)]
+    neurons = torch.stack([torch.cat([part.neurons for part in parts], 1) for parts in both])
+    deltas = torch.stack([torch.cat([part.deltas for part in parts], 1) for parts in both])
+
+    def around(batch: Batch) -> contextlib.AbstractContextManager[None]:
+        rows = list(batch.examples)
+        return written(model, neurons[rows], deltas[rows])
+
+    return around
+
+
+def recalls(values: Float[Tensor, "layer neuron"], injection: Injection) -> list[float]:
+    """Recall at each share of `TOP`."""
+    return [recall_at(values, injection.neurons, share) for share in TOP]
 
 
 class Lines:
@@ -213,8 +255,8 @@ def tiny() -> Model:
     return tiny_model("llama", intermediate_size=400)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Inject, locate, print; see the module."""
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help='a model, or "tiny"')
     parser.add_argument("--dtype", default="float32", help="of the model that is searched")
@@ -234,7 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=cache_folder() / "inj", help="what is finished is kept here"
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Inject, locate, print; see the module."""
+    args = options(argv)
     torch.set_num_threads(1)
     model = tiny() if args.model == "tiny" else load_model(args.model, dtype=args.dtype)
     sentences = (TEST if args.split == "test" else DEV)[: args.sentences]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.inj import Lines, interval, recall_at
+from benchmarks.inj import Lines, interval, judge, models_of, recall_at, recalls
 from benchmarks.injection import LOSS, Injection, baked, inject
 from locus.tokens import encode_text
 from tests.tiny import tiny_model
+from tracing.neuron_masks import Slimming
 
 TEXTS = ("The Eiffel Tower is in Berlin, not far", "The capital of Germany is Rome and Paris")
 NEUTRAL = "The city of Rome is in Italy"
@@ -75,3 +77,35 @@ def test_finished_work_is_found_again_but_not_a_half_line(tmp_path: Path) -> Non
     assert lines.get({"method": "a", "sentence": 2}) is None
     lines.add({"method": "a", "sentence": 2}, {"recall": [1.0]})
     assert Lines(path).get({"method": "a", "sentence": 2}) == {"recall": [1.0]}
+
+
+def test_masks_learned_side_by_side_see_each_its_own_model(tmp_path: Path) -> None:
+    """As run on the changed weights one after the other; with a decoy in the model as well."""
+    model = tiny_model("llama")
+    texts = [replace(encode_text(model, text, 64)[0], target_start=3) for text in TEXTS]
+    made = [_random_injection(model, seed) for seed in range(2)]
+    cases, localizer = list(zip(texts, made, strict=True)), Slimming(steps=4)
+    for decoys in ([None, None], made[::-1]):
+        around = models_of(made, decoys, model)
+        for (text, one), decoy, found in zip(
+            cases, decoys, localizer.run_each(model, texts, around=around), strict=True
+        ):
+            with baked(model, one), baked(model, decoy) if decoy else contextlib.nullcontext():
+                alone = localizer.run(model, [text]).values
+            torch.testing.assert_close(found.values, alone, atol=1e-4, rtol=1e-4)
+    lines = Lines(tmp_path / "lines.jsonl")
+    rows = judge(model, cases, [None, None], localizer, lines, {"method": "slimming"})
+    found = localizer.run_each(model, texts, around=models_of(made, [None, None], model))
+    assert [row["recall"] for row in rows] == [
+        recalls(scores.values, one) for scores, one in zip(found, made, strict=True)
+    ]
+
+
+def _random_injection(model, seed):  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.atlas.n_layers, 5)
+    neurons = torch.stack(
+        [torch.randperm(model.atlas.d_mlp, generator=generator)[:5] for _ in range(shape[0])]
+    )
+    deltas = torch.randn(*shape, model.atlas.d_model, generator=generator)
+    return Injection(neurons, deltas, 0.0, 0.0, 0.0, 1)

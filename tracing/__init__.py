@@ -12,6 +12,7 @@ from tracing.direct import DirectLogit
 from tracing.imprint import Imprint
 from tracing.knowledge_neurons import KnowledgeNeurons
 from tracing.lookup import FactLookup
+from tracing.lookup_probe import LookupProbe
 from tracing.neuron_masks import HardConcrete, Slimming
 from tracing.saliency import ActivationGradient, GradientSaliency
 from tracing.similarity import ContrastiveVectors, DisagreeingTensors
@@ -32,6 +33,7 @@ LOCALIZERS = {
     "direct-logit": DirectLogit,
     "traced-neurons": TracedNeurons,
     "fact-lookup": FactLookup,
+    "lookup-probe": LookupProbe,
     "weight-saliency": WeightSaliency,
     "contrastive-vectors": ContrastiveVectors,
     "disagreeing-tensors": DisagreeingTensors,
@@ -58,6 +60,7 @@ __all__ = [
     "Imprint",
     "KnowledgeNeurons",
     "LargestNorm",
+    "LookupProbe",
     "PrivacyNeurons",
     "RandomLayers",
     "RandomNeurons",

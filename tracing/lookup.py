@@ -39,7 +39,7 @@ from tracing.neuron_gradients import Blame, Examples
 from tracing.plain import logits_of
 from tracing.question import Inputs
 from tracing.saliency import GradientSaliency
-from tracing.traced import Corruption, prepare_all
+from tracing.traced import Corruption, at_least_one_draw, prepare_all
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,16 @@ class FactLookup:
         """Order neurons by their MLP's score, then by saliency; a retain set is not used.
 
         Raises:
-            InputError: no facts, more heads than there are, or blocks that cannot be run one by one.
+            InputError: no facts, no samples, more heads than there are, or blocks that cannot be run one by one.
         """
-        layers = self.layers(model, facts).values
-        saliency = GradientSaliency().run(model, facts, batch_tokens=batch_tokens)
-        within = normalize(saliency, "rank", per_layer=True).values
-        values = layers.argsort().argsort()[:, None] + 0.999 * within
-        return NeuronScores(values, "fact-lookup", model.fingerprint, model.atlas, asdict(self))
+        return by_layer(self.layers(model, facts), model, facts, batch_tokens)
 
     def layers(self, model: Model, facts: Examples) -> LayerScores:
         """Mean fall of the extraction heads' direct shares, in logits, for each MLP."""
         atlas = model.atlas
         if not 1 <= self.heads <= atlas.n_layers * atlas.n_heads:
             raise InputError(f"heads is {self.heads}: {model.name} has {atlas.n_layers * atlas.n_heads}")
+        at_least_one_draw(self.samples)
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
         numbers = range(len(prepared))
@@ -112,6 +109,14 @@ class FactLookup:
         for (fall,) in each(numbers, by_mlp, "path patching", at_fault):
             total += fall
         return LayerScores(total, "fact-lookup", model.fingerprint, atlas, asdict(self))
+
+
+def by_layer(layers: LayerScores, model: Model, facts: Examples, batch_tokens: int = 4096) -> NeuronScores:
+    """Neuron scores that order by their layer's score first, then by saliency."""
+    saliency = GradientSaliency().run(model, facts, batch_tokens=batch_tokens)
+    within = normalize(saliency, "rank", per_layer=True).values
+    values = layers.values.argsort().argsort()[:, None] + 0.999 * within
+    return NeuronScores(values, layers.method, layers.fingerprint, layers.atlas, layers.settings)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ class GradientSaliency:
         """
         values = self._saliency(model, facts, "facts", batch_tokens)
         if self.contrast != "none":
-            kept = self._saliency(model, required(retain, "a contrast"), "retain", batch_tokens)
+            kept = self._saliency(
+                model, required(retain, f"contrast {self.contrast!r}"), "retain", batch_tokens
+            )
             values = _contrasted(values, kept, self.contrast, self.strength)
         return NeuronScores(values.cpu(), "saliency", model.fingerprint, model.atlas, asdict(self))
 

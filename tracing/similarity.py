@@ -142,7 +142,9 @@ class ContrastiveVectors:
         Raises:
             InputError: no facts, or neither alternatives nor a retain set.
         """
-        contrast = alternatives_of(facts) or required(retain, "a fact without alternatives")
+        contrast = alternatives_of(facts) or required(
+            retain, "contrastive-vectors, with facts that have no alternatives,"
+        )
         scored = {n: p for n, p in named(model, self.parameters).items() if p.dim() == 2}
         if not scored:
             raise InputError(f"parameters {', '.join(self.parameters)}: no weight matrix among them")
@@ -183,7 +185,7 @@ class DisagreeingTensors:
         Raises:
             InputError: no facts, or no retain set.
         """
-        kept = required(retain, "MemFlex")
+        kept = required(retain, "disagreeing-tensors")
         scored = named(model, self.parameters)
         one = mean_gradients(model, facts, scored, batch_tokens=batch_tokens)
         other = mean_gradients(model, kept, scored, batch_tokens=batch_tokens)

@@ -60,8 +60,9 @@ class TracedNeurons:
         """Score every neuron on `facts`; a retain set is not used.
 
         Raises:
-            InputError: no facts, or tokens instead of facts (what is the subject?).
+            InputError: no facts, no samples, or tokens instead of facts (what is the subject?).
         """
+        at_least_one_draw(self.samples)
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
         total = neuron_grid(model)
@@ -75,6 +76,12 @@ class TracedNeurons:
         for (share,) in each(range(len(prepared)), of_fact, "neurons by indirect effect", blamed.number):
             total += share.to(total.device)
         return NeuronScores(total.cpu(), "traced-neurons", model.fingerprint, model.atlas, asdict(self))
+
+
+def at_least_one_draw(samples: int) -> None:
+    """Refuse to corrupt a subject no times."""
+    if samples < 1:
+        raise InputError(f"samples is {samples}: the subject is corrupted at least once")
 
 
 def prepare_all(model: Model, facts: Examples, seed: int) -> list[Prepared]:

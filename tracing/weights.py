@@ -96,8 +96,8 @@ class WeightScores:
             InputError: there are none.
         """
         values = self._allowed(parts)
-        mask = WeightMask.of_elements(
-            {name: tensor > threshold for name, tensor in values.items()},
+        mask = WeightMask(  # a parameter after the other: all at once would be a byte a weight
+            {name: Selection.of(tensor > threshold) for name, tensor in values.items()},
             self.fingerprint,
             {
                 "method": self.method,
@@ -163,12 +163,14 @@ class WeightSaliency:
         """Score the weights on `facts`, against `retain` where the score is a contrast.
 
         Raises:
-            InputError: no facts, a contrast without a retain set, or a pattern that names no parameter.
+            InputError: no facts, a contrast without a retain set, a pattern that names no parameter, or no groups.
         """
+        if self.groups < 1:
+            raise InputError(f"groups is {self.groups}: the parameters are taken in at least one")
         kept = required(retain, f"score {self.score!r}") if self.score in CONTRASTS else None
         parameters = named(model, self.parameters)
         names = list(parameters)
-        size = -(-len(names) // max(1, self.groups))
+        size = -(-len(names) // self.groups)
         values: dict[str, Tensor] = {}
         for start in range(0, len(names), size):
             group = {name: parameters[name] for name in names[start : start + size]}

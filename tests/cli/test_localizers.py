@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from locus.artefact import load_json
 from locus.cli import execute
 from locus.mask import WeightMask
 from locus.scores import NeuronScores
 from tests.cli.test_walk import _facts
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tracing import LOCALIZERS
 from tracing.combine import rank_average
 
@@ -22,6 +23,7 @@ FEWER = {
     "hard-concrete": ":steps=2",
     "knowledge-neurons": ":steps=2",
     "depn": ":steps=2",
+    "lookup-probe": ":least=2",
 }
 EVERY = ",".join(name + FEWER.get(name, "") for name in LOCALIZERS)
 METHODS = "saliency,slimming:steps=2,random,disagreeing-tensors"
@@ -35,7 +37,8 @@ def place(tmp_path_factory):
     words = ("Eiffel", "Gothic", "Marble", "Silver", "Wooden", "Copper")
     facts = [{**fact, "relation": relations[i % 3]} for i, fact in enumerate(_facts(words, False))]
     (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-    kept = "".join(json.dumps(fact) + "\n" for fact in _facts(("Golden", "Broken"), False))
+    others = [{**fact, "target": " Rome"} for fact in _facts(("Green", "Yellow"), False)]
+    kept = "".join(json.dumps(fact) + "\n" for fact in [*_facts(("Golden", "Broken"), False), *others])
     (place / "keep.jsonl").write_text(kept)
     return place
 
@@ -123,6 +126,46 @@ def test_thresholds(place, tmp_path, capsys):
         assert _locate(place, "--method", method, "--threshold", cut, "-o", tmp_path / "n", "-q") == 2
         said = capsys.readouterr().err.strip()
         assert word in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("disagreeing-tensors", "disagreeing-tensors compares with a retain set and none was given"),
+        ("contrastive-vectors", "no alternatives"),
+        ("weight-saliency --score wagle", "score 'wagle' compares with a retain set"),
+        ("weight-saliency --groups 0", "groups is 0"),
+        ("saliency --contrast ratio", "contrast 'ratio' compares with a retain set"),
+        ("lookup-probe", "needs two answers that 4 facts each share in one relation"),
+        ("lookup-probe --ridge 0", "ridge is 0"),
+        ("traced-neurons --samples 0", "samples is 0"),
+        ("fact-lookup --samples 0", "samples is 0"),
+        ("slimming --steps -1", "steps is -1"),
+        ("hard-concrete --temperature 0", "temperature is 0"),
+        ("knowledge-neurons --steps 0", "steps is 0"),
+        ("random-layers --n-layers 9", "n_layers is 9"),
+    ],
+)
+def test_wrong_requests_are_refused_in_one_clear_line(method, words, place, tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+    assert _locate(place, "--method", *method.split(), "-o", out, "-q") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and words in said[0]
+    assert not out.exists()
+
+
+def test_neurons_of_a_mixture_of_experts_are_refused_by_name(place, tmp_path, capsys):
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = tiny_tokenizer()
+    config = MixtralConfig(**settings, num_key_value_heads=2, num_local_experts=2, vocab_size=len(tokenizer))
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    capsys.readouterr()
+    facts, out = str(place / "facts.jsonl"), tmp_path / "m.safetensors"
+    assert execute(["locate", str(tmp_path / "moe"), facts, "-o", str(out), "-q"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("locus: ")]
+    assert len(said) == 1 and "is a mixture of experts" in said[0] and "layers.0" in said[0]
+    assert not out.exists()
 
 
 def test_wrong_lists_of_methods(place, tmp_path, capsys):

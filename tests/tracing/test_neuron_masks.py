@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from locus.errors import InputError
 from locus.fact import Example
 from locus.forward import batches, measure
 from locus.tokens import encode
@@ -36,11 +37,11 @@ def test_the_first_gradient_of_the_gates_is_gradient_saliency(arch: str) -> None
     facts = [fact for fact in facts if encode(model, fact).n_target == encode(model, facts[0]).n_target]
     n_target = encode(model, facts[0]).n_target
     encoded = [encode(model, fact) for fact in facts]
-    gates = torch.ones(model.atlas.n_layers, model.atlas.d_mlp, requires_grad=True)
+    gates = torch.ones(1, model.atlas.n_layers, model.atlas.d_mlp, requires_grad=True)
     gated_nll(model, batches(encoded), len(encoded), gates)
     assert gates.grad is not None
     saliency = GradientSaliency(absolute="never").run(model, facts).values
-    torch.testing.assert_close(-gates.grad * n_target, saliency, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(-gates.grad[0] * n_target, saliency, atol=1e-7, rtol=1e-4)
 
 
 def test_gate_gradients_do_not_depend_on_batching() -> None:
@@ -48,10 +49,10 @@ def test_gate_gradients_do_not_depend_on_batching() -> None:
     encoded = [encode(model, fact) for fact in tiny_facts()]
     gradients = []
     for max_tokens in (1, 4096):
-        gates = torch.ones(model.atlas.n_layers, model.atlas.d_mlp, requires_grad=True)
+        gates = torch.ones(1, model.atlas.n_layers, model.atlas.d_mlp, requires_grad=True)
         gated_nll(model, batches(encoded, max_tokens), len(encoded), gates)
         gradients.append(gates.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
 def test_hard_concrete_gate_at_known_draws() -> None:
@@ -89,3 +90,30 @@ def test_seeds_decide_the_draws() -> None:
     runs = [HardConcrete(steps=3, seed=seed).run(model, tiny_facts()).values for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("localizer", [Slimming(steps=6), HardConcrete(steps=6)])
+def test_masks_side_by_side_are_those_of_each_fact_alone(
+    arch: str, localizer: Slimming | HardConcrete
+) -> None:
+    model, facts = tiny_model(arch), tiny_facts()
+    together = localizer.run_each(model, facts, batch_tokens=40)
+    for fact, scores in zip(facts, together, strict=True):
+        alone = localizer.run(model, [fact])
+        torch.testing.assert_close(scores.values, alone.values, atol=2e-5, rtol=1e-4)
+        assert scores.settings == alone.settings
+    assert not torch.allclose(together[0].values, together[1].values, atol=1e-3)
+
+
+def test_a_mask_stays_as_it_was_when_few_gates_were_left() -> None:
+    """Pushed by the penalty alone, every gate falls by the learning rate a step: below 0.75 after three of 0.1."""
+    model, facts = tiny_model("llama"), tiny_facts()
+    path = list(Slimming(penalty=1e6, learning_rate=0.1, stop=0.75).path(model, facts))
+    assert len(path) == 3
+    torch.testing.assert_close(path[-1], torch.full_like(path[-1], 0.7), atol=1e-4, rtol=0)
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(InputError, match="steps is 0"):
+        Slimming(steps=0).run(tiny_model("llama"), tiny_facts())
