@@ -95,7 +95,10 @@ def test_two_processes_edit_as_one_does_and_the_first_writes(world):
         assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
     out = "edit-by-two"
     children = job(
-        lambda: execute([*EDIT, "--steps", "2", "-o", out, "--controls", "1", "--shard"]), 2, world / "logs", world
+        lambda: execute([*EDIT, "--steps", "2", "-o", out, "--controls", "1", "--shard"]),
+        2,
+        world / "logs",
+        world,
     )
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     ours, theirs = (WeightDelta.load(world / name / "delta.safetensors") for name in ("edit", out))
