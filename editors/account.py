@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from editors.live_bytes import LiveBytes
-from editors.lora import LoraDeltas
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Prediction
 from editors.recompute import recomputed
@@ -142,8 +141,8 @@ class Account:
             loads: The largest forwards of the run.
 
         Raises:
-            InputError: an editor that trains nothing, a mask of another model, or a model whose forward looks at
-                values.
+            InputError: an editor that trains nothing or through LoRA, a mask of another model, or a model whose
+                forward looks at values.
         """
         mask.check(model, strict=False)
         objective = _objective(editor)
@@ -261,8 +260,15 @@ def _objective(editor: Any) -> Any:
 
 
 def _trained(model: Model, mask: WeightMask, training: Training) -> Trained:
+    """The located weights' own deltas.
+
+    Raises:
+        InputError: LoRA, whose layers peft cannot build without data.
+    """
     if training.lora_rank:
-        return LoraDeltas(model.module, mask, training.lora_rank, training.seed)
+        raise InputError(
+            "an account is given of located weights that train themselves, not of LoRA: leave lora_rank at 0"
+        )
     return Deltas(
         model.module, mask, saved_dtypes(model, mask) if training.rounding == "compensated" else None
     )

@@ -17,7 +17,7 @@ from editors.parametrize import Deltas
 from editors.state import RunState
 from editors.training import make_optimizer
 from locus.errors import InputError
-from locus.mask import WeightMask, shapes_of
+from locus.mask import WeightMask
 from locus.model import Model, wrap
 from tests.tiny import tiny_facts, tiny_model, tiny_module, tiny_tokenizer
 
@@ -104,18 +104,12 @@ def test_other_objectives_have_one_too(editor: Any) -> None:
     assert account.activations > 0 and account.transient > 0
 
 
-def test_whole_matrices_through_lora() -> None:
-    pytest.importorskip("peft")
-    model = tiny_model("smollm", num_hidden_layers=2)
-    mask = WeightMask.of_parameters(["*.mlp.down_proj.weight"], shapes_of(model.module))
-    account = Account.of(model, mask, npo(lora_rank=2), LOADS)
-    assert account.gradients == 4 * 2 * 2 * (48 + 32)
-
-
 def test_what_trains_nothing_or_fits_another_model_is_refused() -> None:
     model = tiny_model("smollm")
     with pytest.raises(InputError, match="ROME trains nothing"):
         Account.of(model, mask_of(model), ROME())
+    with pytest.raises(InputError, match="not of LoRA"):
+        Account.of(model, mask_of(model), npo(lora_rank=2))
     with pytest.raises(InputError, match="made for another model"):
         Account.of(model, mask_of(wrap(tiny_module("gpt2"), tiny_tokenizer())), npo())
 
