@@ -94,17 +94,8 @@ def test_two_processes_edit_as_one_does_and_the_first_writes(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
         assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
     out = "edit-by-two"
-<<<<<<< HEAD
-    children = job(
-        lambda: execute([*EDIT, "--steps", "2", "-o", out, "--controls", "1", "--shard"]),
-        2,
-        world / "logs",
-        world,
-    )
-=======
     shared = [*EDIT, "--steps", "2", "-o", out, "--controls", "1", "--shard"]
     children = job(lambda: execute(shared), 2, world / "logs", world)
->>>>>>> scale
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     ours, theirs = (WeightDelta.load(world / name / "delta.safetensors") for name in ("edit", out))
     assert set(ours.changes) == set(theirs.changes) and ours.norm > 1e-3
