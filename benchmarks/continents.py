@@ -21,8 +21,8 @@ from locus.model import load_model
 from tracing.lookup_probe import Curve, LookupProbe
 
 COUNTRIES = {
-    " Europe": "Germany France Spain Italy Poland Sweden Norway Portugal Greece Austria Hungary Romania Finland Denmark "
-    "Belgium Ireland",
+    " Europe": "Germany France Spain Italy Poland Sweden Norway Portugal Greece Austria Hungary Romania Finland "
+    "Denmark Belgium Ireland",
     " Africa": "Kenya Nigeria Ghana Egypt Morocco Ethiopia Uganda Tanzania Senegal Zambia Angola Algeria Tunisia "
     "Somalia Sudan Mali",
     " Asia": "Japan China India Thailand Vietnam Nepal Iran Iraq Pakistan Mongolia Malaysia Indonesia Bangladesh "
