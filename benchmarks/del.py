@@ -69,24 +69,27 @@ def judge(
     model: Model,
     known: dict[str, Encoded],
     neutral: Sequence[Encoded],
+    whole: tuple[dict[str, float], float],
     name: str,
     localizer: Any,
     shares: Sequence[float],
 ) -> dict[str, Any]:
-    """What one text, the others and neutral text lose behind the masks of that text."""
-    whole = {key: accuracy(model, passage) for key, passage in known.items()}
-    neutral_before = perplexity(model, neutral)
+    """What one text, the others and neutral text lose behind the masks of that text.
+
+    `whole` is what there was: accuracy of each text, perplexity of neutral text.
+    """
+    accuracies, fluency = whole
     start = time.process_time()
     scores = localizer.run(model, [known[name]])
     found: dict[str, Any] = {"seconds": time.process_time() - start}
     for share in shares:
         with silenced(model, scores.choose(share, per_layer=True)):
-            lost = {key: whole[key] - accuracy(model, passage) for key, passage in known.items()}
+            lost = {key: accuracies[key] - accuracy(model, passage) for key, passage in known.items()}
             own = lost.pop(name)
             found[f"{share:g}"] = {
                 "own": own,
                 "others": sum(lost.values()) / max(1, len(lost)),
-                "perplexity": perplexity(model, neutral) - neutral_before,
+                "perplexity": perplexity(model, neutral) - fluency,
             }
     return found
 
@@ -130,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{model.name} knows none of the {len(candidates)} texts by heart: lower --known")
     neutral = [encode_text(model, text, 48)[0] for text in neutral_text()[:4]]
     start = sum(before[name] for name in known) / len(known)
+    whole = (before, perplexity(model, neutral))
     print(
-        f"{len(known)} texts: {', '.join(known)}; accuracy {start:.2f}, perplexity {perplexity(model, neutral):.1f}",
+        f"{len(known)} texts: {', '.join(known)}; accuracy {start:.2f}, perplexity {whole[1]:.1f}",
         flush=True,
     )
     lines = Lines(args.out / "results.jsonl")
@@ -144,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             key |= {"shares": args.share, "method": method, "settings": settings, "lost": True}
             found = lines.get(key)
             if found is None:
-                found = lines.add(key, judge(model, known, neutral, name, METHODS[method], args.share))
+                found = lines.add(key, judge(model, known, neutral, whole, name, METHODS[method], args.share))
             rows[method].append(found)
     for share in args.share:
         print(f"\n{share:.1%} of each layer's neurons silenced\n")

@@ -18,7 +18,10 @@ their accuracy; squared error has a closed form and does not jump with single fa
 Use it for relations with few answers and many subjects (countries and continents, athletes and sports); a retain set of
 the same relations is probed with the facts. It needs at least two answers with `least` facts each in some
 relation, and with fewer than some 30 facts a relation the curve is mostly noise. It cannot work where every fact has
-its own answer: see `fact-lookup` for these. Cost: one forward a fact of either set, and a saliency pass.
+its own answer: see `fact-lookup` for these. On SmolLM2, for the continents of 48 countries, decodability climbs from
+.07 to .57 in the first nine layers, and stays below 0 with the answers shuffled (benchmarks/README.md).
+
+Cost: one forward a fact of either set, and a saliency pass.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from locus.errors import InputError
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _BINS = 1 << 16
+_HALF = _BINS >> 1
 
 
 def kth_largest(scores: Callable[[], Iterable[Tensor]], k: int) -> tuple[float, int]:
@@ -35,13 +36,13 @@ def kth_largest(scores: Callable[[], Iterable[Tensor]], k: int) -> tuple[float, 
     """
     upper = torch.zeros(_BINS, dtype=torch.long)
     for keys in _keys(scores()):
-        upper += torch.bincount(keys >> 16, minlength=_BINS).cpu()
+        upper += torch.bincount((keys >> 16) + _HALF, minlength=_BINS).cpu()
     if not 1 <= k <= int(upper.sum()):
         raise ValueError(f"k is {k} of {int(upper.sum())} scores")
     bin_, above = _bin_of(upper, k)
     lower = torch.zeros(_BINS, dtype=torch.long)
     for keys in _keys(scores()):
-        inside = keys[keys >> 16 == bin_]
+        inside = keys[keys >> 16 == bin_ - _HALF]
         lower += torch.bincount(inside & (_BINS - 1), minlength=_BINS).cpu()
     low, above_inside = _bin_of(lower, k - above)
     return _float_of((bin_ << 16) + low), k - above - above_inside
@@ -65,14 +66,14 @@ def top_of(scores: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Bool[Ten
 
 
 def _keys(tensors: Iterable[Tensor]) -> Iterator[Int[Tensor, " chunk"]]:
-    """Integers from 0 to 2^32 - 1 that order as the scores do, a chunk at a time."""
+    """Integers from -2^31 to 2^31 - 1 that order as the scores do, a chunk at a time."""
     for tensor in tensors:
         for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
             values = chunk.float() + 0.0  # so that -0.0 is 0.0
             if bool(values.isnan().any()):
                 raise InputError("NaN among the scores: the gradients are not finite; try --dtype float32")
-            bits = values.view(torch.int32).long()
-            yield torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits) + (1 << 31)
+            bits = values.view(torch.int32)
+            yield bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats grow with their bits: turn them round
 
 
 def _bin_of(counts: Int[Tensor, " bin"], k: int) -> tuple[int, int]:

@@ -77,20 +77,25 @@ def locate_report(
 
 
 def headline(rows: Sequence[LocatedRow], overlaps: Sequence[Sequence[float]]) -> str:
-    """Which two localizers agree most."""
+    """Which two localizers agree most, among masks of like size: a small mask lies inside a large one by chance."""
     pairs = [
         (overlaps[i][j], rows[i].name, rows[j].name)
         for i in range(len(rows))
         for j in range(i + 1, len(rows))
+        if _alike(rows[i].n_weights, rows[j].n_weights)
     ]
     if not pairs:
-        return f"{rows[0].name}: {count(rows[0].n_weights)} weights." if rows else "Nothing was located."
+        said = (f"{row.name}: {count(row.n_weights)} weights" for row in rows)
+        return "; ".join(said) + "." if rows else "Nothing was located."
     best = max(pairs)
     middle = sorted(value for value, *_ in pairs)[len(pairs) // 2]
-    return (
-        f"{best[1]} and {best[2]} share {best[0]:.0%} of their weights; two of these masks share {middle:.0%} "
-        "at the median."
-    )
+    most = f"{best[1]} and {best[2]} share {best[0]:.0%} of their weights"
+    return f"{most}." if len(pairs) == 1 else f"{most}; two of these masks share {middle:.0%} at the median."
+
+
+def _alike(n: int, m: int) -> bool:
+    """Whether two sizes are within a factor of two."""
+    return max(n, m) <= 2 * min(n, m)
 
 
 def _short(value: float) -> str:

@@ -19,6 +19,7 @@ from locus.audit import AuditSettings, RelearnAttack, audit
 from locus.delta import WeightDelta
 from locus.report import audit_report, plot_trace, terminal_table, trace_report
 from locus.report.chart import HEIGHT, WIDTH, Chart, HeatMap, Series, ticks
+from locus.report.locate_report import LocatedRow, headline
 from locus.report.page import number, percent, span
 from locus.report.trace_report import kind_name
 from locus.trace import FactTrace, Trace
@@ -248,3 +249,11 @@ def test_in_a_real_browser_nothing_sticks_out(document: dict[str, Any], tmp_path
         assert seen is not None
         inner, needed = map(int, seen.groups())
         assert inner == width and needed <= inner
+
+
+def test_the_headline_of_localizers_compares_masks_of_like_size() -> None:
+    """A tensor of ten weights inside a mask of a thousand is not agreement; two masks of 1,000 and 900 may agree."""
+    rows = [LocatedRow(name, "", [1], n, "", 1.0, {}, "") for name, n in (("a", 1000), ("b", 900), ("c", 10))]
+    overlaps = [[1.0, 0.4, 1.0], [0.4, 1.0, 0.9], [1.0, 0.9, 1.0]]
+    assert headline(rows, overlaps) == "a and b share 40% of their weights."
+    assert headline(rows[1:], [[1.0, 0.9], [0.9, 1.0]]) == "b: 900 weights; c: 10 weights."

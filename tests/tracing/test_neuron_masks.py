@@ -69,7 +69,9 @@ def test_open_probability_is_the_share_of_open_gates() -> None:
     torch.testing.assert_close(open_probability(location[0], 2 / 3), share, atol=0.005, rtol=0)
 
 
-@pytest.mark.parametrize("localizer", [Slimming(steps=60, penalty=3.0), HardConcrete(steps=80, penalty=3.0)])
+@pytest.mark.parametrize(
+    "localizer", [Slimming(steps=60, penalty=3.0, stop=0.1), HardConcrete(steps=80, penalty=3.0, stop=0.1)]
+)
 def test_open_gates_keep_the_target_better_than_as_many_others(localizer: Slimming | HardConcrete) -> None:
     model = tiny_model("llama")
     facts = tiny_facts()
