@@ -2,7 +2,7 @@
 
 Every process takes a part of a step's examples. Losses are means over the whole step, so the parts' gradients add up
 to the step's, and all processes make the same optimizer step. Of the model each holds either all or, sharded
-(`locus.sharded`), a part:
+(`locus.sharded_loader`), a part:
 
 - all of it, and all of the deltas: the gradients are summed once a step;
 - a part: the deltas are sharded along, put together where they are used, and their gradients are summed and parted on

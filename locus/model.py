@@ -22,7 +22,8 @@ from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
 from locus.folder import Checkpoint
 from locus.progress import without_bars_of_transformers
-from locus.sharded import device_of, given_back, load_sharded, local
+from locus.sharded import device_of, given_back, local
+from locus.sharded_loader import load_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ def load_model(
         chat: Ask facts as turns of a conversation, through the tokenizer's chat template.
         trust_remote_code: Run modelling code that comes with the checkpoint. Off unless you trust it.
         shard: Spread it over the processes of a job (`locus.ranks.joined`), each of which calls this and holds a
-            part: for training what no device holds whole. See `locus.sharded`.
+            part: for training what no device holds whole. See `locus.sharded_loader`.
         offload: Of a sharded model, keep the parts in main memory.
 
     Returns:
