@@ -30,8 +30,8 @@ COUNTRIES = {
 }
 
 
-def facts() -> list[Fact]:
-    """One for each country."""
+def facts(each: int = 16) -> list[Fact]:
+    """One for each country, the first so many of each continent."""
     return [
         Fact(
             id=country,
@@ -41,7 +41,7 @@ def facts() -> list[Fact]:
             relation="continent",
         )
         for continent, countries in COUNTRIES.items()
-        for country in countries.split()
+        for country in countries.split()[:each]
     ]
 
 
@@ -56,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--ridge", type=float, default=LookupProbe.ridge)
+    parser.add_argument("--each", type=int, default=16, help="countries a continent")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    model, told = load_model(args.model), facts()
+    model, told = load_model(args.model), facts(args.each)
     right = float(measure(model, told).correct.float().mean())
     print(f"{len(told)} facts, {right:.2f} of them answered right")
     order = torch.randperm(len(told), generator=torch.Generator().manual_seed(0)).tolist()

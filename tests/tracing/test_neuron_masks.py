@@ -95,7 +95,7 @@ def test_seeds_decide_the_draws() -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("localizer", [Slimming(steps=6), HardConcrete(steps=6)])
+@pytest.mark.parametrize("localizer", [Slimming(steps=6, penalty=20.0), HardConcrete(steps=6, penalty=20.0)])
 def test_masks_side_by_side_are_those_of_each_fact_alone(
     arch: str, localizer: Slimming | HardConcrete
 ) -> None:
