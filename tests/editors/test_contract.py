@@ -12,6 +12,7 @@ import torch
 
 from editors import EDITORS, OBJECTIVES
 from editors.guard import every_digest
+from editors.lens_defence import HeadProjection
 from editors.retain import Retain
 from editors.training import Training
 from locus.delta import WeightDelta
@@ -66,6 +67,8 @@ def rough(editor: type, optimizer: str, **settings: Any) -> Any:
         **settings,
     )
     made = editor(training=training)
+    if editor is HeadProjection:  # a random model's targets lie where it wants them already
+        made = dataclasses.replace(made, margin=10.0)
     if hasattr(made, "retain"):
         made = dataclasses.replace(made, retain=dataclasses.replace(made.retain, facts=1, texts=0))
     return made

@@ -19,11 +19,13 @@ from locus.ranks import joined
 from locus.together import together
 from tests.forked import job
 from tests.tiny import tiny_facts, tiny_model
+from tests.tracing.test_lookup_probe import letters
 from tracing import (
     LOCALIZERS,
     GradientSaliency,
     HardConcrete,
     KnowledgeNeurons,
+    LookupProbe,
     PrivacyNeurons,
     Slimming,
     WeightSaliency,
@@ -48,6 +50,8 @@ def localizers() -> dict[str, Any]:
 
 def scored(localizer: Any, model: Model, facts: list[Fact]) -> dict[str, Tensor]:
     """Batches of one or two facts, so that there is something to share."""
+    if isinstance(localizer, LookupProbe):  # it needs answers that facts share
+        facts = letters()
     values = localizer.run(model, facts, facts[:2], batch_tokens=24).values
     return {"neurons": values} if isinstance(values, Tensor) else dict(values)
 

@@ -71,7 +71,7 @@ def test_disagreeing_tensors_pass_both_limits(arch: str) -> None:
 
 def test_disagreeing_tensors_refuse() -> None:
     model = tiny_model("llama")
-    with pytest.raises(InputError, match="MemFlex"):
+    with pytest.raises(InputError, match="disagreeing-tensors"):
         DisagreeingTensors().run(model, tiny_facts())
     with pytest.raises(InputError, match="no score is above"):
         DisagreeingTensors(cosine=2.0).run(model, tiny_facts(), RETAIN).passing(1e9)
