@@ -1,0 +1,82 @@
+"""The comparison of objectives and places: equal forgetting, and rates that are climbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import frontier
+from benchmarks.frontier import Bench, cell, equal_forgetting, merit
+from benchmarks.frontier_cases import Case, Questions
+from benchmarks.inj import Lines
+from editors import GA, Training
+from editors.strength import scaled
+from locus.audit.examine import ask_about
+from locus.forward import measure
+from locus.mask import WeightMask, shapes_of
+from tests.tiny import tiny_facts, tiny_model
+
+
+def test_the_strength_found_is_the_least_that_forgets_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, facts = tiny_model("llama", num_hidden_layers=2), tiny_facts()
+    before = float(measure(model, facts).prob.mean())
+    monkeypatch.setattr(frontier, "GOAL", before / 2)
+    mask = WeightMask.of_parameters(["*.mlp.down_proj.weight"], shapes_of(model.module))
+    training = Training(steps=3, lr=0.05, goal=0.0, floor=0.0, utility=0.0, max_kl=0.0)
+    delta = GA(training=training).run(model, facts, [], mask)
+    strength, prob = equal_forgetting(model, delta, ask_about(model, facts)["forget"])
+    assert strength is not None and 0 < strength < 1
+    for factor, enough in ((1.0, True), (0.9, False)):
+        with scaled(model, delta, factor * strength).applied(model):
+            now = float(measure(model, facts).prob.mean())
+        assert (now <= before / 2) == enough
+        if enough:
+            assert prob == pytest.approx(now, rel=1e-4)
+    monkeypatch.setattr(frontier, "GOAL", 0.0)
+    assert equal_forgetting(model, delta, ask_about(model, facts)["forget"])[0] is None
+
+
+def found(strength: float | None, held_out: float, kl: float = 0.0) -> dict[str, Any]:
+    right = {"held_out": held_out, "neighbour": 0.5, "paraphrase": 0.2}
+    return {"strength": strength, "prob": 0.009, "right": right, "kl": kl}
+
+
+def test_merit_by_hand() -> None:
+    """0.9 + 0.5 + (1 - 0.2) - 5 * 0.02."""
+    assert merit(found(0.8, 0.9, 0.02)) == pytest.approx(2.1)
+    assert merit(found(None, 1.0)) < merit(found(1.5, 0.0, 0.4))
+
+
+def test_rates_are_doubled_for_as_long_as_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {1: 0.5, 2: 0.7, 4: 0.6, 8: 1.0}  # the summit beyond the valley is not looked for
+    asked: list[float] = []
+
+    def tried(self: Bench, name: str, place: str, rate: float, run: bool = True) -> dict[str, Any]:
+        asked.append(round(rate / frontier.NEURONS_RATE))
+        return found(1.0, kept[asked[-1]])
+
+    monkeypatch.setattr(Bench, "tried", tried)
+    nothing = Questions("none", [], [])
+    bench = Bench(
+        Case("none", tiny_model("llama"), nothing, nothing, [], []), Lines(tmp_path / "lines.jsonl")
+    )
+    assert bench.best_rate("npo", "saliency") == 2 * frontier.NEURONS_RATE
+    assert asked == [1, 2, 4]
+
+
+def test_what_is_not_run_has_no_rate_and_no_row(tmp_path: Path) -> None:
+    nothing = Questions("none", [], [])
+    bench = Bench(
+        Case("none", tiny_model("llama"), nothing, nothing, [], []), Lines(tmp_path / "lines.jsonl")
+    )
+    assert bench.best_rate("npo", "full", run=False) is None
+    assert bench.finished("dpo", "random-1") is None
+    assert frontier.table(bench, ["npo"], ["saliency"]).count("\n") == 1
+
+
+def test_cells_show_the_interval_or_the_seeds() -> None:
+    assert cell([{"mean": 0.5, "low": 0.25, "high": 0.75}]) == "0.50 [0.25, 0.75]"
+    assert cell([{"mean": 0.01}, {"mean": 0.03}]) == "0.02 [0.01, 0.03]"
+    assert cell([None]) == ""
