@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from locus.audit.figure import FIGURES
 from locus.errors import InputError
+from locus.toml import read_toml
 
 if TYPE_CHECKING:
     from locus.audit.examine import Audit
@@ -77,14 +77,7 @@ def read_gate(path: str | Path) -> Gate:
         InputError: no such file, not TOML, an unknown figure, question or setting, or no requirement at all.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not text in UTF-8 ({error})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}") from error
+    table = read_toml(path, "the README shows one")
     known = {
         "figures": tuple(FIGURES),
         "ratios": RATIOS,

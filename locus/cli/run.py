@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, Running, Talking, method_class, settings_from
 from locus.errors import InputError
+from locus.toml import read_toml
 
 if TYPE_CHECKING:
     from locus.fact import Fact
@@ -75,14 +75,7 @@ class Walk:
     @classmethod
     def read(cls, path: Path, out: Path, talking: Talking) -> Walk:
         """Read and check the configuration; nothing is loaded or written yet."""
-        try:
-            config = tomllib.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: there is no such file; demo.toml is an example") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as text ({error})") from error
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path}: not valid TOML: {error}") from error
+        config = read_toml(path, "demo.toml is an example")
         for table, given in config.items():
             if table not in _TABLES:
                 raise InputError(
