@@ -82,7 +82,7 @@ def finetune(
 
     Returns:
         The delta, on every process and equal to one process's within rounding; its provenance says how the run
-        ended and what rounding to the model's dtype lost.
+        ended, its `rounding` what the cast to the checkpoint's dtype cost.
 
     Raises:
         InputError: nothing to forget, a mask of another model, a retain term without retain data, a state of

@@ -36,7 +36,8 @@ def board(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    if (folder / FOLDER).exists():
+        shutil.rmtree(folder / FOLDER)
     number = itertools.count(1)
     with SummaryWriter(str(folder / FOLDER)) as writer:
 
