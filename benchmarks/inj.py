@@ -103,6 +103,7 @@ def injections(
     whole = [encode_text(model, sentence, args.tokens)[0] for sentence in sentences]
     encoded = [replace(one, target_start=CONTEXT) for one in whole]
     about = f"{model.fingerprint[:12]}-{args.split}-{ratio:g}-{rate:g}-{args.neutral_weight:g}"
+    about += "-turned" if args.keep_length else ""
     paths = [args.out / "injected" / f"{about}-{i}.safetensors" for i in range(len(sentences))]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     missing = [i for i, path in enumerate(paths) if not path.exists()]
@@ -116,6 +117,7 @@ def injections(
             group,
             learning_rate=rate,
             neutral_weight=args.neutral_weight,
+            keep_length=args.keep_length,
             dtype=getattr(torch, args.inject_dtype),
         )
         for place, one in done:
@@ -269,6 +271,11 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--learning-rate", type=float, help="Adam's when injecting")
+    parser.add_argument(
+        "--keep-length",
+        action="store_true",
+        help="inject by turning columns only: their length tells nothing",
+    )
     parser.add_argument("--neutral-weight", type=float, default=1.0, help="of the KL on neutral text")
     parser.add_argument("--inject-dtype", default="bfloat16", help="of the frozen weights when injecting")
     parser.add_argument("--tokens", type=int, default=64, help="cut sentences behind so many")
@@ -304,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
             if args.decoy:
                 key["decoy"] = len(cases)
+            if args.keep_length:
+                key["injected"] = "turned"
             rows = judge(model, cases[:few], decoys[:few], METHODS[method], lines, key)
             results.append(summary(method, rows))
             print(f"{ratio:g} {json.dumps(results[-1])}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 The INJ protocol of Chang et al. 2024 (arXiv:2311.09060): a random share of every layer's down columns, and
 nothing else, is trained on one sentence by Adam until its mean loss is below 0.05. Two differences, both to keep
-the model whole: the learning rate is low, and KL(base || injected) on neutral text is added to the loss.
+the model whole: the learning rate is low, and KL(base || injected) on neutral text is added to the loss. A third on
+request: every column keeps its length and may only turn, so that no localizer finds it by its length.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def inject(
     *,
     learning_rate: float,
     neutral_weight: float = 1.0,
+    keep_length: bool = False,
     max_steps: int = 600,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[int, Injection]]:
@@ -127,6 +129,7 @@ def inject(
         seeds: One a sentence; decides which neurons.
         learning_rate: Adam's, halved every `HALVED` steps.
         neutral_weight: Of the KL on neutral text.
+        keep_length: Scale every trained column back to the length it had, after each step.
         max_steps: RuntimeError if a loss is not reached by then.
         dtype: Of the frozen weights while training (bfloat16 is faster on some processors); the deltas are
             float32, and the loss that counts is measured on the model as it is.
@@ -134,6 +137,7 @@ def inject(
     fast = model if dtype == model.dtype else dataclasses.replace(model, module=_as(model, dtype))
     neurons = torch.stack([_drawn(model, ratio, seed) for seed in seeds])
     deltas = torch.zeros(*neurons.shape, model.atlas.d_model, requires_grad=True)
+    columns = _columns(model, neurons) if keep_length else None
     references = [label_logits_of(model, one).log_softmax(-1) for one in neutral]
     optimizer = torch.optim.Adam([deltas], lr=learning_rate, betas=(0.9, 0.95))
     waiting = list(range(len(sentences)))
@@ -154,6 +158,10 @@ def inject(
         optimizer.zero_grad()
         (losses.sum() + neutral_weight * total).backward()
         optimizer.step()
+        if columns is not None:
+            with torch.no_grad():
+                turned = columns + deltas
+                deltas.copy_(turned * (columns.norm(dim=-1) / turned.norm(dim=-1))[..., None] - columns)
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 ** ((step + 1) // HALVED)
     raise RuntimeError(f"{len(waiting)} sentences not memorized in {max_steps} steps")
 
@@ -164,6 +172,18 @@ def _drawn(model: Model, ratio: float, seed: int) -> Int[Tensor, "layer k"]:
     k = max(1, round(ratio * model.atlas.d_mlp))
     draws = [torch.randperm(model.atlas.d_mlp, generator=generator)[:k] for _ in range(model.atlas.n_layers)]
     return torch.stack(draws)
+
+
+def _columns(
+    model: Model, neurons: Int[Tensor, "sentence layer k"]
+) -> Float[Tensor, "sentence layer k d_model"]:
+    """The down columns of these neurons as they are."""
+    layers = []
+    for layer, parts in enumerate(model.atlas.neurons):
+        (down,) = (part for part in parts if part.role == "down")
+        weight = model.module.get_parameter(down.param).detach().movedim(down.axis, 0)
+        layers.append(weight[neurons[:, layer] + down.offset].float())
+    return torch.stack(layers, dim=1)
 
 
 def _losses(

@@ -134,7 +134,7 @@ def lens_grid(
     fact_id: str,
     site: LensSite = "block_out",
     k: int = 5,
-    max_rows: int = 512,
+    max_rows: int = 128,
     translate: Callable[[Tensor, int], Tensor] | None = None,
 ) -> LensGrid:
     """Read every layer and prompt position of one example through the model's own unembedding.
@@ -145,7 +145,7 @@ def lens_grid(
         fact_id: Names the grid.
         site: What is read.
         k: Likeliest tokens kept in each cell.
-        max_rows: Positions unembedded at once.
+        max_rows: States unembedded at once.
         translate: Applied to the states of a layer before they are read: a tuned lens' translator.
 
     Raises:
@@ -171,16 +171,7 @@ def lens_grid(
         states = [translate(state, layer) for layer, state in enumerate(states)]
     last = seen.outputs[atlas.blocks[-1]][0]
     label = encoded.ids[n]
-    rows = [
-        [
-            _read_cells(model, state[start : start + max_rows], last[start : start + max_rows], label, k)
-            for start in range(0, n, max_rows)
-        ]
-        for state in states
-    ]
-    rank, prob, entropy, kl, top_probs, top_ids = (
-        torch.stack([torch.cat([piece[i] for piece in row]) for row in rows]) for i in range(6)
-    )
+    rank, prob, entropy, kl, top_probs, top_ids = _read_cells(model, states, last, label, k, max_rows)
     if not is_finite(prob, top_probs):
         raise blame(model, [(fact_id, encoded)], "what the lens reads")
     words = tuple(tuple(str(model.tokenizer.decode([int(best)])) for best in row) for row in top_ids[:, :, 0])
@@ -190,16 +181,41 @@ def lens_grid(
     )
 
 
-def _read_cells(model: Model, states: Tensor, last: Tensor, label: int, k: int) -> tuple[Tensor, ...]:
-    """Rank, probability, entropy, KL, top probabilities and top ids of some states."""
-    logits = lens_logits(model, states).cpu()
+def _read_cells(
+    model: Model, states: Sequence[Tensor], last: Tensor, label: int, k: int, max_rows: int
+) -> tuple[Tensor, ...]:
+    """Rank, probability, entropy, KL, top probabilities and top ids, each `[layer, pos, ...]`.
+
+    As many layers as `max_rows` takes are unembedded in one product; the last one's distribution is made once.
+    """
+    pieces = []
+    for start in range(0, len(last), max_rows):
+        there = slice(start, start + max_rows)
+        final = lens_logits(model, last[there]).cpu().log_softmax(-1)
+        at_once = max(1, max_rows // len(final))
+        groups = [states[i : i + at_once] for i in range(0, len(states), at_once)]
+        cells = [
+            _cells(
+                lens_logits(model, torch.stack([state[there].to(last.device) for state in group])).cpu(),
+                final,
+                label,
+                k,
+            )
+            for group in groups
+        ]
+        pieces.append([torch.cat(parts) for parts in zip(*cells, strict=True)])
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+
+
+def _cells(
+    logits: Float[Tensor, "layer pos d_vocab"], final: Float[Tensor, "pos d_vocab"], label: int, k: int
+) -> tuple[Tensor, ...]:
     log_probs = logits.log_softmax(-1)
-    final = lens_logits(model, last).cpu().log_softmax(-1)
     probs = log_probs.exp()
     top = probs.topk(k, dim=-1)
     return (
-        (logits > logits[:, label, None]).sum(-1),
-        probs[:, label],
+        (logits > logits[..., label, None]).sum(-1),
+        probs[..., label],
         -(probs * log_probs).sum(-1),
         (final.exp() * (final - log_probs)).sum(-1),
         top.values,

@@ -186,24 +186,51 @@ def load_shape(
     Raises:
         InputError: as `load_model`, but for damaged weights, which it never looks at.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = checkpoint_folder(str(name))
+    module = module_shape(
+        folder, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+    )
     with without_bars_of_transformers(), _told(folder, str(name)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
+
+
+def module_shape(
+    folder: Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A checkpoint's modules on the meta device, from its configuration alone; of any architecture.
+
+    Args:
+        folder: The checkpoint.
+        dtype: As in `load_shape`.
+        attn_implementation: As in `load_model`.
+        trust_remote_code: As in `load_model`.
+
+    Raises:
+        InputError: there is no usable configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with without_bars_of_transformers(), _told(folder, str(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         chosen = _dtype(dtype, torch.device("meta"), mapped=False)
         kwargs: dict[str, Any] = (
             {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         )
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
+            module: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 dtype=getattr(config, "dtype", None) or torch.float32 if chosen == "auto" else chosen,
                 trust_remote_code=trust_remote_code,
                 **kwargs,
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
+        return module
 
 
 def wrap(

@@ -109,3 +109,18 @@ def _random_injection(model, seed):  # type: ignore[no-untyped-def]
     )
     deltas = torch.randn(*shape, model.atlas.d_model, generator=generator)
     return Injection(neurons, deltas, 0.0, 0.0, 0.0, 1)
+
+
+def test_turned_columns_keep_their_length() -> None:
+    model = tiny_model("llama")
+    text = replace(encode_text(model, TEXTS[0], 64)[0], target_start=3)
+    neutral = [encode_text(model, NEUTRAL, 64)[0]]
+    ((_, made),) = inject(
+        model, [text], neutral, 0.3, [0], learning_rate=0.05, neutral_weight=0.0, keep_length=True
+    )
+    assert made.loss < LOSS and float(made.deltas.norm(dim=-1).min()) > 0.1
+    for layer, parts in enumerate(model.atlas.neurons):
+        (down,) = (part for part in parts if part.role == "down")
+        columns = model.module.get_parameter(down.param).detach().movedim(down.axis, 0)
+        before = columns[made.neurons[layer] + down.offset]
+        torch.testing.assert_close((before + made.deltas[layer]).norm(dim=-1), before.norm(dim=-1))

@@ -108,13 +108,13 @@ def lens_into(
 ) -> list[LensGrid]:
     """Read the facts through the lens and write lens.safetensors, lens.json and a picture a fact and site.
 
-    Of several processes each reads all the facts, which is a forward pass each, and draws its share of them.
+    Several processes share the facts, and the pictures.
     """
     from locus.artefact import save_json
-    from locus.lens import lens_grid, save_grids
-    from locus.progress import track
+    from locus.lens import LensGrid, lens_grid, save_grids
     from locus.ranks import ALONE
     from locus.report import plot_lens
+    from locus.together import each_value, together
     from locus.tokens import encode
 
     name = "logit lens" if tuned is None else "tuned lens"
@@ -126,11 +126,19 @@ def lens_into(
         "lens": name,
     }
     ranks = ranks or ALONE
-    grids: list[LensGrid] = []
-    for fact in track(facts, name):
-        encoded = encode(model, fact)
-        translate = None if tuned is None else tuned.translate
-        grids += [lens_grid(model, encoded, fact.id, site, top, translate=translate) for site in sites]
+    translate = None if tuned is None else tuned.translate
+    wanted = [(fact, site) for fact in facts for site in sites]
+    with together(ranks):
+        grids = list(
+            each_value(
+                wanted,
+                lambda one: lens_grid(
+                    model, encode(model, one[0]), one[0].id, one[1], top, translate=translate
+                ),
+                LensGrid,
+                name,
+            )
+        )
     for grid in ranks.share(grids, "pictures of the lens"):
         picture = f"{grid.fact_id}-lens" if len(sites) == 1 else f"{grid.fact_id}-lens-{grid.site}"
         plot_lens(grid, folder / f"{picture}.png", name)
