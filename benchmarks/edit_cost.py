@@ -5,13 +5,13 @@
 
 Every arm runs in a process of its own: `inference` (forwards of the same batches that keep what a backward to the
 inputs needs, each let go before the next), `deltas` (what `locus edit` does), `upper` (as many neurons, of the upper
-half of the layers), `elements` (as many single weights), `masked-gradient` (the located tensors train whole, their
-gradient is masked, what moved outside is put back) and `full` (everything trains). Same facts, same loss, AdamW. The
-reference's logits are made beforehand: of facts in all arms, as a run keeps them; of text in the last two only, which
-have no base beside them, while the others ask it in every step. Before a figure is printed, the weights of
-`masked-gradient` after the steps must equal those of `deltas`. Seconds are processor time of one thread, median of
-the steps after the first; memory is the peak resident set of the steps above the process with nothing but its
-libraries.
+half of the layers), `live` (as `deltas`, but the base is asked for its logits in every step), `elements` (as many
+single weights), `masked-gradient` (the located tensors train whole, their gradient is masked, what moved outside is
+put back) and `full` (everything trains). Same facts, same loss, AdamW. But for `live` the base has been asked
+beforehand, as a run keeps what it said: `full` is given its logits, the others its last states. Before a figure is
+printed, the weights of `masked-gradient` after the steps must equal those of `deltas`. Seconds are processor time of
+one thread, median of the steps after the first; memory is the peak resident set of the steps above the process with
+nothing but its libraries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from editors.finetune import Run
 from editors.npo import NPO, npo_loss
 from editors.parametrize import Deltas
 from editors.prediction import Prediction
-from editors.reference import FACT_TOKENS, References
+from editors.reference import References
 from editors.retain import Retain, kl_per_token
 from editors.state import RunState
 from editors.training import Training, make_optimizer
@@ -48,7 +48,7 @@ from locus.mask import WeightMask
 from locus.model import Model, load_model
 from locus.selection import Selection
 
-ARMS = ("inference", "deltas", "upper", "elements", "masked-gradient", "full")
+ARMS = ("inference", "deltas", "upper", "live", "elements", "masked-gradient", "full")
 
 
 def resident_mb(what: str = "VmRSS") -> float:
@@ -90,13 +90,18 @@ def editor(args: argparse.Namespace) -> NPO:
     return NPO(retain=retain, training=training)
 
 
-def located_steps(model: Model, data: Data, npo: NPO, mask: WeightMask) -> Iterator[Callable[[], object]]:
+def located_steps(
+    model: Model, data: Data, npo: NPO, mask: WeightMask, live: bool
+) -> Iterator[Callable[[], object]]:
     """Steps of the real loop; afterwards the new weights are in `args.out`."""
     deltas = Deltas(model.module, mask)
-    references = References(model, deltas, longest=FACT_TOKENS)
-    for step in range(npo.training.steps):
-        for batch in data.retain_batches(npo.retain, npo.training, step) if npo.retain.active else ():
-            references.logits(data.retain, batch)
+    references = None if live else References(model, deltas)
+    if references is not None and npo.retain.active:
+        for step in range(npo.training.steps):
+            for batch in data.retain_batches(npo.retain, npo.training, step):
+                references.logits(data.retain, batch)
+            for batch in data.text_batches(npo.retain, npo.training, step):
+                references.logits(data.texts, batch)
     run = Run(npo, model, deltas, data, make_optimizer(npo.training, deltas.parameters), references)
     state = RunState.fresh(len(data.forget), deltas.values)
     with deltas.attached():
@@ -177,10 +182,10 @@ def measure_arm(args: argparse.Namespace) -> dict[str, Any]:
     mask = neuron_mask(model, args.share)
     if args.arm == "inference":
         steps = inference_steps(model, data, npo)
-    elif args.arm in ("deltas", "upper", "elements"):
+    elif args.arm in ("deltas", "live", "upper", "elements"):
         upper = neuron_mask(model, args.share, model.atlas.n_layers // 2)
-        chosen = {"deltas": mask, "upper": upper, "elements": element_mask(model, mask)}[args.arm]
-        steps = located_steps(model, data, npo, chosen)
+        chosen = {"upper": upper, "elements": element_mask(model, mask)}.get(args.arm, mask)
+        steps = located_steps(model, data, npo, chosen, live=args.arm == "live")
     else:
         steps = plain_steps(model, data, npo, mask if args.arm == "masked-gradient" else None)
     seconds: list[float] = []

@@ -29,7 +29,7 @@ from editors.finetune import Run
 from editors.npo import NPO
 from editors.parametrize import Deltas
 from editors.recompute import recomputed
-from editors.reference import FACT_TOKENS, References
+from editors.reference import References
 from editors.state import RunState
 from editors.training import Training, make_optimizer
 from locus.fact import neutral_text, read_facts
@@ -104,7 +104,7 @@ def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     resident = resident_mb()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         deltas = Deltas(model.module, mask)
-        references = References(model, deltas, longest=FACT_TOKENS)
+        references = References(model, deltas)
         optimizer = make_optimizer(editor.training, deltas.parameters)
         run = Run(editor, model, deltas, data, optimizer, references)
         state = RunState.fresh(len(data.forget), deltas.values)

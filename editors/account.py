@@ -25,7 +25,7 @@ from editors.live_bytes import LiveBytes
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Prediction
 from editors.recompute import recomputed
-from editors.reference import FACT_TOKENS
+from editors.reference import MOST_BYTES
 from editors.reinforce import Reinforce
 from editors.retain import Retain
 from editors.rounding import saved_dtypes
@@ -68,7 +68,7 @@ class Loads:
     text: tuple[Load, ...] = (Load(1, 512, 511),)
     """Of neutral text; by default one full block."""
     kept_labels: int = 0
-    """Target tokens whose reference logits end up kept."""
+    """Target tokens whose reference states end up kept."""
 
     @classmethod
     def of(
@@ -84,17 +84,14 @@ class Loads:
         kept = [encode(model, fact) for fact in retain if not fact.held_out] if term.active else []
         blocks = [block for paragraph in text for block in encode_text(model, paragraph)]
         blocks = blocks if term.active else []
-        seen = {"facts": kept, "memory": [*kept, *blocks]}.get(term.reference, [])
-        longest = FACT_TOKENS if term.reference == "facts" else None
+        seen = [*kept, *blocks] if term.reference == "memory" and term.term == "kl" else []
         most = training.steps * (term.facts + term.texts)
-        labels = sorted(
-            (one.n_target for one in seen if longest is None or one.n_target <= longest), reverse=True
-        )
+        labels = sorted((one.n_target for one in seen), reverse=True)
         return cls(
             forget=_largest(facts, training.forget_per_step, training.batch_tokens),
             retain=_largest(kept, term.facts, training.batch_tokens),
             text=_largest(blocks, term.texts, training.batch_tokens),
-            kept_labels=sum(labels[:most]) if term.term == "kl" else 0,
+            kept_labels=sum(labels[:most]),
         )
 
 
@@ -115,7 +112,7 @@ class Account:
     transient: int
     """What the worst moment needs besides: float32 logits, losses, gradients of activations."""
     references: int
-    """Kept logits of the base, in the host's memory."""
+    """Kept states of the base, in the host's memory."""
 
     @property
     def peak(self) -> int:
@@ -190,7 +187,7 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Accoun
         optimizer=state,
         activations=activations,
         transient=counted.peak - seen - activations,
-        references=4 * model.atlas.d_vocab * loads.kept_labels,
+        references=min(MOST_BYTES, model.dtype.itemsize * model.atlas.d_model * loads.kept_labels),
     )
 
 
@@ -210,9 +207,8 @@ def _backward(
         if kind == "forget":
             loss = objective.forget_loss(_prediction(model, deltas, load, answered=True))
         else:
-            short = load.labels <= FACT_TOKENS * load.rows
-            kept = term.reference in ("memory", "disk") or (term.reference == "facts" and short)
-            loss = term.weight * term.loss(_prediction(model, deltas, load, kept=kept))
+            kept = _prediction(model, deltas, load, kept=term.reference != "live")
+            loss = term.weight * term.loss(kept)
     loss.backward()
     return most
 

@@ -26,7 +26,7 @@ from editors.objective import Answering, Finishing, Objective
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Kept, Prediction
 from editors.recompute import recomputed
-from editors.reference import FACT_TOKENS, References
+from editors.reference import References
 from editors.result import settings_of, weight_delta
 from editors.retain import Retain, mean_kl
 from editors.rounding import saved_dtypes
@@ -139,14 +139,14 @@ def _deltas(model: Model, mask: WeightMask, training: Training, team: Team) -> T
 
 
 def _references(term: Retain, model: Model, deltas: Trained, team: Team) -> References | None:
-    """Where the base's logits are kept, if they are to be kept.
+    """Where what the base says is kept, if it is to be kept.
 
     A sharded base is asked every time: what one process has kept, another would still have to ask all for.
     """
     if term.reference == "live" or team.in_step:
         return None
     folder = cache_folder() / "references" if term.reference == "disk" else None
-    return References(model, deltas, folder, FACT_TOKENS if term.reference == "facts" else None)
+    return References(model, deltas, folder)
 
 
 @dataclass(frozen=True, eq=False)

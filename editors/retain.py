@@ -79,9 +79,9 @@ class Retain:
     """Share of those facts that are drawn from the relations of the forgotten facts, as far as there are such."""
     texts: int = 1
     """Neutral paragraphs a step."""
-    reference: Literal["live", "facts", "memory", "disk"] = "facts"
-    """Ask the base at every step, or once for each example and keep its logits, 4 bytes times the vocabulary for each
-    token: of facts alone, of paragraphs too, or of both on the disk, in the user's cache."""
+    reference: Literal["live", "memory", "disk"] = "memory"
+    """Ask the base at every step, or once for each example and keep what it unembeds, d_model numbers a token: in
+    memory (at most half a gigabyte), or on the disk, in the user's cache, for later edits too."""
     layers: tuple[int, ...] = ()
     """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
 
@@ -112,7 +112,7 @@ class Retain:
 
 
 TERMS = ("none", "nll", "kl", "hidden")
-REFERENCES = ("live", "facts", "memory", "disk")
+REFERENCES = ("live", "memory", "disk")
 
 
 def mean_kl(kept: Prediction) -> float:

@@ -135,6 +135,31 @@ def label_logits(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:
     return chosen
 
 
+def label_states(model: Model, batch: Batch) -> Float[Tensor, "label d_model"]:
+    """What the unembedding reads at the positions that predict a target token, in the model's dtype."""
+    batch = batch.to(model.device)
+    kept: list[Tensor] = []
+
+    def keep_labelled(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "1 1 d_model"]:
+        kept.append(hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)])
+        return hidden[:1, :1]
+
+    with patched(model.module, inputs={model.atlas.unembed: keep_labelled}):
+        model.module(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
+    return kept[0]
+
+
+def unembedded(model: Model, states: Float[Tensor, "label d_model"]) -> Float[Tensor, "label d_vocab"]:
+    """Logits of what `label_states` gave, in float32, with all that the model does behind its unembedding.
+
+    It costs the unembedding and a forward of one token, in whose place the states are read.
+    """
+    with patched(model.module, inputs={model.atlas.unembed: lambda h: states.to(h.device).unsqueeze(0)}):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        logits: Tensor = model.module(input_ids=ids, use_cache=False).logits[0].float()
+    return logits
+
+
 def label_nll(logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
     """Negative log-likelihood of each target token, in nats."""
     return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")

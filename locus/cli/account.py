@@ -22,7 +22,7 @@ _WHAT = {
     "activations": "activations kept for the backward pass",
     "transient": "logits, losses and gradients at the worst moment",
     "peak": "peak on the device",
-    "references": "kept reference logits, in the host's memory",
+    "references": "kept states of the base, in the host's memory",
 }
 
 

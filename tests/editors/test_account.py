@@ -46,7 +46,7 @@ def test_what_can_be_worked_out_is_exact() -> None:
     assert account.deltas == 2 * 4 * mask.n_weights + 8 * 12 * len(mask.entries)
     assert account.gradients == 4 * mask.n_weights
     assert account.optimizer == 2 * 4 * mask.n_weights + 4 * len(mask.entries)  # and each step's count
-    assert account.references == 7 * model.atlas.d_vocab * 4
+    assert account.references == 7 * model.atlas.d_model * 4
     assert account.to_json()["peak"] == account.peak
     assert Account.of(model, mask, npo(optimizer="sgd"), LOADS).optimizer == 0
 

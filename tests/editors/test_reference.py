@@ -1,17 +1,18 @@
-"""Kept reference logits are the base's, whatever the deltas and the batch."""
+"""What is kept of the base gives the base's logits, whatever the deltas and the batch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from editors.parametrize import Deltas
 from editors.reference import References
-from locus.forward import collate, label_logits
+from locus.forward import collate, label_logits, label_states, unembedded
 from locus.mask import WeightMask, shapes_of
 from locus.tokens import encode
-from tests.tiny import tiny_facts, tiny_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
 
 
 def test_kept_logits_are_the_bases_and_are_asked_once(tmp_path: Path) -> None:
@@ -38,12 +39,23 @@ def test_kept_logits_are_the_bases_and_are_asked_once(tmp_path: Path) -> None:
     assert (changed - expected).abs().max() > 0.1
 
 
-def test_long_targets_are_not_kept() -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_last_states_give_the_models_own_logits(arch: str) -> None:
+    """Soft-capping and scaling behind the unembedding included."""
+    model = tiny_model(arch)
+    batch = collate([encode(model, fact) for fact in tiny_facts()], [0, 1, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            unembedded(model, label_states(model, batch)), label_logits(model, batch), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_no_more_is_kept_than_fits() -> None:
     model = tiny_model("smollm")
     encoded = [encode(model, fact) for fact in tiny_facts()]
     batch = collate(encoded, [0, 1])
-    longest = max(encoded[i].n_target for i in (0, 1))
-    for limit, n_kept in ((longest, 2), (longest - 1, 0)):
-        references = References(model, Deltas(model.module, WeightMask({})), longest=limit)
+    room = encoded[0].n_target * model.atlas.d_model * 4
+    for most, n_kept in ((1 << 20, 2), (room, 1), (0, 0)):
+        references = References(model, Deltas(model.module, WeightMask({})), most_bytes=most)
         torch.testing.assert_close(references.logits(encoded, batch), label_logits(model, batch))
         assert len(references.known) == n_kept
