@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.artefact import atomic_file
+from locus.report.words import plain
 
 
 def plot_attribution(
@@ -45,7 +46,7 @@ def plot_attribution(
         axis.tick_params(labelsize=7)
     bar = figure.colorbar(drawn, ax=grid, pad=0.01)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     with atomic_file(Path(path)) as part:
         figure.savefig(part, format=Path(path).suffix.lstrip(".") or "png")
     return Path(path)

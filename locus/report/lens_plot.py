@@ -6,8 +6,10 @@ from pathlib import Path
 
 from locus.artefact import atomic_file
 from locus.lens import LensGrid
+from locus.report.words import plain, seen
 
 _MOST_POSITIONS = 24
+_LONGEST = 11
 
 
 def plot_lens(grid: LensGrid, path: str | Path, lens: str = "logit lens") -> Path:
@@ -36,14 +38,14 @@ def plot_lens(grid: LensGrid, path: str | Path, lens: str = "logit lens") -> Pat
     for layer in range(n_layers):
         for column, position in enumerate(shown):
             prob = float(grid.prob[layer, position])
-            word = _shown(grid.top_tokens[layer][position])
+            word = plain(seen(grid.top_tokens[layer][position], _LONGEST))
             colour = "white" if prob > 0.6 else "black"
             axis.text(column + 0.5, layer + 0.5, word, ha="center", va="center", fontsize=6.5, color=colour)
             if int(grid.rank[layer, position]) == 0:
                 axis.add_patch(
                     Rectangle((column, layer), 1, 1, fill=False, edgecolor="#c2410c", linewidth=1.1)
                 )
-    labels = [_shown(grid.tokens[position]) for position in shown]
+    labels = [plain(seen(grid.tokens[position], _LONGEST)) for position in shown]
     axis.set_xticks([0.5 + i for i in range(len(labels))], labels, fontsize=8, rotation=35, ha="right")
     ticks = range(0, n_layers, max(1, round(n_layers / 15)))
     axis.set_yticks([0.5 + i for i in ticks], [str(i) for i in ticks], fontsize=8)
@@ -55,17 +57,13 @@ def plot_lens(grid: LensGrid, path: str | Path, lens: str = "logit lens") -> Pat
         "mlp_out": "the MLP's share",
     }[grid.site]
     axis.set_title(
-        f"{lens}, {place}: likeliest token (framed where it is {grid.target!r})", fontsize=9, loc="left"
+        plain(f"{lens}, {place}: likeliest token (framed where it is {grid.target!r})"),
+        fontsize=9,
+        loc="left",
     )
     bar = figure.colorbar(drawn, ax=axis, pad=0.01, fraction=0.03)
-    bar.set_label(f"p({grid.target!r})", fontsize=8)
+    bar.set_label(plain(f"p({grid.target!r})"), fontsize=8)
     bar.ax.tick_params(labelsize=7)
     with atomic_file(Path(path)) as part:
         figure.savefig(part, format=Path(path).suffix.lstrip(".") or "png")
     return Path(path)
-
-
-def _shown(token: str) -> str:
-    """A token as text that matplotlib draws as it is, short enough for a cell."""
-    text = token.replace("\n", "↵").replace("$", r"\$").strip(" ") or "␣"
-    return text if len(text) <= 11 else text[:10] + "…"

@@ -10,6 +10,7 @@ from typing import Any
 from locus.artefact import atomic_file
 from locus.report.chart import Chart, HeatMap, Series
 from locus.report.page import count, number, percent, write_page
+from locus.report.words import plain, seen
 from locus.trace import TOKEN_CLASSES, FactTrace, Trace
 
 KIND_NAMES = {
@@ -97,9 +98,7 @@ def plot_trace(trace: FactTrace, path: str | Path, window: int | None = None) ->
         axis.invert_yaxis()
         axis.set_title(kind_name(kind, window), fontsize=10)
         axis.set_xlabel("layer")
-        axis.set_yticks(
-            [0.5 + i for i in range(len(labels))], [_plain(label) for label in labels], fontsize=8
-        )
+        axis.set_yticks([0.5 + i for i in range(len(labels))], [plain(label) for label in labels], fontsize=8)
         step = max(1, math.ceil(grid.shape[1] / 7 / 5) * 5 if grid.shape[1] > 8 else 1)
         marks = range(0, grid.shape[1], step)
         axis.set_xticks([0.5 + i for i in marks], [str(i) for i in marks], fontsize=8)
@@ -107,7 +106,7 @@ def plot_trace(trace: FactTrace, path: str | Path, window: int | None = None) ->
         bar.ax.tick_params(labelsize=7)
         bar.ax.set_title("p" if _is_probability(trace) else "score", fontsize=8)
     title = (
-        f"p({_plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
+        f"p({plain(trace.target.strip())}) when one clean state is restored: clean {trace.clean_prob:.3f}, "
     )
     starred = " (*: the subject)" if trace.subject is not None else ""
     figure.suptitle(f"{title}corrupted {trace.corrupted_prob:.3f}{starred}", fontsize=10)
@@ -249,10 +248,4 @@ def _shown(fact: FactTrace, score: float) -> str:
 def _labels(fact: FactTrace) -> list[str]:
     """Tokens as a reader can see them, those of the subject ending in *."""
     subject = range(*fact.subject) if fact.subject is not None else range(0)
-    shown = (token.replace("\n", "⏎").replace("\t", "⇥").strip(" ") or "␣" for token in fact.tokens)
-    return [text[:22] + ("*" if i in subject else "") for i, text in enumerate(shown)]
-
-
-def _plain(text: str) -> str:
-    """A dollar sign is not mathematics."""
-    return text.replace("$", r"\$")
+    return [seen(token, 22) + ("*" if i in subject else "") for i, token in enumerate(fact.tokens)]

@@ -154,7 +154,7 @@ def test_the_traces_page_stands_alone_and_marks_the_subject(tmp_path: Path) -> N
         (fact_trace(), fact_trace(None)), {"samples": 10}, "f" * 64, tiny_model("llama").atlas, EVIL
     )
     text, _ = _checked(trace_report(trace, tmp_path))
-    assert "The*" in text and "$Tower⏎*" in text and "&lt;s&gt;" in text
+    assert "The*" in text and "$Tower↵*" in text and "&lt;s&gt;" in text
     assert text.count('class="cell"') == 2 * 3 * 4 * 5, "cells without effect are not drawn"
     assert "last subject token (n 1)" in text and "10" in text
 
@@ -257,3 +257,20 @@ def test_the_headline_of_localizers_compares_masks_of_like_size() -> None:
     overlaps = [[1.0, 0.4, 1.0], [0.4, 1.0, 0.9], [1.0, 0.9, 1.0]]
     assert headline(rows, overlaps) == "a and b share 40% of their weights."
     assert headline(rows[1:], [[1.0, 0.9], [0.9, 1.0]]) == "b: 900 weights; c: 10 weights."
+
+
+def test_a_token_is_shown_as_it_can_be_seen() -> None:
+    from locus.report.words import plain, seen
+
+    shown = {
+        " the": "the",
+        "\n": "↵",
+        "a\tb": "a⇥b",
+        "  ": "␣",
+        "\x17": "\\x17",
+        "a\u00a0b": "a b",
+        "$x$": "$x$",
+    }
+    assert {token: seen(token, 8) for token in shown} == shown
+    assert seen("Constantinople", 8) == "Constan…"
+    assert plain("$5 or $6") == r"\$5 or \$6"
