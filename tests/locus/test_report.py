@@ -268,7 +268,7 @@ def test_a_token_is_shown_as_it_can_be_seen() -> None:
         "a\tb": "a⇥b",
         "  ": "␣",
         "\x17": "\\x17",
-        "a\u00a0b": "a b",
+        "a\u00a0b": "a\\xa0b",
         "$x$": "$x$",
     }
     assert {token: seen(token, 8) for token in shown} == shown
