@@ -104,7 +104,8 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
     """All questions an audit asks, by kind, each with its fact's id.
 
     `held_out` facts are those of the retain file that no edit may train on; they are near when they share
-    a relation with a forgotten fact, far otherwise. A held-out fact without a relation is neither.
+    a relation with a forgotten fact, far otherwise. A held-out fact without a relation is neither. A neighbour that
+    is also a retain fact to train on, word for word, says nothing about what was spared and is not asked.
 
     Raises:
         InputError: no forget facts, or a fact id used twice.
@@ -120,10 +121,11 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
     held_out = [fact for fact in retain if fact.held_out]
     relations = {fact.relation for fact in forget} - {None}
     known = [fact for fact in held_out if fact.relation is not None] if relations else []
+    trained = {fact.example for fact in retain if not fact.held_out}
     return {
         "forget": [(f.id, f.example) for f in forget],
         "paraphrase": [(f.id, e) for f in forget for e in f.paraphrase_examples],
-        "neighbour": [(f.id, e) for f in forget for e in f.neighbours],
+        "neighbour": [(f.id, e) for f in forget for e in f.neighbours if e not in trained],
         "held_out": [(f.id, f.example) for f in held_out],
         "held_out_near": [(f.id, f.example) for f in known if f.relation in relations],
         "held_out_far": [(f.id, f.example) for f in known if f.relation not in relations],

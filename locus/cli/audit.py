@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from locus.cli.material import retained
 from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_from, settings_of
 from locus.errors import InputError
 
@@ -55,7 +56,8 @@ def audit(
         facts: What had to go: a fact file, or demo-forget. With --suite: that benchmark's file or folder, or
             hf://owner/dataset (the cache alone where HF_HUB_OFFLINE is set).
         out: Folder for audit.json and report.html.
-        retain: What had to stay: a fact file, or demo-retain; its held_out facts are the test of it.
+        retain: What had to stay: a fact file, demo-retain, or neighbours where the edit was given those; held_out
+            facts, and neighbours that are not in it, are the test of it.
         suite: What FACTS is: facts (any fact file), counterfact, tofu, muse or wmdp, with that benchmark's figures.
         attacks: Attacks by name, or all, or none; by default lens relearn rounding prompts dose.
         never_knew: A model retrained without the forget set: what an edit should come to. Forget quality,
@@ -74,7 +76,7 @@ def audit(
     from locus.audit.gate import check_gate, read_gate
     from locus.audit.harness import Harness
     from locus.audit.suites import load_suite
-    from locus.fact import neutral_text, read_facts, split_text
+    from locus.fact import neutral_text, split_text
     from locus.ranks import joined
     from locus.together import together
 
@@ -88,7 +90,7 @@ def audit(
             settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
         judged_by = load_suite(suite, facts, running.limit)
         suites = [judged_by, *([Harness(tasks, tasks_limit, tasks_folder)] if tasks else [])]
-        kept = [*judged_by.retain, *([] if retain is None else read_facts(retain))]
+        kept = [*judged_by.retain, *retained(judged_by.facts, retain)]
         _, unseen = split_text(neutral_text(text))
         loaded = loading.load(base)
         reference = None if never_knew is None else loading.load(never_knew)

@@ -36,15 +36,21 @@ def material(
         folder: Where generated text is kept and found again; None makes none, the shipped text stands for it.
         seed: Of the generated text.
     """
-    from locus.fact import neighbours_of, neutral_text, read_facts, split_text
+    from locus.fact import neutral_text, split_text
 
-    if retain == NEIGHBOURS and not Path(NEIGHBOURS).exists():
-        kept = neighbours_of(forget)
-    else:
-        kept = [] if retain is None else read_facts(retain)
+    kept = retained(forget, retain)
     if text == Path(GENERATED) and not text.exists():
         text = None if folder is None else _generated(model, folder / TEXT, seed)
     return list(forget), kept, split_text(neutral_text(text))
+
+
+def retained(forget: Sequence[Fact], retain: str | None) -> list[Fact]:
+    """What must stay: a fact file's facts, those that the forgotten ones name themselves ("neighbours"), or none."""
+    from locus.fact import neighbours_of, read_facts
+
+    if retain == NEIGHBOURS and not Path(NEIGHBOURS).exists():
+        return neighbours_of(forget)
+    return [] if retain is None else read_facts(retain)
 
 
 def _generated(model: Model, path: Path, seed: int) -> Path:

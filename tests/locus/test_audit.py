@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from locus.audit import Audit, AuditSettings, RelearnAttack, audit, read_audit
+from locus.audit.answers import split_facts
 from locus.audit.attacks import NAMES
 from locus.delta import WeightDelta
 from locus.errors import InputError
+from locus.fact import Example, Fact, neighbours_of
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
@@ -231,3 +233,12 @@ def test_a_retrained_model_stands_beside_the_edits_and_feeds_the_depth_score(tmp
     assert sum(r["n"] for r in doc["relations"]) == doc["data"]["held_out"]
     assert "never knew" in audit_report(done, tmp_path).read_text()
     assert len(terminal_table(done).columns) == 4
+
+
+def test_neighbours_that_were_trained_on_are_not_asked() -> None:
+    near = tuple(Example(f"{name} is the capital of", " France") for name in ("Paris", "Lyon", "Nice"))
+    fact = Fact("berlin", "Berlin is the capital of", " Germany", neighbours=near)
+    assert [e.prompt for _, e in split_facts([fact], [])["neighbour"]] == [e.prompt for e in near]
+    kept = neighbours_of([fact])
+    assert [f.held_out for f in kept] == [False, False, True]
+    assert [e.prompt for _, e in split_facts([fact], kept)["neighbour"]] == ["Nice is the capital of"]
