@@ -71,7 +71,7 @@ JUDGED = 6
 USUAL = {"all-mlps": 2e-5, "full": 2e-5}
 NEURONS_RATE = 1e-3
 """Usual rate of 1 % of the neurons."""
-RETAIN = Retain(term="kl", weight=5.0, facts=8)
+RETAIN = Retain(term="kl", weight=5.0, facts=8, reference="disk")
 SETTINGS = AuditSettings(attacks=("lens", "relearn"), text_tokens=1024)
 COLUMNS = {
     "forget.prob": "p",
@@ -158,7 +158,7 @@ class Bench:
             "what": what,
             "of": list(more),
             "steps": STEPS,
-            "retain": asdict(RETAIN),
+            "retain": {name: value for name, value in asdict(RETAIN).items() if name != "reference"},
         }
 
     def tried(self, name: str, place: str, rate: float, run: bool = True) -> dict[str, Any] | None:
