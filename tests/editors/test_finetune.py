@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from editors import reference
 from editors.adversary import LatentAttack
 from editors.dpo import DPO
 from editors.finetune import Run
@@ -22,7 +23,7 @@ from editors.training import Training
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Example, Fact
-from locus.forward import measure
+from locus.forward import Batch, measure
 from locus.hooks import patched
 from locus.mask import WeightMask
 from locus.model import Model
@@ -153,6 +154,11 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     NPO(training=QUICK).run(model, forget, retain, mask, folder=tmp_path)
     with pytest.raises(InputError, match="begun with other settings"):
         NPO(beta=0.2, training=QUICK).run(model, forget, retain, mask, folder=tmp_path, resume=True)
+    chosen = torch.zeros(model.atlas.n_layers, model.atlas.d_mlp, dtype=torch.bool)
+    chosen[:, 1::3] = True  # as many others, so that every delta has the same shape
+    other = WeightMask.of_neurons(model.atlas, chosen, fingerprint=model.fingerprint)
+    with pytest.raises(InputError, match="begun with other settings, mask"):
+        NPO(training=QUICK).run(model, forget, retain, other, folder=tmp_path, resume=True)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding() -> None:
@@ -332,6 +338,22 @@ def test_a_refusal_becomes_likelier_and_the_target_less_likely() -> None:
     with delta.applied(model):
         change = measure(model, [*forget, *refusals]).nll - before
     assert (change[:2] > 1).all() and (change[2:] < change[:2]).all()
+
+
+def test_the_base_is_asked_once_for_each_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a fact's own answers the scores are known from the start; refusals come again only where they were drawn."""
+    model = tiny_model("smollm")
+    forget, retain = known_facts(model)
+    asked: list[tuple[int, ...]] = []
+    plain = reference.label_states
+
+    def counted(model: Model, batch: Batch) -> torch.Tensor:
+        asked.append(tuple(batch.ids[0].tolist()))
+        return plain(model, batch)
+
+    monkeypatch.setattr(reference, "label_states", counted)
+    DPO(training=QUICK, retain=Retain(term="none")).run(model, forget, retain, neuron_mask(model))
+    assert len(asked) == len(set(asked)) <= QUICK.steps * len(forget) and asked
 
 
 def test_a_mask_above_what_the_objective_runs_is_refused() -> None:
