@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from editors.parametrize import Trained
 from locus.artefact import load_tensors, save_tensors
-from locus.forward import Batch, collate, label_states, unembedded
+from locus.forward import Batch, collate, head_logits, label_states, unembedded
 from locus.model import Model
 from locus.tokens import Encoded
 
@@ -46,7 +47,14 @@ class References:
         """The base's logits at the labels of `batch`, whose examples are numbers in `encoded`; in float32."""
         states = torch.cat([self._of(encoded[number]) for number in batch.examples])
         with self.deltas.silenced():
-            return unembedded(self.model, states)
+            return self.logits_of(self.model, states)
+
+    @cached_property
+    def logits_of(self) -> Callable[[Model, Tensor], Tensor]:
+        """How states become logits: by the unembedding alone, if a random state shows that nothing comes behind it."""
+        probe = torch.randn(1, self.model.atlas.d_model, generator=torch.Generator().manual_seed(0))
+        alone, whole = (way(self.model, probe.to(self.model.dtype)) for way in (head_logits, unembedded))
+        return head_logits if torch.equal(alone, whole) else unembedded
 
     def _of(self, one: Encoded) -> Float[Tensor, "label d_model"]:
         key = self._key(one)

@@ -160,6 +160,13 @@ def unembedded(model: Model, states: Float[Tensor, "label d_model"]) -> Float[Te
     return logits
 
 
+def head_logits(model: Model, states: Float[Tensor, "label d_model"]) -> Float[Tensor, "label d_vocab"]:
+    """What the unembedding alone makes of them, in float32."""
+    head = model.module.get_submodule(model.atlas.unembed)
+    logits: Tensor = head(states.to(model.device).unsqueeze(0))[0].float()
+    return logits
+
+
 def label_nll(logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
     """Negative log-likelihood of each target token, in nats."""
     return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")

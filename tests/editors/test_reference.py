@@ -9,7 +9,7 @@ import torch
 
 from editors.parametrize import Deltas
 from editors.reference import References
-from locus.forward import collate, label_logits, label_states, unembedded
+from locus.forward import collate, head_logits, label_logits, label_states, unembedded
 from locus.mask import WeightMask, shapes_of
 from locus.tokens import encode
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
@@ -43,11 +43,15 @@ def test_kept_logits_are_the_bases_and_are_asked_once(tmp_path: Path) -> None:
 def test_the_last_states_give_the_models_own_logits(arch: str) -> None:
     """Soft-capping and scaling behind the unembedding included."""
     model = tiny_model(arch)
-    batch = collate([encode(model, fact) for fact in tiny_facts()], [0, 1, 2])
+    encoded = [encode(model, fact) for fact in tiny_facts()]
+    batch = collate(encoded, [0, 1, 2])
+    references = References(model, Deltas(model.module, WeightMask({})))
     with torch.no_grad():
-        torch.testing.assert_close(
-            unembedded(model, label_states(model, batch)), label_logits(model, batch), atol=1e-5, rtol=1e-5
-        )
+        logits, states = label_logits(model, batch), label_states(model, batch)
+        torch.testing.assert_close(unembedded(model, states), logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(references.logits(encoded, batch), logits, atol=1e-5, rtol=1e-5)
+    capped = getattr(model.module.config, "final_logit_softcapping", None) is not None
+    assert references.logits_of is (unembedded if capped else head_logits)
 
 
 def test_no_more_is_kept_than_fits() -> None:
