@@ -184,8 +184,8 @@ def _table(rows: Mapping[str, LocatedRow], refused: Mapping[str, str], page: Pat
         table.add_row(
             name, f"{sum(row.neurons_per_layer):,}", f"{row.n_weights:,}", f"{row.seconds:.1f}", *cells
         )
-    for name, reason in refused.items():
-        table.add_row(name, f"refused: {reason}")
-    table.caption = f"the last three: overlap of a mask with itself, made again; of every two masks: {page}"
+    lines = [f"the last three: overlap of a mask with itself, made again; of every two masks: {page}"]
+    lines += [f"refused: {name}: {reason}" for name, reason in refused.items()]
+    table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table
