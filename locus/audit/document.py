@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from locus.audit.answers import KINDS
 from locus.audit.figure import FIGURES, figure_of
+from locus.audit.findings import Findings
 from locus.audit.interval import Interval, Items, difference, mean_interval, ratio
 from locus.audit.judge import judge
 from locus.audit.measurement import Measurement
@@ -22,13 +23,10 @@ from locus.audit.resist import recovered
 from locus.audit.verdict import Verdict
 from locus.audit.versus import compare_states
 
-if TYPE_CHECKING:
-    from locus.audit.examine import Audit
-
 SCHEMA = 1
 
 
-def document(audit: Audit) -> dict[str, Any]:
+def document(audit: Findings) -> dict[str, Any]:
     """The audit as plain JSON values, every interval computed."""
     base, standards = audit.base, audit.settings.standards
     controls = audit.controls
@@ -137,7 +135,7 @@ def _tokens(base: Measurement) -> int:
     return 0 if base.text is None else len(base.text.paragraphs)
 
 
-def _keys(audit: Audit) -> tuple[str, ...]:
+def _keys(audit: Findings) -> tuple[str, ...]:
     """Every figure of the table, and those of tasks that only this audit has."""
     further = {key for m in audit.measurements for key in (*m.extra, *m.scalars)} - set(FIGURES)
     return (*FIGURES, *sorted(further))
@@ -156,7 +154,7 @@ def _metrics(keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _state(one: Measurement, audit: Audit) -> dict[str, Any]:
+def _state(one: Measurement, audit: Findings) -> dict[str, Any]:
     figures = {
         key: interval_json(_mean(one.items(key), figure_of(key).unit == "share")) for key in _keys(audit)
     }
@@ -241,7 +239,7 @@ def _list(values: Tensor) -> list[float | None]:
     return [rounded(float(v)) for v in values]
 
 
-def _facts(audit: Audit) -> list[dict[str, Any]]:
+def _facts(audit: Findings) -> list[dict[str, Any]]:
     """Each forgotten, held-out and retained fact in every state."""
     rows = []
     for group in ("forget", "held_out", "retained"):
@@ -263,7 +261,7 @@ def _facts(audit: Audit) -> list[dict[str, Any]]:
     return rows
 
 
-def _relations(audit: Audit) -> list[dict[str, Any]]:
+def _relations(audit: Findings) -> list[dict[str, Any]]:
     """Held-out facts by relation, those that share one with a forget fact first: the drawdown."""
     asked = audit.questions.get("held_out")
     if asked is None:

@@ -19,6 +19,7 @@ from locus.audit.change import Change, change_of
 from locus.audit.context import Context, batch_tokens
 from locus.audit.document import document
 from locus.audit.figure import FIGURES
+from locus.audit.findings import Findings
 from locus.audit.found import Found
 from locus.audit.leak import look_inside
 from locus.audit.measurement import Measurement
@@ -40,31 +41,8 @@ KIND = "audit"
 
 
 @dataclass(frozen=True)
-class Audit:
-    """Every state measured on the same items."""
-
-    base: Measurement
-    edits: tuple[Measurement, ...]
-    controls: tuple[Measurement, ...]
-    reference: Measurement | None
-    """A model retrained without the forget set, where one was given."""
-    relations: Mapping[str, str]
-    """Fact id -> relation, of the facts that have one."""
-    questions: Mapping[str, Questions]
-    changes: Mapping[str, Change]
-    """What the weights of each edit and control changed, by state."""
-    missing: tuple[Mapping[str, str], ...]
-    """What was not measured, and why."""
-    settings: AuditSettings
-    model: Mapping[str, Any]
-    versions: Mapping[str, str]
-    seconds: float
-
-    @property
-    def measurements(self) -> tuple[Measurement, ...]:
-        """Base, edits, controls, reference."""
-        reference = () if self.reference is None else (self.reference,)
-        return (self.base, *self.edits, *self.controls, *reference)
+class Audit(Findings):
+    """Every state measured on the same items, as a document and on the disk."""
 
     def document(self) -> dict[str, Any]:
         """The audit as JSON values; SCHEMA.md beside this file says what each field is."""
