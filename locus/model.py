@@ -21,6 +21,7 @@ from locus.atlas_reader import read_atlas
 from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
 from locus.folder import Checkpoint
+from locus.panics import unheard
 from locus.progress import without_bars_of_transformers
 from locus.sharded import device_of, given_back, local
 from locus.sharded_loader import load_sharded
@@ -129,7 +130,7 @@ def load_model(
             dtype, device or token, a damaged checkpoint, NaN or infinite weights, an architecture whose
             parts have no exact names, or a model to be sharded without a job or over a device_map.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if (shard and device_map is not None) or (offload and not shard):
         raise InputError(
@@ -154,7 +155,7 @@ def load_model(
             module = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer(folder, trust_remote_code)
         if device_map is None and not shard:
             torch.nn.Module.to(module, device)
         _refuse_nonfinite(module, str(name))
@@ -186,14 +187,12 @@ def load_shape(
     Raises:
         InputError: as `load_model`, but for damaged weights, which it never looks at.
     """
-    from transformers import AutoTokenizer
-
     folder = checkpoint_folder(str(name))
     module = module_shape(
         folder, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
     with without_bars_of_transformers(), _told(folder, str(name)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer(folder, trust_remote_code)
         return wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
 
 
@@ -337,6 +336,18 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, mapped: bool) -> torc
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, after a first word: one that was spoilt panics there."""
+    from transformers import AutoTokenizer
+
+    with unheard():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+        tokenizer("a")
+    return tokenizer
 
 
 def _bos(tokenizer: Any, bos: str | int | None, name: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ import locus
 from locus import embedded
 from locus.errors import InputError
 from locus.model import load_model
+from locus.panics import unheard
 from tests.tiny import save_tiny, tiny_model
 
 
@@ -102,6 +104,23 @@ def test_a_folder_without_weights_or_config(damaged):
     (damaged / "model.safetensors").unlink()
     with pytest.raises(InputError, match="safetensors"):
         load_model(damaged)
+
+
+def test_a_tokenizer_that_panics_is_one_line_and_nothing_else_on_the_terminal(damaged, capfd):
+    path = damaged / "tokenizer.json"
+    spoilt = json.loads(path.read_text())
+    spoilt["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(spoilt))
+    with pytest.raises(InputError, match="cannot load it"):
+        load_model(damaged)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_held_back_from_the_terminal_comes_out_when_all_went_well(capfd):
+    with unheard():
+        os.write(2, b"a warning\n")
+        assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "a warning\n"
 
 
 def test_another_kind_of_model_is_refused(damaged):
