@@ -109,7 +109,8 @@ class Atlas:
         """The atlas that `to_json` wrote.
 
         Raises:
-            InputError: a field is missing, unknown or of another type, or the layers are not as many as it says.
+            InputError: a field is missing, unknown or of another type, the layers are not as many as it says, or
+                neurons stand where no projection has them.
         """
         atlas = built(cls, obj)
         for name in ("blocks", "attn", "mlp", "attn_out", "mlp_out", "attn_z", "neuron_in", "neurons"):
@@ -118,4 +119,12 @@ class Atlas:
         for name in ("attn_q", "attn_k", "attn_v"):
             if len(getattr(atlas, name)) not in (0, atlas.n_layers):
                 raise InputError(f"not an atlas: {name} has neither {atlas.n_layers} layers nor none")
+        axes: dict[str, int] = {}
+        for part in (part for layer in atlas.neurons for part in layer):
+            only = (0,) if part.role.endswith("_bias") else (0, 1)
+            # Fused projections hold one kind of part behind the other.
+            if part.axis not in only or part.offset not in (0, atlas.d_mlp):
+                raise InputError(f"not an atlas: {part.param} has no neurons at {part.axis}, {part.offset}")
+            if axes.setdefault(part.param, part.axis) != part.axis:
+                raise InputError(f"not an atlas: {part.param} has neurons on both axes")
         return atlas

@@ -444,3 +444,20 @@ def test_json_of_something_else_is_refused() -> None:
         Atlas.from_json(obj)
     with pytest.raises(InputError, match="colour"):
         Atlas.from_json({**obj, "attn_z": [], "colour": 1})
+
+
+@pytest.mark.parametrize("spoilt", [{"offset": -1}, {"offset": 7}, {"axis": 2}, {"axis": -1}])
+def test_neurons_outside_their_projection_are_refused(spoilt: dict[str, int]) -> None:
+    said = json.loads(json.dumps(tiny_model("llama").atlas.to_json()))
+    said["neurons"][0][0] |= spoilt
+    with pytest.raises(InputError, match="has no neurons at"):
+        Atlas.from_json(said)
+
+
+def test_neurons_on_both_axes_of_a_parameter_are_refused() -> None:
+    said = json.loads(json.dumps(tiny_model("llama").atlas.to_json()))
+    gate, *_, down = said["neurons"][0]
+    assert gate["axis"] != down["axis"]
+    down["param"] = gate["param"]
+    with pytest.raises(InputError, match="on both axes"):
+        Atlas.from_json(said)
