@@ -237,6 +237,11 @@ def _checked(path: Path, kind: str, meta: Any) -> dict[str, Any]:
     version = meta.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise InputError(f"{path}: format version {version!r}, this locus reads {VERSION}; upgrade it")
+    try:  # what cannot be written again, NaN or half a character, was never written by us
+        _refuse_nonfinite(meta, kind)
+        json.dumps(meta, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}; write it again") from error
     return {key: value for key, value in meta.items() if key not in ("format", "version")}
 
 

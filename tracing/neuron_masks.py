@@ -264,9 +264,9 @@ class HardConcrete(LearnedMask):
 
     penalty: float = 1000.0
     """Weight of the mean probability of not being shut, in nats."""
-    learning_rate: float = 0.1
+    learning_rate: float = 0.02
     """Adam's, for the locations."""
-    steps: int = 200
+    steps: int = 60
     """Adam steps at most, each over all facts with a fresh draw of the gates."""
     stop: float = 0.77
     """Mean probability of not being shut at which training ends; 0.1 for a mask that is sparse by itself."""

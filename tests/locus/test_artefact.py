@@ -376,6 +376,15 @@ def _holder(folder: Path) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline()
 
 
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "[-Infinity]"])
+def test_what_could_not_be_written_again_is_refused(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"format": "mask", "version": 1, "said": {value}}}')
+    with pytest.raises(InputError, match="damaged") as error:
+        load_json(path, "mask")
+    _one_line(error, path)
+
+
 def test_one_run_a_folder_and_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with lock(folder):
