@@ -13,7 +13,7 @@ Both as localizers of memorized text: Chang et al. 2024 (arXiv:2311.09060), the 
 penalty weighs a mean over gates, and training ends while the gates can still be told apart. A gate stays open where
 shutting it would cost more than penalty / number of gates; above a few hundred nats all gates fall together and
 their order is what counts. The defaults ordered best on the dev sentences of the INJ benchmark
-(benchmarks/README.md). Cost: one forward and one backward an example and step, 15 to 30 times gradient saliency; use
+(benchmarks/README.md). Cost: one forward and one backward an example and step, 15 to 60 times gradient saliency; use
 them when the number of facts is small. NLL is in nats a target token, the mean over examples.
 """
 
