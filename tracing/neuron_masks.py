@@ -264,7 +264,7 @@ class HardConcrete(LearnedMask):
 
     penalty: float = 1000.0
     """Weight of the mean probability of not being shut, in nats."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     """Adam's, for the locations."""
     steps: int = 60
     """Adam steps at most, each over all facts with a fresh draw of the gates."""
