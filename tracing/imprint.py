@@ -12,7 +12,8 @@ z-score within its layer (median and median absolute deviation), clipped to [-1,
 - balance: how much longer v_i is than the neuron's up (and gate) row foretells. Scaling v and shrinking the up row
   by the same factor changes nothing, and weight decay settles each neuron where the two agree; what was
   written into the column afterwards stands out. This part is blind to the target: it finds columns that were
-  changed after pretraining, whatever for. Set `balance=0` for knowledge that came with pretraining.
+  changed after pretraining, whatever for, if that made them longer. Set `balance=0` for knowledge that came with
+  pretraining, or where columns may only have turned.
 
 The gradient of a model that knows the text by heart is no longer the one that taught it. So it is taken with the text
 half forgotten: the activations of the `dimmed` share of each layer's neurons with the largest imbalance are
