@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from locus.errors import InputError
 from locus.hooks import record
+from locus.sharded import local
 
 if TYPE_CHECKING:
     from locus.model import Model
@@ -21,6 +22,19 @@ _MEND = "damaged weights, or a dtype too small (try --dtype float32)"
 def is_finite(*tensors: Tensor) -> bool:
     """Whether no entry is NaN or infinite."""
     return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point())
+
+
+def refuse_nonfinite(module: nn.Module, name: str) -> None:
+    """Raise InputError for the first parameter that holds NaN or infinity; `name` is the model's."""
+    for parameter, held in module.named_parameters():
+        value = local(held)
+        # A sum is finite only if every term is; it costs no copy. Only where it is not, look closer.
+        if value.is_meta or torch.isfinite(value.sum(dtype=torch.float32)):
+            continue
+        if bad := int((~torch.isfinite(value)).sum()):
+            raise InputError(
+                f"{name}: {parameter} holds {bad} NaN or infinite values; the checkpoint is damaged"
+            )
 
 
 def blame(model: Model, examples: Iterable[tuple[str, Encoded]], what: str) -> InputError:

@@ -20,10 +20,11 @@ from locus.atlas import Atlas
 from locus.atlas_reader import read_atlas
 from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
+from locus.finite import refuse_nonfinite
 from locus.folder import Checkpoint
 from locus.panics import unheard
 from locus.progress import without_bars_of_transformers
-from locus.sharded import device_of, given_back, local
+from locus.sharded import device_of, given_back
 from locus.sharded_loader import load_sharded
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def load_model(
         tokenizer = _tokenizer(folder, trust_remote_code)
         if device_map is None and not shard:
             torch.nn.Module.to(module, device)
-        _refuse_nonfinite(module, str(name))
+        refuse_nonfinite(module, str(name))
         model = wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
         if shard:
             given_back(module)  # drawing the atlas has run it
@@ -370,18 +371,6 @@ def _bos(tokenizer: Any, bos: str | int | None, name: str) -> int | None:
     if (known := tokenizer.get_vocab().get(bos)) is None:
         raise InputError(f"--bos {bos}: not a token of {name}; give auto, none, a token or its id")
     return int(known)
-
-
-def _refuse_nonfinite(module: PreTrainedModel, name: str) -> None:
-    for parameter, held in module.named_parameters():
-        value = local(held)
-        # A sum is finite only if every term is; it costs no copy. Only where it is not, look closer.
-        if value.is_meta or torch.isfinite(value.sum(dtype=torch.float32)):
-            continue
-        if bad := int((~torch.isfinite(value)).sum()):
-            raise InputError(
-                f"{name}: {parameter} holds {bad} NaN or infinite values; the checkpoint is damaged"
-            )
 
 
 @contextlib.contextmanager
