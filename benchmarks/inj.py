@@ -198,21 +198,28 @@ def recalls(values: Float[Tensor, "layer neuron"], injection: Injection) -> list
 
 
 class Lines:
-    """Finished work, a JSON line each; a run that was stopped goes on behind it."""
+    """Finished work, a JSON line each; a run that was stopped goes on behind it, and several may share it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
         self._done: dict[str, dict[str, Any]] = {}
-        self._between = "" if not text or text.endswith("\n") else "\n"
+        self._read = -1
+        self._between = ""
+
+    def get(self, of: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was found for it, here or by another process."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size != self._read:
+            self._read_again(size)
+        return self._done.get(json.dumps(of, sort_keys=True))
+
+    def _read_again(self, size: int) -> None:
+        text = self._path.read_text(encoding="utf-8") if size else ""
+        self._read, self._between = size, "" if not text or text.endswith("\n") else "\n"
         for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # half a line of a killed run
                 one = json.loads(line)
                 self._done[json.dumps(one["of"], sort_keys=True)] = one["found"]
-
-    def get(self, of: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was found for it."""
-        return self._done.get(json.dumps(of, sort_keys=True))
 
     def add(self, of: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         """Write it down."""
