@@ -135,7 +135,10 @@ AIMS = {
 
 def table(draws: Sequence[dict[str, Any]]) -> str:
     """Markdown: a column a draw."""
-    lines = [f"| | {' | '.join(f'draw {i}' for i in range(len(draws)))} | aim |", "|" + "---|" * (len(draws) + 2)]
+    lines = [
+        f"| | {' | '.join(f'draw {i}' for i in range(len(draws)))} | aim |",
+        "|" + "---|" * (len(draws) + 2),
+    ]
     for name in draws[0]:
         aim = AIMS.get(name)
         wanted = "" if aim is None else f"at least {-aim:g}" if aim < 0 else f"at most {aim:g}"

@@ -208,12 +208,13 @@ class Lines:
 
     def get(self, of: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was found for it, here or by another process."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        if size != self._read:
-            self._read_again(size)
+        self._refresh()
         return self._done.get(json.dumps(of, sort_keys=True))
 
-    def _read_again(self, size: int) -> None:
+    def _refresh(self) -> None:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size == self._read:
+            return
         text = self._path.read_text(encoding="utf-8") if size else ""
         self._read, self._between = size, "" if not text or text.endswith("\n") else "\n"
         for line in text.splitlines():
@@ -223,11 +224,10 @@ class Lines:
 
     def add(self, of: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         """Write it down."""
+        self._refresh()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(self._between + json.dumps({"of": of, "found": found}) + "\n")
-        self._between = ""
-        self._done[json.dumps(of, sort_keys=True)] = found
         return found
 
 

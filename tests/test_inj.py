@@ -79,6 +79,15 @@ def test_finished_work_is_found_again_but_not_a_half_line(tmp_path: Path) -> Non
     assert Lines(path).get({"method": "a", "sentence": 2}) == {"recall": [1.0]}
 
 
+def test_two_processes_find_what_the_other_finished(tmp_path: Path) -> None:
+    ours, theirs = (Lines(tmp_path / "lines.jsonl") for _ in range(2))
+    assert ours.get({"sentence": 1}) is None
+    theirs.add({"sentence": 1}, {"recall": [0.5]})
+    assert ours.get({"sentence": 1}) == {"recall": [0.5]}
+    ours.add({"sentence": 2}, {"recall": [1.0]})
+    assert theirs.get({"sentence": 2}) == {"recall": [1.0]}
+
+
 def test_masks_learned_side_by_side_see_each_its_own_model(tmp_path: Path) -> None:
     """As run on the changed weights one after the other; with a decoy in the model as well."""
     model = tiny_model("llama")
