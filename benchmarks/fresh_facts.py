@@ -1,7 +1,7 @@
 """The default edit on facts that nothing was tuned on: is all of it reached in one run?
 
     python -m benchmarks.fresh_facts counterfact.json --draws 3
-    python -m benchmarks.fresh_facts counterfact.json --mask random --lr 4e-3         options as locus edit's
+    python -m benchmarks.fresh_facts counterfact.json --mask random-0 --lr 4e-3         options as locus edit's
 
 Of a file of facts (CounterFact has paraphrases) those are taken that SmolLM2 answers right and whose subject is not
 in the demo's, from which the defaults come. A draw forgets 16 of them whose paraphrases it knows, at most four of a
@@ -18,37 +18,24 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.frontier import PLACES, mask_of
+from benchmarks.frontier_cases import Questions, halved
 from editors import OBJECTIVES
 from locus.audit import AuditSettings, audit
 from locus.cli.options import settings_of
 from locus.fact import Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.model import Model, load_model
-from tracing import AllNeurons, GradientSaliency, Imprint, RandomNeurons
 
 FORGOTTEN = 16
 MOST_OF_A_RELATION = 4
 SETTINGS = AuditSettings(attacks=("lens", "relearn"), text_tokens=1024)
-MASKS: dict[str, tuple[Any, str]] = {
-    "saliency": (GradientSaliency(), "1%"),
-    "imprint": (Imprint(), "1%"),
-    "random": (RandomNeurons(seed=0), "1%"),
-    "all-mlps": (AllNeurons(), "100%"),
-}
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What one edit forgets, and what shall stay."""
-
-    forget: list[Fact]
-    retain: list[Fact]
 
 
 def known_facts(model: Model, path: Path) -> list[Fact]:
@@ -71,7 +58,7 @@ def _as_known(model: Model, fact: Fact) -> Fact:
     )
 
 
-def draw(known: Sequence[Fact], seed: int) -> Draw:
+def draw(known: Sequence[Fact], seed: int) -> Questions:
     """See the module."""
     shuffled = random.Random(seed).sample(list(known), len(known))
     forget: list[Fact] = []
@@ -81,16 +68,14 @@ def draw(known: Sequence[Fact], seed: int) -> Draw:
             forget.append(fact)
             taken[fact.relation] += 1
     left = [fact for fact in shuffled if fact not in forget]
-    return Draw(forget, [replace(fact, held_out=bool(i % 2)) for i, fact in enumerate(left)])
+    return Questions(f"draw {seed}", forget, halved(left))
 
 
-def run(model: Model, drawn: Draw, editor: Any, mask_name: str) -> dict[str, Any]:
+def run(model: Model, drawn: Questions, editor: Any, place: str) -> dict[str, Any]:
     """Locate, edit, audit: the figures beside the aims."""
     text, unseen = split_text(neutral_text())
-    kept = [fact for fact in drawn.retain if not fact.held_out]
-    localizer, budget = MASKS[mask_name]
     started = time.perf_counter()
-    mask = localizer.run(model, drawn.forget, kept).top(budget)
+    mask = mask_of(place, model, drawn)
     delta = editor.run(model, drawn.forget, drawn.retain, mask, text=text)
     seconds = time.perf_counter() - started
     found = audit(
@@ -161,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("facts", type=Path, help="a file of facts that the defaults were not made on")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--method", choices=tuple(OBJECTIVES), default="npo")
-    parser.add_argument("--mask", choices=tuple(MASKS), default="saliency")
+    parser.add_argument("--mask", choices=PLACES, default="saliency", help="as in frontier")
     parser.add_argument("--threads", type=int, default=2)
     args, options = parser.parse_known_args(argv)
     torch.set_num_threads(args.threads)

@@ -5,11 +5,12 @@
     python -m benchmarks.frontier --case tofu --tofu FOLDER        forget01, beside a model that never saw it
     python -m benchmarks.frontier --table                  what is finished so far, without running anything
 
-An arm is an objective and a place: 1 % of the neurons by one of three localizers or at random (three seeds), all
-MLPs, or every weight. All arms share the retain term (KL on 8 facts and a paragraph a step, weight 5) and the number
-of steps; AdamW's rate is found per arm on other facts than the reported ones (`frontier_cases`): from the usual rate
-of a place it is doubled for as long as that helps. NPO climbs so at each place, every objective in the neurons of
-`saliency`; at other places an objective takes NPO's rate there, times its own factor over NPO. Random seeds share one.
+An arm is an objective and a place: 1 % of the neurons by one of three localizers (saliency also as 1 % of each layer's)
+or at random (three seeds), all MLPs, or every weight. All arms share the retain term (KL on 8 facts and a paragraph a
+step, weight 5) and the number of steps; AdamW's rate is found per arm on other facts than the reported ones
+(`frontier_cases`): from the usual rate of a place it is doubled for as long as that helps. NPO climbs so at each place,
+every objective in the neurons of `saliency`; at other places an objective takes NPO's rate there, times its own factor
+over NPO. Random seeds share one.
 
 Arms are compared at equal forgetting: an edit's change is made smaller or larger, by bisection, until the mean
 p(target) is 0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
@@ -59,6 +60,7 @@ NAMES = ("npo", "rkld", "simnpo", "dpo", "kl-min", "undial")
 SEEDS = 3
 PLACES = (
     "saliency",
+    "saliency-per-layer",
     "knowledge-neurons",
     "imprint",
     *(f"random-{i}" for i in range(SEEDS)),
@@ -104,11 +106,14 @@ def mask_of(place: str, model: Model, asked: Questions) -> WeightMask:
         return AllNeurons().run(model, asked.forget).top("100%")
     localizer: Any = {
         "saliency": GradientSaliency(),
+        "saliency-per-layer": GradientSaliency(),
         "knowledge-neurons": KnowledgeNeurons(refine=False),
         "imprint": Imprint(),
     }.get(place) or RandomNeurons(seed=int(place.removeprefix("random-")))
     kept = [fact for fact in asked.retain if not fact.held_out]
-    mask: WeightMask = localizer.run(model, asked.forget, kept).top("1%")
+    mask: WeightMask = localizer.run(model, asked.forget, kept).top(
+        "1%", per_layer=place.endswith("per-layer")
+    )
     return mask
 
 

@@ -70,7 +70,7 @@ def facts_case() -> Case:
     return Case(
         "facts",
         model,
-        Questions("tuning", chosen, _halved(left)),
+        Questions("tuning", chosen, halved(left)),
         Questions("reported", forget, retain),
         text,
         unseen,
@@ -87,7 +87,7 @@ def tofu_case(folder: Path, epochs: int) -> Case:
     forget = read_facts(folder / "forget01_perturbed.json")
     kept = read_facts(folder / "retain99.json", limit=N_TAUGHT)
     n = len(kept) // 4
-    other, near, rest = kept[:n], _halved(kept[n : 2 * n]), _halved(kept[2 * n :])
+    other, near, rest = kept[:n], halved(kept[n : 2 * n]), halved(kept[2 * n :])
     text, unseen = split_text(neutral_text())
     return Case(
         "tofu",
@@ -100,7 +100,7 @@ def tofu_case(folder: Path, epochs: int) -> Case:
     )
 
 
-def _halved(facts: Sequence[Fact]) -> list[Fact]:
+def halved(facts: Sequence[Fact]) -> list[Fact]:
     """Every second one is held out."""
     return [replace(fact, held_out=bool(i % 2)) for i, fact in enumerate(facts)]
 
