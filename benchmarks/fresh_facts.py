@@ -44,18 +44,18 @@ def known_facts(model: Model, path: Path) -> list[Fact]:
     facts = [fact for fact in read_facts(path) if fact.subject not in demo]
     right = measure(model, facts).correct.tolist()
     known = list({fact.subject: fact for fact, ok in zip(facts, right, strict=True) if ok}.values())
-    return [_as_known(model, fact) for fact in known]
-
-
-def _as_known(model: Model, fact: Fact) -> Fact:
-    asked = [*fact.paraphrase_examples, *fact.neighbours]
-    right = measure(model, asked).correct.tolist() if asked else []
-    n = len(fact.paraphrases)
-    return replace(
-        fact,
-        paraphrases=tuple(p for p, ok in zip(fact.paraphrases, right[:n], strict=True) if ok),
-        neighbours=tuple(p for p, ok in zip(fact.neighbours, right[n:], strict=True) if ok),
-    )
+    asked = list(dict.fromkeys(e for f in known for e in (*f.paraphrase_examples, *f.neighbours)))
+    answers = dict(zip(asked, measure(model, asked).correct.tolist(), strict=True))
+    return [
+        replace(
+            fact,
+            paraphrases=tuple(
+                p for p, e in zip(fact.paraphrases, fact.paraphrase_examples, strict=True) if answers[e]
+            ),
+            neighbours=tuple(neighbour for neighbour in fact.neighbours if answers[neighbour]),
+        )
+        for fact in known
+    ]
 
 
 def draw(known: Sequence[Fact], seed: int) -> Questions:
