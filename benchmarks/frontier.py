@@ -15,9 +15,10 @@ over NPO. Random seeds share one.
 Arms are compared at equal forgetting: an edit's change is made smaller or larger, by bisection, until the mean
 p(target) is 0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
 and marked. The change is then audited (`locus.audit`): paraphrases, held-out facts, neighbours, KL on unseen text,
-the logit lens, relearning on half of the facts. Intervals are the audit's (95 %); for random masks the smallest and
-the largest of the seeds. Seconds are processor time of one thread, the localizer's not included. Finished arms are
-kept in --out, so that a run that was stopped goes on there.
+the logit lens, relearning on half of the facts. TOFU's edits take the rates found on facts, and are compared where a
+model that never saw the forgotten answers stands (`frontier_tofu`). Intervals are the audit's (95 %); for random masks
+the smallest and the largest of the seeds. Seconds are processor time of one thread, the localizer's not included.
+Finished arms are kept in --out, so that a run that was stopped goes on there; several processes may share it.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.frontier_cases import Case, Questions, facts_case, tofu_case
+from benchmarks.frontier_cases import Case, Questions, facts_case
+from benchmarks.frontier_tofu import tofu_case
 from benchmarks.inj import Lines
 from editors import OBJECTIVES
 from editors.retain import Retain
 from editors.strength import scaled
-from locus.audit import Audit, AuditSettings, audit
 from locus.audit.answers import Questions as Asked
 from locus.audit.answers import ask
 from locus.audit.examine import ask_about
@@ -52,8 +53,6 @@ from locus.model import Model
 from locus.tokens import encode_text
 from tracing import AllNeurons, GradientSaliency, Imprint, KnowledgeNeurons, RandomNeurons
 
-GOAL = 0.01
-"""Mean p(target) at which arms are compared."""
 STRONGEST = 1.5
 STEPS = 20
 NAMES = ("npo", "rkld", "simnpo", "dpo", "kl-min", "undial")
@@ -74,18 +73,6 @@ USUAL = {"all-mlps": 2e-5, "full": 2e-5}
 NEURONS_RATE = 1e-3
 """Usual rate of 1 % of the neurons."""
 RETAIN = Retain(term="kl", weight=5.0, facts=8, reference="disk")
-SETTINGS = AuditSettings(attacks=("lens", "relearn"), text_tokens=1024)
-COLUMNS = {
-    "forget.prob": "p",
-    "paraphrase.top1": "paraphrases right",
-    "held_out.top1": "held-out right",
-    "held_out_near.top1": "near held-out",
-    "neighbour.top1": "neighbours right",
-    "text.kl": "KL",
-    "lens.top10": "lens top 10",
-    "relearn.prob": "p relearned",
-    "relearn.top1": "right relearned",
-}
 
 
 def kind_of(place: str) -> str:
@@ -117,11 +104,14 @@ def mask_of(place: str, model: Model, asked: Questions) -> WeightMask:
     return mask
 
 
-def editor_of(name: str, rate: float) -> Any:
-    """The objective with its own settings but for rate, steps and the shared retain term."""
+def editor_of(name: str, rate: float, case: Case) -> Any:
+    """The objective with its own settings but for rate, steps, what a step sees, and the shared retain term."""
     made = OBJECTIVES[name]()
-    training = replace(made.training, steps=STEPS, min_steps=STEPS, lr=rate, utility=0.0, max_kl=0.0)
-    return replace(made, retain=RETAIN, training=training)
+    training = replace(
+        made.training, steps=STEPS, min_steps=STEPS, lr=rate, utility=0.0, max_kl=0.0,
+        forget_per_step=case.forget_per_step,
+    )  # fmt: skip
+    return replace(made, retain=replace(RETAIN, facts=case.retain_facts), training=training)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,27 +120,19 @@ class Bench:
 
     case: Case
     lines: Lines
+    rates: Bench | None = None
+    """Where rates come from, if not from questions of the case's own."""
 
     @cached_property
     def mask(self) -> Callable[[str, Questions], WeightMask]:
         """Masks are located once."""
         return cache(lambda place, asked: mask_of(place, self.case.model, asked))
 
-    @cached_property
-    def base(self) -> Audit:
-        """What the base says of the reported questions; a delta that changes nothing stands for the edit."""
-        asked = self.case.reported
-        nothing = WeightDelta({}, {}, {}, self.case.model.fingerprint)
-        return audit(
-            self.case.model, {"nothing": nothing}, asked.forget, asked.retain, self.case.unseen,
-            never_knew=self.case.never_knew, settings=SETTINGS,
-        )  # fmt: skip
-
     def edit(self, name: str, place: str, asked: Questions, rate: float) -> tuple[WeightDelta, float]:
         """The change, and the processor seconds it took."""
         mask = self.mask(place, asked)
         started = time.process_time()
-        delta: WeightDelta = editor_of(name, rate).run(
+        delta: WeightDelta = editor_of(name, rate, self.case).run(
             self.case.model, asked.forget, asked.retain, mask, text=self.case.text
         )
         return delta, time.process_time() - started
@@ -172,9 +154,10 @@ class Bench:
         found = self.lines.get(key)
         if found is None and run:
             asked = self.case.tuning
+            assert asked is not None, "a case without tuning questions takes its rates from another"
             delta, seconds = self.edit(name, place, asked, rate)
             questions = ask_about(self.case.model, asked.forget, asked.retain)
-            strength, prob = equal_forgetting(self.case.model, delta, questions["forget"])
+            strength, prob = equal_forgetting(self.case, delta, questions["forget"])
             at = delta if strength is None else scaled(self.case.model, delta, strength)
             found = {"strength": strength, "prob": prob, "seconds": seconds}
             found |= self.judged(State("tried", "edit", self.case.model, at), questions)
@@ -209,6 +192,8 @@ class Bench:
 
     def rate(self, name: str, place: str, run: bool = True) -> float | None:
         """See the module."""
+        if self.rates is not None:
+            return self.rates.rate(name, place, run=False)
         if name == "npo" or kind_of(place) == "saliency":
             return self.best_rate(name, place, run)
         pairs = ((name, "saliency"), ("npo", "saliency"), ("npo", place))
@@ -218,27 +203,19 @@ class Bench:
     def arm(self, name: str, place: str) -> dict[str, Any]:
         """The reported figures of one arm, made or taken from an earlier run."""
         rate = self.rate(name, place)
-        assert rate is not None, "nothing is left out when running"
+        if rate is None:
+            raise SystemExit(f"{name} in {place}: no rate yet; run it with --case facts first")
         key = self.key("arm", name, place, rate)
         found = self.lines.get(key)
         if found is None:
-            asked, model = self.case.reported, self.case.model
+            asked, model, mask = self.case.reported, self.case.model, self.mask(place, self.case.reported)
             delta, seconds = self.edit(name, place, asked, rate)
             encoded = ask_about(model, asked.forget, asked.retain)["forget"]
-            strength, _ = equal_forgetting(model, delta, encoded)
+            strength, _ = equal_forgetting(self.case, delta, encoded)
             at = delta if strength is None else scaled(model, delta, strength)
             del delta
-            judged = audit(
-                model, {"edit": at}, asked.forget, asked.retain, self.case.unseen,
-                masks={"edit": self.mask(place, asked)}, never_knew=self.case.never_knew,
-                settings=SETTINGS, before=self.base,
-            )  # fmt: skip
-            state = next(s for s in judged.document()["states"] if s["role"] == "edit")
-            assert state["change"]["off_mask"] == 0, "weights outside the mask differ"
-            figures = {k: state["figures"].get(k) for k in COLUMNS if k != "relearn.top1"}
-            figures["relearn.top1"] = {"mean": state["curves"]["relearn"]["tested_top1"][-1]}
-            found = {"rate": rate, "strength": strength, "seconds": seconds, "figures": figures}
-            found |= {"weights": self.mask(place, asked).n_weights, "norm": state["change"]["norm"]}
+            found = {"rate": rate, "strength": strength, "seconds": seconds, "weights": mask.n_weights}
+            found["figures"] = self.case.judge(at, mask)
             self.lines.add(key, found)
             print("arm", name, place, found, file=sys.stderr, flush=True)
         return found
@@ -260,22 +237,25 @@ def merit(found: dict[str, Any]) -> float:
     return kept if found["strength"] is not None else kept - 10 * (1 + found["prob"])
 
 
-def equal_forgetting(model: Model, delta: WeightDelta, forget: Asked) -> tuple[float | None, float]:
-    """The strength at which mean p(target) is GOAL, and p there; None, and p at 1, where STRONGEST does not do."""
-    state = State("edit", "edit", model, delta)
+def equal_forgetting(case: Case, delta: WeightDelta, forget: Asked) -> tuple[float | None, float]:
+    """The strength at which the case's mean probability is its goal, and what it is there.
+
+    None, and what it is at strength 1, where STRONGEST does not do.
+    """
+    state = State("edit", "edit", case.model, delta)
 
     def prob(strength: float) -> float:
-        with state.at_strength(model, strength) as edited:
-            return float(ask(edited, forget).prob.values.mean())
+        with state.at_strength(case.model, strength) as edited:
+            return float(case.likely(ask(edited, forget)).mean())
 
     weak, strong = 0.0, 1.0
-    if (at_one := prob(1.0)) > GOAL:
+    if (at_one := prob(1.0)) > case.goal:
         weak, strong = 1.0, STRONGEST
-        if prob(STRONGEST) > GOAL:
+        if prob(STRONGEST) > case.goal:
             return None, at_one
     for _ in range(6):
         middle = (weak + strong) / 2
-        weak, strong = (middle, strong) if prob(middle) > GOAL else (weak, middle)
+        weak, strong = (middle, strong) if prob(middle) > case.goal else (weak, middle)
     return strong, prob(strong)
 
 
@@ -295,8 +275,8 @@ def cell(figures: Sequence[dict[str, Any] | None]) -> str:
 
 def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
     """Markdown, a line an arm that is finished; seeds of random masks in one line."""
-    lines = [f"| objective | where | rate | strength | {' | '.join(COLUMNS.values())} | s |"]
-    lines.append("|" + "---|" * (len(COLUMNS) + 5))
+    lines = [f"| objective | where | rate | strength | {' | '.join(bench.case.columns.values())} | s |"]
+    lines.append("|" + "---|" * (len(bench.case.columns) + 5))
     for name in names:
         for kind in dict.fromkeys(map(kind_of, places)):
             arms = [a for p in places if kind_of(p) == kind and (a := bench.finished(name, p)) is not None]
@@ -304,7 +284,7 @@ def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
                 continue
             missed = sum(arm["strength"] is None for arm in arms)
             strength = sum(arm["strength"] or 1.0 for arm in arms) / len(arms)
-            cells = [cell([arm["figures"][column] for arm in arms]) for column in COLUMNS]
+            cells = [cell([arm["figures"][column] for arm in arms]) for column in bench.case.columns]
             seconds = sum(arm["seconds"] for arm in arms) / len(arms)
             label = f"{kind} ({len(arms)} seeds)" if kind == "random" else kind
             mark = f" ({missed} missed)" if missed else ""
@@ -329,8 +309,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if args.case == "tofu" and args.tofu is None:
         parser.error("--case tofu needs --tofu FOLDER")
-    case = facts_case() if args.case == "facts" else tofu_case(args.tofu, args.epochs)
-    bench = Bench(case, Lines(args.out / f"{case.name}.jsonl"))
+    bench = Bench(facts_case(), Lines(args.out / "facts.jsonl"))
+    if args.case == "tofu":
+        bench = Bench(tofu_case(args.tofu, args.epochs), Lines(args.out / "tofu.jsonl"), bench)
     if not args.table:
         for name in args.objectives:
             for place in args.places:

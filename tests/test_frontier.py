@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import frontier
 from benchmarks.frontier import Bench, cell, equal_forgetting, merit
 from benchmarks.frontier_cases import Case, Questions
+from benchmarks.frontier_tofu import per_token
 from benchmarks.inj import Lines
 from editors import GA, Training
 from editors.strength import scaled
+from locus.audit.answers import Answers
 from locus.audit.examine import ask_about
+from locus.delta import WeightDelta
 from locus.forward import measure
 from locus.mask import WeightMask, shapes_of
+from locus.model import Model
 from tests.tiny import tiny_facts, tiny_model
 
 
-def test_the_strength_found_is_the_least_that_forgets_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def case_of(model: Model, goal: float = 0.01) -> Case:
+    """A case whose judge is not asked."""
+    nothing = Questions("none", [], [])
+
+    def judge(delta: WeightDelta, mask: WeightMask) -> dict[str, Any]:
+        raise AssertionError("not to be judged")
+
+    return Case("none", model, nothing, [], {"forget.prob": "p"}, judge, goal=goal)
+
+
+def test_the_strength_found_is_the_least_that_forgets_enough() -> None:
     model, facts = tiny_model("llama", num_hidden_layers=2), tiny_facts()
     before = float(measure(model, facts).prob.mean())
-    monkeypatch.setattr(frontier, "GOAL", before / 2)
     mask = WeightMask.of_parameters(["*.mlp.down_proj.weight"], shapes_of(model.module))
     training = Training(steps=3, lr=0.05, goal=0.0, floor=0.0, utility=0.0, max_kl=0.0)
     delta = GA(training=training).run(model, facts, [], mask)
-    strength, prob = equal_forgetting(model, delta, ask_about(model, facts)["forget"])
+    asked = ask_about(model, facts)["forget"]
+    strength, prob = equal_forgetting(case_of(model, before / 2), delta, asked)
     assert strength is not None and 0 < strength < 1
     for factor, enough in ((1.0, True), (0.9, False)):
         with scaled(model, delta, factor * strength).applied(model):
@@ -34,8 +50,7 @@ def test_the_strength_found_is_the_least_that_forgets_enough(monkeypatch: pytest
         assert (now <= before / 2) == enough
         if enough:
             assert prob == pytest.approx(now, rel=1e-4)
-    monkeypatch.setattr(frontier, "GOAL", 0.0)
-    assert equal_forgetting(model, delta, ask_about(model, facts)["forget"])[0] is None
+    assert equal_forgetting(case_of(model, 0.0), delta, asked)[0] is None
 
 
 def found(strength: float | None, held_out: float, kl: float = 0.0) -> dict[str, Any]:
@@ -58,22 +73,37 @@ def test_rates_are_doubled_for_as_long_as_that_helps(tmp_path: Path, monkeypatch
         return found(1.0, kept[asked[-1]])
 
     monkeypatch.setattr(Bench, "tried", tried)
-    nothing = Questions("none", [], [])
-    bench = Bench(
-        Case("none", tiny_model("llama"), nothing, nothing, [], []), Lines(tmp_path / "lines.jsonl")
-    )
+    bench = Bench(case_of(tiny_model("llama")), Lines(tmp_path / "lines.jsonl"))
     assert bench.best_rate("npo", "saliency") == 2 * frontier.NEURONS_RATE
     assert asked == [1, 2, 4]
 
 
 def test_what_is_not_run_has_no_rate_and_no_row(tmp_path: Path) -> None:
-    nothing = Questions("none", [], [])
-    bench = Bench(
-        Case("none", tiny_model("llama"), nothing, nothing, [], []), Lines(tmp_path / "lines.jsonl")
-    )
+    bench = Bench(case_of(tiny_model("llama")), Lines(tmp_path / "lines.jsonl"))
     assert bench.best_rate("npo", "full", run=False) is None
     assert bench.finished("dpo", "random-1") is None
     assert frontier.table(bench, ["npo"], ["saliency"]).count("\n") == 1
+
+
+def test_rates_may_come_from_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    other = Bench(case_of(model), Lines(tmp_path / "other.jsonl"))
+    bench = Bench(case_of(model), Lines(tmp_path / "lines.jsonl"), other)
+    with pytest.raises(SystemExit, match="no rate yet"):
+        bench.arm("npo", "saliency")
+    for doublings, held_out in ((1, 0.9), (2, 0.5)):
+        other.lines.add(
+            other.key("rate", "npo", "saliency", doublings * frontier.NEURONS_RATE), found(1.0, held_out)
+        )
+    assert bench.rate("npo", "saliency") == frontier.NEURONS_RATE
+
+
+def test_of_long_answers_the_probability_of_a_token_counts() -> None:
+    """TOFU's: exp(-12 / 6), exp(-1 / 1); of the whole targets they would be exp(-12) and exp(-1)."""
+    answers = Answers(
+        ("a", "b"), torch.tensor([12.0, 1.0]), torch.tensor([6, 1]), torch.tensor([False, True])
+    )
+    assert per_token(answers).tolist() == pytest.approx([math.exp(-2), math.exp(-1)])
 
 
 def test_cells_show_the_interval_or_the_seeds() -> None:

@@ -57,10 +57,20 @@ class Relearning:
     """Fact ids of the half that was trained on."""
     tested: tuple[str, ...]
     """Fact ids of the other half."""
-    taught_prob: Float[Tensor, "step taught"]
-    tested_prob: Float[Tensor, "step tested"]
-    """Probability of the whole target, never trained on."""
+    taught_nll: Float[Tensor, "step taught"]
+    tested_nll: Float[Tensor, "step tested"]
+    """Negative log-likelihood of the whole target, never trained on, in nats."""
     tested_correct: Bool[Tensor, "step tested"]
+
+    @property
+    def taught_prob(self) -> Float[Tensor, "step taught"]:
+        """Probability of the whole target."""
+        return (-self.taught_nll).exp()
+
+    @property
+    def tested_prob(self) -> Float[Tensor, "step tested"]:
+        """Probability of the whole target."""
+        return (-self.tested_nll).exp()
 
     def tested_items(self, step: int = -1) -> Items:
         """p(target) of the untaught half at one point of the curve (an index into `steps`)."""
@@ -116,8 +126,8 @@ def relearn(
         (0, *attack.at),
         taught.facts,
         tested.facts,
-        torch.stack([answers.prob.values[chosen[0]] for answers in curve]),
-        torch.stack([answers.prob.values[chosen[1]] for answers in curve]),
+        torch.stack([answers.nll[chosen[0]] for answers in curve]),
+        torch.stack([answers.nll[chosen[1]] for answers in curve]),
         torch.stack([answers.correct[chosen[1]] for answers in curve]),
     )
 
