@@ -10,7 +10,7 @@ or at random (three seeds), all MLPs, or every weight. All arms share the retain
 step, weight 5) and the number of steps; AdamW's rate is found per arm on other facts than the reported ones
 (`frontier_cases`): from the usual rate of a place it is doubled for as long as that helps. NPO climbs so at each place,
 every objective in the neurons of `saliency`; at other places an objective takes NPO's rate there, times its own factor
-over NPO. Random seeds share one.
+over NPO. Random seeds share one. Beside them stand edits without training, as their defaults have them.
 
 Arms are compared at equal forgetting: an edit's change is made smaller or larger, by bisection, until the mean
 p(target) is 0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
@@ -38,7 +38,7 @@ import torch
 from benchmarks.frontier_cases import Case, Questions, facts_case
 from benchmarks.frontier_tofu import tofu_case
 from benchmarks.inj import Lines
-from editors import OBJECTIVES
+from editors import EDITORS, OBJECTIVES
 from editors.retain import Retain
 from editors.strength import scaled
 from locus.audit.answers import Questions as Asked
@@ -56,6 +56,9 @@ from tracing import AllNeurons, GradientSaliency, Imprint, KnowledgeNeurons, Ran
 STRONGEST = 1.5
 STEPS = 20
 NAMES = ("npo", "rkld", "simnpo", "dpo", "kl-min", "undial")
+DIRECT = ("memit", "alphaedit", "rome")
+"""Edits without training, as their defaults have them, in the layers that they choose themselves."""
+OWN = "their own layers"
 SEEDS = 3
 PLACES = (
     "saliency",
@@ -105,7 +108,9 @@ def mask_of(place: str, model: Model, asked: Questions) -> WeightMask:
 
 
 def editor_of(name: str, rate: float, case: Case) -> Any:
-    """The objective with its own settings but for rate, steps, what a step sees, and the shared retain term."""
+    """A direct edit as it is; an objective but for rate, steps, what a step sees, and the shared retain term."""
+    if name in DIRECT:
+        return EDITORS[name]()
     made = OBJECTIVES[name]()
     training = replace(
         made.training, steps=STEPS, min_steps=STEPS, lr=rate, utility=0.0, max_kl=0.0,
@@ -128,9 +133,16 @@ class Bench:
         """Masks are located once."""
         return cache(lambda place, asked: mask_of(place, self.case.model, asked))
 
+    def may_change(self, name: str, place: str, asked: Questions) -> WeightMask:
+        """The mask of an arm."""
+        if place != OWN:
+            return self.mask(place, asked)
+        own: WeightMask = editor_of(name, 0.0, self.case).own_mask(self.case.model)
+        return own
+
     def edit(self, name: str, place: str, asked: Questions, rate: float) -> tuple[WeightDelta, float]:
         """The change, and the processor seconds it took."""
-        mask = self.mask(place, asked)
+        mask = self.may_change(name, place, asked)
         started = time.process_time()
         delta: WeightDelta = editor_of(name, rate, self.case).run(
             self.case.model, asked.forget, asked.retain, mask, text=self.case.text
@@ -191,7 +203,9 @@ class Bench:
         return best
 
     def rate(self, name: str, place: str, run: bool = True) -> float | None:
-        """See the module."""
+        """See the module; a direct edit has none."""
+        if name in DIRECT:
+            return 0.0
         if self.rates is not None:
             return self.rates.rate(name, place, run=False)
         if name == "npo" or kind_of(place) == "saliency":
@@ -208,7 +222,8 @@ class Bench:
         key = self.key("arm", name, place, rate)
         found = self.lines.get(key)
         if found is None:
-            asked, model, mask = self.case.reported, self.case.model, self.mask(place, self.case.reported)
+            asked, model = self.case.reported, self.case.model
+            mask = self.may_change(name, place, asked)
             delta, seconds = self.edit(name, place, asked, rate)
             encoded = ask_about(model, asked.forget, asked.retain)["forget"]
             strength, _ = equal_forgetting(self.case, delta, encoded)
@@ -278,8 +293,10 @@ def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
     lines = [f"| objective | where | rate | strength | {' | '.join(bench.case.columns.values())} | s |"]
     lines.append("|" + "---|" * (len(bench.case.columns) + 5))
     for name in names:
-        for kind in dict.fromkeys(map(kind_of, places)):
-            arms = [a for p in places if kind_of(p) == kind and (a := bench.finished(name, p)) is not None]
+        for kind in [OWN] if name in DIRECT else dict.fromkeys(map(kind_of, places)):
+            arms = [
+                a for p in [*places, OWN] if kind_of(p) == kind and (a := bench.finished(name, p)) is not None
+            ]
             if not arms:
                 continue
             missed = sum(arm["strength"] is None for arm in arms)
@@ -288,7 +305,12 @@ def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
             seconds = sum(arm["seconds"] for arm in arms) / len(arms)
             label = f"{kind} ({len(arms)} seeds)" if kind == "random" else kind
             mark = f" ({missed} missed)" if missed else ""
-            first = [name, label, f"{arms[0]['rate']:.0e}", f"{strength:.2f}{mark}"]
+            first = [
+                name,
+                label,
+                f"{arms[0]['rate']:.0e}" if arms[0]["rate"] else "",
+                f"{strength:.2f}{mark}",
+            ]
             lines.append(f"| {' | '.join([*first, *cells, f'{seconds:.0f}'])} |")
     return "\n".join(lines)
 
@@ -301,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", choices=("facts", "tofu"), default="facts")
     parser.add_argument("--tofu", type=Path, help="TOFU's folder as downloaded")
     parser.add_argument("--epochs", type=int, default=5, help="passes over TOFU's questions when teaching")
-    parser.add_argument("--objectives", nargs="+", choices=tuple(OBJECTIVES), default=NAMES)
+    parser.add_argument("--objectives", nargs="+", choices=(*OBJECTIVES, *DIRECT), default=(*NAMES, *DIRECT))
     parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
     parser.add_argument("--table", action="store_true", help="only print what is finished")
     parser.add_argument("--out", type=Path, default=cache_folder() / "frontier")
@@ -314,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench = Bench(tofu_case(args.tofu, args.epochs), Lines(args.out / "tofu.jsonl"), bench)
     if not args.table:
         for name in args.objectives:
-            for place in args.places:
+            for place in [OWN] if name in DIRECT else args.places:
                 bench.arm(name, place)
     print(table(bench, args.objectives, args.places), flush=True)
 
