@@ -1,15 +1,17 @@
 """The default edit on facts that nothing was tuned on: is all of it reached in one run?
 
-    python -m benchmarks.fresh_facts counterfact.json --draws 3 --method memit
+    python -m benchmarks.fresh_facts known_facts.json counterfact.json --draws 3 --method memit
     python -m benchmarks.fresh_facts counterfact.json --mask random-0 --lr 4e-3         options as locus edit's
 
-Of a file of facts (CounterFact has paraphrases) those are taken that SmolLM2 answers right and whose subject is not
-in the demo's, from which the defaults come. A draw forgets 16 of them whose paraphrases it knows, at most four of a
-relation and no answer twice (else relearning one would teach another); of the others every second one may be seen by
-the edit, the rest are held out. The edit is `locus edit`'s with its defaults, in 1 % of the neurons by saliency or, if
-it is one without training, in the layers that it chooses itself; the audit asks everything else. "Of before" divides by
-what the base has right of the same questions. The last column is the aim; what misses it is set in bold, no draw is
-left out. Seconds are wall time of locating and editing on --threads threads.
+Of files of facts (ROME's known_1000, CounterFact) those are taken that SmolLM2 answers right, whose answer does not
+stand in the prompt to be copied, and whose subject is not among the demo's, from which the defaults come. Paraphrases
+are the file's own and the prompts of other facts of the relation; of these, too, those that it answers right. A draw
+forgets 16 facts with paraphrases, at most four of a relation and no answer twice (else relearning one would teach
+another); of the others every second one may be seen by the edit, the rest are held out. The edit is `locus edit`'s with
+its defaults, in 1 % of the neurons by saliency or, if it is one without training, in the layers that it chooses itself;
+the audit asks everything else. "Of before" divides by what the base has right of the same questions. The last column is
+the aim; what misses it is set in bold, no draw is left out. Seconds are wall time of locating and editing on --threads
+threads.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import argparse
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,24 +41,45 @@ MOST_OF_A_RELATION = 4
 SETTINGS = AuditSettings(attacks=("lens", "relearn"), text_tokens=1024)
 
 
-def known_facts(model: Model, path: Path) -> list[Fact]:
-    """Those the model has right, with the paraphrases and neighbours that it has right, of subjects of their own."""
+def known_facts(model: Model, paths: Sequence[Path]) -> list[Fact]:
+    """Those of the module, each with the paraphrases and neighbours that the model has right."""
     demo = {fact.subject for name in ("demo-forget", "demo-retain") for fact in read_facts(name)}
-    facts = [fact for fact in read_facts(path) if fact.subject not in demo]
+    facts = [fact for path in paths for fact in read_facts(path) if fact.subject not in demo]
+    facts = [
+        fact for fact in facts if fact.subject and fact.target.strip().lower() not in fact.prompt.lower()
+    ]
+    templates = templates_of(facts)
     right = measure(model, facts).correct.tolist()
-    known = list({fact.subject: fact for fact, ok in zip(facts, right, strict=True) if ok}.values())
-    asked = list(dict.fromkeys(e for f in known for e in (*f.paraphrase_examples, *f.neighbours)))
+    known = {
+        fact.subject: in_other_words(fact, templates) for fact, ok in zip(facts, right, strict=True) if ok
+    }
+    asked = list(dict.fromkeys(e for f in known.values() for e in (*f.paraphrase_examples, *f.neighbours)))
     answers = dict(zip(asked, measure(model, asked).correct.tolist(), strict=True))
     return [
         replace(
             fact,
-            paraphrases=tuple(
-                p for p, e in zip(fact.paraphrases, fact.paraphrase_examples, strict=True) if answers[e]
-            ),
+            id=f"{i}-{fact.id}",
+            paraphrases=tuple(e.prompt for e in fact.paraphrase_examples if answers[e]),
             neighbours=tuple(neighbour for neighbour in fact.neighbours if answers[neighbour]),
         )
-        for fact in known
+        for i, fact in enumerate(known.values())
     ]
+
+
+def templates_of(facts: Sequence[Fact]) -> dict[str | None, list[str]]:
+    """Relation -> its prompts, with {} where the subject stood."""
+    found: dict[str | None, dict[str, None]] = {}
+    for fact in facts:
+        if fact.subject and fact.prompt.count(fact.subject) == 1 and not set("{}") & set(fact.prompt):
+            found.setdefault(fact.relation, {})[fact.prompt.replace(fact.subject, "{}")] = None
+    return {relation: list(templates) for relation, templates in found.items() if relation}
+
+
+def in_other_words(fact: Fact, templates: Mapping[str | None, Sequence[str]]) -> Fact:
+    """The fact with the prompts of its relation's other facts, about its own subject, as paraphrases besides."""
+    others = (template.format(fact.subject) for template in templates.get(fact.relation, ()))
+    prompts = dict.fromkeys((*fact.paraphrases, *others))
+    return replace(fact, paraphrases=tuple(p for p in prompts if p != fact.prompt))
 
 
 def draw(known: Sequence[Fact], seed: int) -> Questions:
@@ -147,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("facts", type=Path, help="a file of facts that the defaults were not made on")
+    parser.add_argument(
+        "facts", type=Path, nargs="+", help="files of facts that the defaults were not made on"
+    )
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--method", choices=tuple(EDITORS), default="npo")
     parser.add_argument("--mask", choices=PLACES, help="as in frontier; the default is saliency")
