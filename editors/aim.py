@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from editors.subject import Place, Row, batch_of, behind, grouped, row, states
@@ -33,8 +33,9 @@ class Aim:
     """What the model should say instead, and how the value that makes it say so is searched for."""
 
     to: To = "refusal"
-    """refusal: a fixed answer; entropy: the uniform distribution at the target's tokens; alternatives: each of
-    the fact's wrong targets with the same probability; rewrite: `answer`, or the first of them (CounterFact's
+    """refusal: a fixed answer; entropy: the uniform distribution at the target's tokens; alternatives: the fact's
+    wrong targets and, where these are fewer than three, answers of other facts, of its relation if there are such,
+    their first tokens all with the same probability; rewrite: `answer`, or the first wrong target (CounterFact's
     target_new)."""
     refusal: str = " unknown"
     """The fixed answer, with its leading space."""
@@ -111,13 +112,54 @@ def find_shifts(
     calm = _calm(model, facts, aim, place)
     plain = [row(model, fact, i, place) for i, fact in enumerate(facts)]
     start = states(model, plain, outputs=[site], batch_tokens=batch_tokens)[1][site]
-    search = _Search(model, aim, site, wanted, calm, start, targets, batch_tokens)
+    guesses = _Guesses.of(model, facts) if aim.to == "alternatives" else None
+    search = _Search(model, aim, site, wanted, calm, start, targets, batch_tokens, guesses)
     with progress.task("values", total=aim.steps) as line:
         for _ in range(aim.steps):
             if not search.step():
                 break
             line.advance(note=f"loss {float(search.loss.mean()):.2f}")
     return Shift(search.shift.detach().double().cpu(), start, search.loss, search.prob, search.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Guesses:
+    """The first tokens of each fact's wrong answers; unused places have no weight."""
+
+    ids: Int64[Tensor, "fact guess"]
+    weights: Float[Tensor, "fact guess"]
+    """The probability each is to have."""
+
+    @classmethod
+    def of(cls, model: Model, facts: Sequence[Fact]) -> _Guesses:
+        """Of all facts.
+
+        Raises:
+            InputError: a fact whose wrong answers all begin as the right one does.
+        """
+        found = []
+        for fact in facts:
+            right = encode(model, fact).target_ids[0]
+            said = [encode(model, replace(fact, target=wrong)).target_ids[0] for wrong in fact.alternatives]
+            ids = [one for one in dict.fromkeys(said) if one != right]
+            if not ids:
+                raise InputError(
+                    f"{fact.source or f'fact {fact.id!r}'}: every alternative begins with the token that the target "
+                    "begins with: add another, or aim at a refusal"
+                )
+            found.append(ids)
+        most = max(map(len, found))
+        return cls(
+            torch.tensor([ids + ids[:1] * (most - len(ids)) for ids in found]),
+            torch.tensor([[1 / len(ids)] * len(ids) + [0.0] * (most - len(ids)) for ids in found]),
+        )
+
+    def divergence(
+        self, logits: Float[Tensor, "label d_vocab"], owner: Int64[Tensor, " label"]
+    ) -> Float[Tensor, " label"]:
+        """KL(guesses || edited) of each label, in nats."""
+        ids, weights = self.ids[owner].to(logits.device), self.weights[owner].to(logits)
+        return (torch.xlogy(weights, weights) - weights * logits.log_softmax(-1).gather(-1, ids)).sum(-1)
 
 
 class _Search:
@@ -133,8 +175,10 @@ class _Search:
         start: Float[Tensor, "fact d_model"],
         targets: Int64[Tensor, " fact"],
         batch_tokens: int,
+        guesses: _Guesses | None,
     ) -> None:
         self.model, self.aim, self.site, self.batch_tokens = model, aim, site, batch_tokens
+        self.guesses = guesses
         self.wanted, self.calm, self.targets = wanted, calm, targets
         self.norm = start.norm(dim=1).clamp_min(1e-12)
         self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the shift is kept in these units
@@ -186,23 +230,31 @@ class _Search:
         for group in grouped(due, self.batch_tokens):
             batch, logits = self._logits(due, group)
             owner = torch.tensor([due[i].fact for i in batch.example.tolist()])
-            n_labels = torch.tensor([due[i].encoded.n_target for i in batch.example.tolist()])
-            share = 1.0 / (n_labels * self.n_rows[owner])
-            terms = self._terms(logits, batch) * share.to(logits.device)
-            terms.sum().backward()
-            loss.index_add_(0, owner, terms.detach().double().cpu())
             first = torch.tensor([due[i].encoded.target_start - 1 for i in batch.example.tolist()])
             at = batch.cols == first
+            terms = self._terms(logits, batch, owner, at) / self.n_rows[owner].to(logits.device)
+            terms.sum().backward()
+            loss.index_add_(0, owner, terms.detach().double().cpu())
             probs = logits.detach().softmax(-1)[at, self.targets[owner[at]]]
             prob.index_add_(0, owner[at], probs.double().cpu() / self.n_rows[owner[at]])
         self.loss = torch.where(self.active, loss.float(), self.loss)
         self.prob = torch.where(self.active, prob.float(), self.prob)
 
-    def _terms(self, logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
+    def _terms(
+        self,
+        logits: Float[Tensor, "label d_vocab"],
+        batch: Batch,
+        owner: Int64[Tensor, " label"],
+        at: Bool[Tensor, " label"],
+    ) -> Float[Tensor, " label"]:
+        """Each label's share of its row's loss; of guesses, which are first tokens, only the first label has one."""
+        if self.guesses is not None:
+            return self.guesses.divergence(logits, owner) * at.to(logits)
+        n_labels = torch.bincount(batch.example)[batch.example].to(logits.device)
         if self.aim.to == "entropy":
             logprob = logits.log_softmax(-1)
-            return (logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])
-        return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+            return ((logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])) / n_labels
+        return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none") / n_labels
 
     def _hold(self) -> None:
         """Gradient of the KL of what follows "{subject} is a"."""
@@ -252,7 +304,7 @@ def _answers(
 
 
 def answers(fact: Fact, aim: Aim) -> tuple[str, ...]:
-    """The texts that the aim looks at behind a fact's prompt: what to say, or for entropy what was said.
+    """The texts that the aim looks at behind a fact's prompt: what to say, or what was said where that is spread.
 
     Raises:
         InputError: the fact has no alternatives and the aim needs them.
@@ -268,7 +320,7 @@ def answers(fact: Fact, aim: Aim) -> tuple[str, ...]:
             f"{fact.source or f'fact {fact.id!r}'}: has no alternatives, which the aim {aim.to!r} needs: "
             "add some, or aim at a refusal"
         )
-    return fact.alternatives if aim.to == "alternatives" else fact.alternatives[:1]
+    return (fact.target,) if aim.to == "alternatives" else fact.alternatives[:1]
 
 
 def _calm(model: Model, facts: Sequence[Fact], aim: Aim, place: Place) -> list[Row]:

@@ -22,6 +22,7 @@ from editors.located import (
     down_projections,
     whole_projections,
 )
+from editors.others import with_others
 from editors.result import settings_of
 from editors.statistics import second_moments
 from editors.subject import Place, mean_by_fact, openings, retained, rows, states
@@ -100,6 +101,10 @@ class ROME:
         )[located.layer]
         metric = Metric.of(within(moment.mean + kept, located.neurons), self.ridge)
         memory = _Memory(metric, located)
+        if self.aim.to == "alternatives":
+            forget = with_others(
+                forget, [*forget, *(one for one in retain if not one.held_out)], self.aim.seed
+            )
         with borrowed(model, [located.param]):
             for fact in progress.track(forget, "edit"):
                 key, found = self._look(model, fact, located, prefixes)
