@@ -33,7 +33,7 @@ class AlphaEdit:
     """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
     most: int = 5
     """How many layers at most, where none are named."""
-    aim: Aim = Aim(lr=0.1, clamp=0.75)
+    aim: Aim = Aim(to="alternatives", lr=0.1, clamp=0.75)
     """What the model should say instead, and how the state that makes it say so is found."""
     threshold: float = 0.5
     """A direction counts as free when its eigenvalue is below this share of the mean one. (The paper's absolute

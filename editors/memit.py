@@ -33,7 +33,7 @@ class MEMIT:
     """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
     most: int = 5
     """How many layers at most, where none are named."""
-    aim: Aim = Aim(lr=0.1, clamp=0.75)
+    aim: Aim = Aim(to="alternatives", lr=0.1, clamp=0.75)
     """What the model should say instead, and how the state that makes it say so is found."""
     weight: float = 0.1
     """λ, as a share of the number of neurons a layer (the paper's 15,000 for GPT-J is 0.92)."""
