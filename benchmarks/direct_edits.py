@@ -107,12 +107,16 @@ class Bench:
 
 
 def removal(bench: Bench) -> Rows:
-    """Every least-squares editor and the projection with their defaults."""
+    """Every least-squares editor, aimed at a refusal, and the projection; else with their defaults.
+
+    What MEMIT and AlphaEdit aim at by default is judged in `fresh_facts` and `frontier`.
+    """
     yield "base", lambda: kept_row(bench.folder / "base.json", lambda: bench.yardstick.read())
     for name in LEAST_SQUARES:
         editor = EDITORS[name]()
+        editor = replace(editor, aim=replace(editor.aim, to="refusal"))
         yield name, partial(bench.edit, name, editor, editor.own_mask(bench.model))
-    fours = MEMIT(batch=4)
+    fours = MEMIT(batch=4, aim=replace(MEMIT().aim, to="refusal"))
     yield "memit in fours", partial(bench.edit, "memit in fours", fours, fours.own_mask(bench.model))
     yield "projection", lambda: bench.edit("projection", EraseSubspace(), located(bench, "1%"))
 

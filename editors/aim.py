@@ -59,7 +59,7 @@ class Aim:
     clamp: float = 4.0
     """Longest shift, in units of the norm of the value it starts from."""
     seed: int = 0
-    """Of the openings."""
+    """Of the openings, and of the answers that are drawn."""
 
     def __post_init__(self) -> None:
         if self.to not in get_args(To):

@@ -27,6 +27,9 @@ class AlphaEdit:
     Each layer's update is projected onto the directions in which keys over text hardly vary, so that text is
     kept by construction and the solve only weighs the facts: those of this batch, which are to move, those of
     earlier batches, which are to stay, and the update's own size.
+
+    By default a fact is written over with guesses (`aim`): a refusal, the same for all, comes off all of them when a
+    few are taught again. Nothing else here forgets so much for so little (benchmarks/README.md, "Fresh facts").
     """
 
     layers: tuple[int, ...] = ()

@@ -27,6 +27,9 @@ class MEMIT:
     Each layer's update is R Kᵀ (λ C + K Kᵀ)⁻¹: nearly what the facts' keys K are to become (the residuals R), at
     least cost to the text's second moment C. Facts edited in an earlier batch take part with a residual of zero.
     Where the mask holds only some neurons of a layer, keys and metric are those of these neurons.
+
+    By default a fact is written over with guesses (`aim`): a refusal, the same for all, comes off all of them when a
+    few are taught again.
     """
 
     layers: tuple[int, ...] = ()

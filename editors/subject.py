@@ -87,7 +87,7 @@ def row(model: Model, fact: Fact, number: int, place: Place = "subject") -> Row:
     if encoded.subject is None:
         raise InputError(
             f"{fact.source or f'fact {fact.id!r}'}: has no subject, but the edit is made at its last token: "
-            "name the subject, or edit at the prompt's last token (--place prompt)"
+            "name the subject, edit at the prompt's last token (--place prompt), or train located weights (--mask)"
         )
     return Row(encoded, encoded.subject[1] - 1, number)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MASK = "mask.safetensors"
 WORTH_SAYING = 0.05
 """Share of an edit's norm that rounding may change without a word."""
+WITH_MASK, WITHOUT_MASK = "npo", "alphaedit"
+"""The editor where none is named (benchmarks/README.md, "Fresh facts")."""
 
 
 def edit(
@@ -37,7 +39,7 @@ def edit(
     mask: Path | None = None,
     widen: Annotated[bool, Parameter(negative="")] = False,
     target_new: str | None = None,
-    method: str = "npo",
+    method: str | None = None,
     retain: str | None = None,
     text: Path | None = None,
     controls: int = 0,
@@ -52,10 +54,11 @@ def edit(
 ) -> None:
     """Make the model forget the facts by changing only the masked weights; writes a delta.
 
-    Each method has options of its own: `locus methods NAME` shows them. Started by torchrun, several processes make
-    each step of a training together. Without a mask, rome, memit, alphaedit and
-    law may change the down projections of the layers named (all of them, if none is), and edits of neurons those
-    listed as `--neurons layer:neuron`; the mask they kept to is then written beside the delta.
+    With a mask its weights are trained. Without one the facts are written over, which needs no training, but facts
+    whose subject is named: rome, memit, alphaedit and law may change the down projections of the layers named (all of
+    them, if none is), and edits of neurons those listed as `--neurons layer:neuron`; the mask they kept to is then
+    written beside the delta. Each method has options of its own: `locus methods NAME` shows them. Started by torchrun,
+    several processes make each step of a training together.
 
     Args:
         model: The base: checkpoint folder, hub id, or smollm2.
@@ -65,7 +68,7 @@ def edit(
         widen: Let the whole down projections change of the layers in which the mask has neurons.
         target_new: What rome, memit and alphaedit shall make the model answer instead, for every fact; without it
             `--aim-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
-        method: The editor; `locus methods` lists them.
+        method: The editor; `locus methods` lists them. The default is npo with a mask, and alphaedit without one.
         retain: What must stay: a fact file, demo-retain, or neighbours for those that the facts name themselves.
             Facts marked held_out are never trained on, nor is every third neighbour.
         text: Neutral paragraphs for the retain term: a text file, or generated for what the model writes itself
@@ -85,6 +88,8 @@ def edit(
 
     with joined() as ranks:
         talking = talking.of(ranks)
+        if method is None:
+            method = WITHOUT_MASK if mask is None and sweeping.sweep is None and not account else WITH_MASK
         editor = _editor(method, tokens, running, target_new)
         if ranks.size > 1:
             _refuse_alone(method, sweeping, text, account)

@@ -93,6 +93,15 @@ def test_a_walk_without_locating(place, tmp_path, method, options):
     assert Checkpoint(base).fingerprint() == Checkpoint(place / "model").fingerprint()
 
 
+def test_without_a_mask_and_a_method_it_is_alphaedit(place, tmp_path):
+    assert edit(place, tmp_path / "edit", "--threshold", "0.5", *QUICK, "-q") == 0
+    about = json.loads((tmp_path / "edit" / "edit.json").read_text())
+    assert about["method"] == "alphaedit" and (tmp_path / "edit" / "mask.safetensors").exists()
+    mask = str(tmp_path / "edit" / "mask.safetensors")
+    assert edit(place, tmp_path / "masked", "--mask", mask, "--steps", "1", "--min-steps", "1", "-q") == 0
+    assert json.loads((tmp_path / "masked" / "edit.json").read_text())["method"] == "npo"
+
+
 def test_a_new_target_is_written(place, tmp_path):
     options = (
         "--method",
