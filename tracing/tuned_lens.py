@@ -3,8 +3,8 @@
     lens_l(h) = unembed(final_norm(h + A_l h + b_l))
 A_l and b_l start at zero, where the tuned lens is the logit lens, and are trained to bring the lens distribution to
 the model's final one: the loss is KL(final || lens_l), mean over positions (arXiv:2303.08112). Optimizer as in the
-paper: SGD with Nesterov momentum 0.9, learning rate 1 - 0.9, weight decay 1e-3, linear decay to 0. The last
-layer's output is the final one and has no translator.
+paper: SGD with Nesterov momentum 0.9, learning rate 1 - 0.9, weight decay 1e-3, linear decay to 0; gradients are clipped.
+The last layer's output is the final one and has no translator.
 
 A lens belongs to the model it was trained for and refuses another one. Training can be killed and goes on where it
 was: `TunedLensTraining.run(..., folder=...)`. Cost: a forward of the model and, for each layer, an unembedding
@@ -138,6 +138,9 @@ class TunedLensTraining:
     """Nesterov's."""
     weight_decay: float = 1e-3
     """Of matrices and biases."""
+    clip: float = 1.0
+    """Longest gradient of all translators together; 0 clips nothing. Some states are a hundred times longer than the
+    others (the first token's), and a step that follows them overshoots for all."""
     block: int = 128
     """Longest piece of text, in tokens."""
     seed: int = 0
@@ -224,6 +227,8 @@ class TunedLensTraining:
     @torch.no_grad()
     def _descend(self, parameters: Sequence[Tensor], momenta: Sequence[Tensor], rate: float) -> None:
         """SGD with Nesterov momentum and weight decay; written out so that its state is two plain tensors."""
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         for parameter, momentum in zip(parameters, momenta, strict=True):
             if parameter.grad is None:
                 continue

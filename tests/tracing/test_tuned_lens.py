@@ -67,9 +67,21 @@ def test_steps_are_those_of_torch_sgd() -> None:
             gradient = torch.randn(mine.shape, generator=generator)
             mine.grad, other.grad = gradient.clone(), gradient.clone()
         QUICK._descend(ours, momenta, 0.1)
+        torch.nn.utils.clip_grad_norm_(theirs, QUICK.clip)
         optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other.detach())
+
+
+def test_long_gradients_are_clipped_together() -> None:
+    """Lengths 3000 and 4000 count as 0.6 and 0.8: Nesterov's first step is rate * (1 + momentum) of them."""
+    parameters = [torch.zeros(1, 4, 4, requires_grad=True), torch.zeros(1, 4, requires_grad=True)]
+    for parameter, length in zip(parameters, (3000.0, 4000.0), strict=True):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.view(-1)[0] = length
+    TunedLensTraining()._descend(parameters, [torch.zeros_like(p) for p in parameters], 0.1)
+    moved = [-float(p.detach().view(-1)[0]) for p in parameters]
+    assert moved == pytest.approx([0.1 * 1.9 * 0.6, 0.1 * 1.9 * 0.8])
 
 
 def test_refuses_another_model(tmp_path: Path) -> None:
