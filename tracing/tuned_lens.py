@@ -3,8 +3,8 @@
     lens_l(h) = unembed(final_norm(h + A_l h + b_l))
 A_l and b_l start at zero, where the tuned lens is the logit lens, and are trained to bring the lens distribution to
 the model's final one: the loss is KL(final || lens_l), mean over positions (arXiv:2303.08112). Optimizer as in the
-paper: SGD with Nesterov momentum 0.9, learning rate 1 - 0.9, weight decay 1e-3, linear decay to 0; gradients are clipped.
-The last layer's output is the final one and has no translator.
+paper: SGD with Nesterov momentum 0.9, learning rate 1 - 0.9, weight decay 1e-3, linear decay to 0; gradients are
+clipped. The last layer's output is the final one and has no translator.
 
 A lens belongs to the model it was trained for and refuses another one. Training can be killed and goes on where it
 was: `TunedLensTraining.run(..., folder=...)`. Cost: a forward of the model and, for each layer, an unembedding
