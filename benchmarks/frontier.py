@@ -151,13 +151,14 @@ class Bench:
 
     def key(self, what: str, *more: object) -> dict[str, Any]:
         """Of one finished thing."""
+        retain = asdict(replace(RETAIN, facts=self.case.retain_facts))
         return {
             "case": self.case.name,
             "model": self.case.model.fingerprint[:12],
             "what": what,
             "of": list(more),
             "steps": STEPS,
-            "retain": {name: value for name, value in asdict(RETAIN).items() if name != "reference"},
+            "retain": {name: value for name, value in retain.items() if name != "reference"},
         }
 
     def tried(self, name: str, place: str, rate: float, run: bool = True) -> dict[str, Any] | None:

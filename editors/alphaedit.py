@@ -12,6 +12,7 @@ from torch import Tensor
 from editors.aim import Aim
 from editors.least_squares import NullSpace, write_within
 from editors.located import DownProjection, whole_projections
+from editors.others import facts_for
 from editors.spread import Log, Spread
 from editors.subject import Place
 from locus.delta import WeightDelta
@@ -29,7 +30,7 @@ class AlphaEdit:
     earlier batches, which are to stay, and the update's own size.
 
     By default a fact is written over with guesses (`aim`): a refusal, the same for all, comes off all of them when a
-    few are taught again. Nothing else here forgets so much for so little (benchmarks/README.md, "Fresh facts").
+    few are taught again (benchmarks/README.md, "Fresh facts").
     """
 
     layers: tuple[int, ...] = ()
@@ -78,6 +79,7 @@ class AlphaEdit:
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or no free direction.
         """
+        forget = facts_for(self.aim, forget, retain)
         spread = Spread.over(self, model, forget, retain, mask, text)
         spaces = {layer: NullSpace.of(moment, self.threshold) for layer, moment in spread.moments.items()}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from editors.aim import Aim
 from editors.least_squares import Metric, write
 from editors.located import DownProjection, whole_projections
+from editors.others import facts_for
 from editors.spread import Log, Spread
 from editors.subject import Place
 from locus.delta import WeightDelta
@@ -77,6 +78,7 @@ class MEMIT:
         Raises:
             InputError: no facts, a mask without down projections, or a fact without a subject.
         """
+        forget = facts_for(self.aim, forget, retain)
         spread = Spread.over(self, model, forget, retain, mask, text)
         metrics = {layer: Metric.of(moment, self.ridge) for layer, moment in spread.moments.items()}
 

@@ -22,7 +22,7 @@ from editors.located import (
     down_projections,
     whole_projections,
 )
-from editors.others import with_others
+from editors.others import facts_for
 from editors.result import settings_of
 from editors.statistics import second_moments
 from editors.subject import Place, mean_by_fact, openings, retained, rows, states
@@ -89,6 +89,7 @@ class ROME:
         """
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
+        forget = facts_for(self.aim, forget, retain)
         text = text or neutral_text()
         wanted = () if self.layer is None else (self.layer,)
         located = chosen_layers(down_projections(model, mask), model.atlas.n_layers, wanted, 1)[0]
@@ -101,10 +102,6 @@ class ROME:
         )[located.layer]
         metric = Metric.of(within(moment.mean + kept, located.neurons), self.ridge)
         memory = _Memory(metric, located)
-        if self.aim.to == "alternatives":
-            forget = with_others(
-                forget, [*forget, *(one for one in retain if not one.held_out)], self.aim.seed
-            )
         with borrowed(model, [located.param]):
             for fact in progress.track(forget, "edit"):
                 key, found = self._look(model, fact, located, prefixes)

@@ -14,7 +14,6 @@ from torch import Tensor
 from editors.aim import Aim
 from editors.least_squares import within
 from editors.located import DownProjection, borrowed, chosen_layers, delta_of, down_projections
-from editors.others import with_others
 from editors.ramp import Ramp
 from editors.result import settings_of
 from editors.statistics import second_moments
@@ -77,8 +76,6 @@ class Spread:
     n_tokens: int
     """Tokens of text that these were taken over."""
     written: Written
-    others: Sequence[Fact]
-    """Facts whose answers a fact without enough wrong ones of its own may be given."""
 
     @classmethod
     def over(
@@ -117,7 +114,6 @@ class Spread:
             {one.layer: within(moments[one.layer].mean + kept[one.layer], one.neurons) for one in located},
             moments[layers[0]].n_tokens,
             Written(located),
-            [*forget, *(fact for fact in retain if not fact.held_out)],
         )
 
     @contextlib.contextmanager
@@ -128,12 +124,11 @@ class Spread:
 
     def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
         """Edit a batch of facts in the borrowed weights: find what they should become, then layer after layer."""
-        aim = self.editor.aim
         ramp = Ramp.find(
             self.model,
-            with_others(facts, self.others, aim.seed) if aim.to == "alternatives" else facts,
+            facts,
             self.located,
-            aim,
+            self.editor.aim,
             self.prefixes,
             self.editor.place,
             self.editor.batch_tokens,

@@ -220,7 +220,7 @@ def lock(folder: str | Path) -> Iterator[None]:
             held.acquire()
         except Timeout:
             raise InputError(f"{folder}: another run is writing there; wait or name another folder") from None
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # filelock's word for a file system without flock
             raise InputError(f"{folder}: its file system has no locks; name a folder elsewhere") from error
     try:
         yield
