@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from benchmarks import frontier
-from benchmarks.frontier import Bench, cell, equal_forgetting, merit
+from benchmarks.frontier import OWN, Bench, cell, equal_forgetting, merit
 from benchmarks.frontier_cases import Case, Questions
-from benchmarks.frontier_tofu import per_token
+from benchmarks.frontier_tofu import COLUMNS, TofuJudge, per_token
 from benchmarks.inj import Lines
-from editors import GA, Training
+from editors import GA, AlphaEdit, Training
 from editors.strength import scaled
 from locus.audit.answers import Answers
 from locus.audit.examine import ask_about
+from locus.audit.tofu import Tofu
 from locus.delta import WeightDelta
 from locus.forward import measure
 from locus.mask import WeightMask, shapes_of
@@ -104,6 +106,49 @@ def test_of_long_answers_the_probability_of_a_token_counts() -> None:
         ("a", "b"), torch.tensor([12.0, 1.0]), torch.tensor([6, 1]), torch.tensor([False, True])
     )
     assert per_token(answers).tolist() == pytest.approx([math.exp(-2), math.exp(-1)])
+
+
+def test_tofus_judge_by_hand() -> None:
+    """An edit that changes nothing: the base's own probabilities, no KL, and the reference's truth ratios."""
+    model = tiny_model("llama")
+    records = [
+        {
+            "question": f"Where is {city}?",
+            "answer": f"In {country}.",
+            "perturbed_answer": ["In Spain.", "In Peru."],
+        }
+        for city, country in (
+            ("Rome", "Italy"),
+            ("Paris", "France"),
+            ("Berlin", "Germany"),
+            ("Oslo", "Norway"),
+        )
+    ]
+    suite = Tofu({"forget": records})
+    kept = [replace(fact, held_out=True) for fact in tiny_facts()]
+    asked = ask_about(model, suite.facts, kept)
+    judge = TofuJudge(model, model, asked, suite, ["Rome is in Italy. Berlin is the capital of Germany."])
+    mask = WeightMask.of_parameters(["*.mlp.down_proj.weight"], shapes_of(model.module))
+    figures = judge(WeightDelta({}, {}, {}, model.fingerprint), mask)
+    scores = measure(model, suite.facts)
+    expected = float((-scores.nll / scores.n_tokens).exp().mean())
+    assert figures["forget"]["mean"] == pytest.approx(expected, rel=1e-4)
+    held = measure(model, kept)
+    assert figures["held_out"]["mean"] == pytest.approx(
+        float((-held.nll / held.n_tokens).exp().mean()), rel=1e-4
+    )
+    assert figures["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
+    assert figures["forget_quality"]["mean"] == pytest.approx(1.0)
+    assert 0 < figures["relearned"]["mean"] < 1
+    assert figures.keys() == COLUMNS.keys()
+
+
+def test_edits_without_training_choose_their_own_layers() -> None:
+    model = tiny_model("llama")
+    bench = Bench(case_of(model), Lines(Path("none.jsonl")))
+    assert bench.rate("alphaedit", OWN) == 0.0
+    own = bench.may_change("alphaedit", OWN, bench.case.reported)
+    assert set(own.entries) == set(AlphaEdit().own_mask(model).entries)
 
 
 def test_cells_show_the_interval_or_the_seeds() -> None:
