@@ -13,11 +13,13 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.traced_prompt import Setup
 from locus.model import Model
@@ -77,6 +79,11 @@ def necessary_flops(model: Model, it: Setup) -> dict[tuple[int, int], float]:
     return shapes
 
 
+def _repeated(x: Tensor, w: Tensor, times: int) -> None:
+    for _ in range(times):
+        F.linear(x, w)
+
+
 def floor_seconds(model: Model, shapes: dict[tuple[int, int], float], clock: Clock) -> tuple[float, float]:
     """Seconds of the bare products, and the best rate of any of the shapes in FLOP/s."""
     total, best = 0.0, 0.0
@@ -86,7 +93,7 @@ def floor_seconds(model: Model, shapes: dict[tuple[int, int], float], clock: Clo
         w = torch.randn(width_out, width_in, dtype=model.dtype, device=model.device)
         times = max(1, int((2e9 if model.device.type == "cpu" else 2e12) / (n_rows * width_in * width_out)))
         F.linear(x, w)
-        seconds = clock(lambda x=x, w=w, times=times: [F.linear(x, w) for _ in range(times)]) / times
+        seconds = clock(partial(_repeated, x, w, times)) / times
         total += rows / n_rows * seconds
         best = max(best, 2 * n_rows * width_in * width_out / seconds)
     return total, best

@@ -155,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             "| method | own accuracy lost | others' | perplexity gained | s a text | n |\n|---|---|---|---|---|---|"
         )
-        for method, found in rows.items():
-            print(row_of(method, found, share))
+        for method, of_method in rows.items():
+            print(row_of(method, of_method, share))
 
 
 if __name__ == "__main__":

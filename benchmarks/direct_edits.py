@@ -121,6 +121,11 @@ def removal(bench: Bench) -> Rows:
     yield "projection", lambda: bench.edit("projection", EraseSubspace(), located(bench, "1%"))
 
 
+def _at(bench: Bench, name: str, editor: Any, budget: str) -> Row:
+    """The row of an edit of located neurons."""
+    return bench.edit(name, editor, located(bench, budget))
+
+
 def neurons(bench: Bench) -> Rows:
     """Dose curves of neuron edits, on located neurons and on as many random ones."""
     dose = Dose(goal=GOAL)
@@ -134,10 +139,7 @@ def neurons(bench: Bench) -> Rows:
         ("descent 0.1%", NeuronDescent(dose=dose), "0.1%"),
         ("descent 10%", NeuronDescent(dose=dose), "10%"),
     ):
-        yield (
-            name,
-            lambda name=name, editor=editor, budget=budget: bench.edit(name, editor, located(bench, budget)),
-        )
+        yield name, partial(_at, bench, name, editor, budget)
     for name, editor, budget in (
         ("zero random 1%", NeuronZero(dose=dose), "1%"),
         ("descent random 10%", NeuronDescent(dose=dose), "10%"),
@@ -258,7 +260,7 @@ def _answered(model: Model, fact: Fact) -> Fact:
     with torch.no_grad():
         logits = model.module(torch.tensor([encoded.prompt_ids])).logits[0, -1]
     for token in logits.argsort(descending=True).tolist():
-        word = model.tokenizer.decode([token])
+        word = str(model.tokenizer.decode([token]))
         if model.tokenizer(fact.prompt + word).input_ids == [*encoded.prompt_ids, token]:
             return replace(fact, target=word, neighbours=())
     raise AssertionError("no token follows this prompt")

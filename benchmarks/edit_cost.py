@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def editor(args: argparse.Namespace) -> NPO:
 
 def located_steps(
     model: Model, data: Data, npo: NPO, mask: WeightMask, live: bool
-) -> Iterator[Callable[[], object]]:
+) -> Iterator[Callable[[], Any]]:
     """Steps of the real loop; afterwards the new weights are in `args.out`."""
     deltas = Deltas(model.module, mask)
     references = None if live else References(model, deltas)
@@ -110,9 +111,7 @@ def located_steps(
     yield deltas.new_entries
 
 
-def plain_steps(
-    model: Model, data: Data, npo: NPO, mask: WeightMask | None
-) -> Iterator[Callable[[], object]]:
+def plain_steps(model: Model, data: Data, npo: NPO, mask: WeightMask | None) -> Iterator[Callable[[], Any]]:
     """Fine-tuning as it is usually done, of the mask's tensors or of all; its references are computed beforehand."""
     module = model.module
     named = dict(module.named_parameters())
@@ -130,7 +129,8 @@ def plain_steps(
         optimizer.zero_grad(set_to_none=True)
         for batch in data.forget_batches(npo.training, number):
             forget = Prediction(model, Deltas(module, WeightMask({})), batch, data.reference.nll)
-            npo_loss(forget.nll, forget.ref_nll, npo.beta).backward()  # type: ignore[no-untyped-call]
+            forget_loss: Tensor = npo_loss(forget.nll, forget.ref_nll, npo.beta)
+            forget_loss.backward()
         for batch, reference in zip(kept[number], references[number], strict=True):
             kl = kl_per_token(label_logits(model, batch), reference).mean()
             (npo.retain.weight * kl).backward()
@@ -144,7 +144,7 @@ def plain_steps(
                 trained[name].copy_(torch.where(where, trained[name], old[name]))
 
     for number in range(npo.training.steps):
-        yield lambda number=number: step(number)  # type: ignore[misc]
+        yield partial(step, number)
     entries = {} if mask is None else mask.entries
     yield lambda: {name: selection.take(trained[name]) for name, selection in entries.items()}
 
@@ -158,7 +158,7 @@ def _kept(data: Data, npo: NPO, step: int) -> list[Batch]:
     ]
 
 
-def inference_steps(model: Model, data: Data, npo: NPO) -> Iterator[Callable[[], object]]:
+def inference_steps(model: Model, data: Data, npo: NPO) -> Iterator[Callable[[], Any]]:
     """Forwards of the first step's batches that keep their activations, each let go before the next."""
     batches = [*data.forget_batches(npo.training, 0), *_kept(data, npo, 0)]
 
@@ -198,7 +198,7 @@ def measure_arm(args: argparse.Namespace) -> dict[str, Any]:
         step()
         seconds.append(time.process_time() - started)
         peak = resident_mb("VmHWM")
-    new: dict[str, Tensor] = next(steps)()  # type: ignore[assignment]
+    new: dict[str, Tensor] = next(steps)()
     save_tensors(args.out, "benchmark", {name: value.contiguous() for name, value in new.items()}, {})
     return {
         "arm": args.arm,

@@ -247,10 +247,11 @@ def merit(found: dict[str, Any]) -> float:
 
     Far below all others where forgetting was missed.
     """
-    right = found["right"]
+    right: dict[str, float] = found["right"]
     kept = right.get("held_out", 0.0) + right.get("neighbour", 0.0) + 1 - right.get("paraphrase", 0.0)
-    kept -= 5 * found["kl"]
-    return kept if found["strength"] is not None else kept - 10 * (1 + found["prob"])
+    kept -= 5 * float(found["kl"])
+    missed = found["strength"] is None
+    return kept - 10 * (1 + float(found["prob"])) if missed else kept
 
 
 def equal_forgetting(case: Case, delta: WeightDelta, forget: Asked) -> tuple[float | None, float]:

@@ -31,7 +31,8 @@ def along(model: Model, cases: Sequence[Any], localizer: LearnedMask, every: int
     sentences, injections = zip(*cases, strict=True)
     around = inj.models_of(injections, [None] * len(cases), model)
     start = time.process_time()
-    points, last = [], {}
+    points: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
     for step, values in enumerate(localizer.path(model, sentences, apart=True, around=around), 1):
         seconds = (time.process_time() - start) / len(cases)
         last = {"step": step, "seconds": seconds, "mean": float(values.mean()), "values": values}
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = inj.injections(model, DEV[: args.sentences], args.ratio, how)
     lines = inj.Lines(cache_folder() / "inj" / "tuning.jsonl")
     for text in args.settings:
-        localizer = replace(METHODS[args.method], **settings_of(text))  # type: ignore[type-var]
+        chosen: Any = METHODS[args.method]
+        localizer = replace(chosen, **settings_of(text))
         of = {"model": model.fingerprint[:12], "method": args.method, "settings": asdict(localizer)}
         of |= {"ratio": args.ratio, "sentences": len(cases), "every": args.every}
         found = lines.get(of) or lines.add(of, {"points": along(model, cases, localizer, args.every)})

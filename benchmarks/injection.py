@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from locus.artefact import load_tensors, save_tensors
 from locus.forward import collate, label_logits, label_nll
@@ -236,8 +237,10 @@ def _measured(
     return Injection(neurons, deltas, last, first, damage, steps)
 
 
-def _as(model: Model, dtype: torch.dtype) -> torch.nn.Module:
-    return copy.deepcopy(model.module).to(dtype)
+def _as(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    module = copy.deepcopy(model.module)
+    torch.nn.Module.to(module, dtype)
+    return module
 
 
 def _kl(reference: Float[Tensor, "label d_vocab"], logits: Float[Tensor, "label d_vocab"]) -> Tensor:

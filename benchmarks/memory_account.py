@@ -77,7 +77,7 @@ def llama(name: str, settings: dict[str, int], device: str, dtype: str) -> Model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = load_shape("smollm2").tokenizer
-    config = LlamaConfig(**{"vocab_size": len(tokenizer), **settings})
+    config = LlamaConfig.from_dict({"vocab_size": len(tokenizer), **settings})
     with torch.device(device):
         torch.manual_seed(0)
         module = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
@@ -114,7 +114,8 @@ def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     grown = resident_mb("VmHWM") - resident
     kept_mb = sum(logits.nbytes for logits in references.known.values()) / 1e6
     alive = peak = 0
-    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None, "the profiler has run"
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def main() -> None:
     rows = []
     for name in ids:
         fact = facts[name]
-        rows.append(kept_row(args.out / f"{name}.json", lambda fact=fact: rewrite(base, fact, retain, text)))
+        rows.append(kept_row(args.out / f"{name}.json", partial(rewrite, base, fact, retain, text)))
         print(name, *(f"{score} {rows[-1][score]:.3g}" for score in SCORES), flush=True)
     print(f"mean of {len(rows)}:")
     for score in (*SCORES, "seconds"):

@@ -41,7 +41,7 @@ def make(folder: Path, n_bytes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     size = ROWS * COLUMNS * 2
     n_layers = max(1, n_bytes // (size * 4))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     entries, mask = {}, {}
     base = folder / "base"
     base.mkdir(parents=True)

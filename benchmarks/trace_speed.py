@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def compare(
             row["transformer_lens"] = clock(lambda: lens(cells[:2])) / 2 * n_grid
         for flag, name in ((False, "naive"), (True, "naive_last_logits")):
             work = many[: chunk[flag]]
-            row[name] = clock(lambda flag=flag, work=work: naive[flag](work)) / len(work) * n_grid
+            row[name] = clock(partial(naive[flag], work)) / len(work) * n_grid
         seen.append(row)
     seconds = {name: statistics.median(r[name] for r in seen) for name in seen[0] if name != "peak_flops"}
     ratios = {
@@ -161,7 +162,7 @@ def windows(model: Model, it: Setup, rounds: int) -> dict[str, float]:
     for kind in KINDS:
         ratios = []
         for _ in range(rounds):
-            ours = clock(lambda kind=kind: grid(model, it, kind))
+            ours = clock(partial(grid, model, it, kind))
             theirs = plain_seconds(model, it, kind, spread(it, 8), clock) * it.n_layers * it.n_pos
             ratios.append(theirs / ours)
         out[f"speedup_over_naive_last_logits_{kind}"] = statistics.median(ratios)

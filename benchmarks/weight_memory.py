@@ -39,6 +39,8 @@ def model_of(width: int, layers: int) -> Model:
     from tests.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
+    shape: dict[str, Any] = {name: int(width * ratio) for name, ratio in PROPORTIONS.items()}
+    shape |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = LlamaConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -46,8 +48,7 @@ def model_of(width: int, layers: int) -> Model:
         vocab_size=max(int(width * VOCABULARY), len(tokenizer)),
         max_position_embeddings=256,
         dtype=torch.bfloat16,
-        **{name: int(width * ratio) for name, ratio in PROPORTIONS.items()},
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        **shape,
     )
     torch.set_default_dtype(torch.bfloat16)
     module = LlamaForCausalLM(config).eval()

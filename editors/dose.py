@@ -225,6 +225,7 @@ def dosed(
         points = [point for point in points if point.strength not in wanted]
         points = sorted([*points, *curve(judge, direction, wanted)], key=lambda point: point.strength)
         about["dose"] = [asdict(point) for point in points]
-        for point in points if log is not None else ():
-            log(asdict(point))  # type: ignore[misc]
+        if log is not None:
+            for point in points:
+                log(asdict(point))
     return direction.delta(model, about["strength"], mask, about)

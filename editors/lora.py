@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,9 @@ class LoraDeltas:
             torch.manual_seed(generator(seed, "lora", 0).initial_seed())
             inject_adapter_in_model(config, shell)
         self._bases = {name: module.get_submodule(path) for name, path in self._paths.items()}
-        self._adapted = {name: shell.get_submodule(f"m{i}") for i, name in enumerate(self._paths)}
+        self._adapted: dict[str, Any] = {
+            name: shell.get_submodule(f"m{i}") for i, name in enumerate(self._paths)
+        }
         self.values: dict[str, nn.Parameter] = {
             f"{name}/{part}": parameter
             for name, layer in self._adapted.items()
@@ -87,7 +90,7 @@ class LoraDeltas:
 
     def dense(self, name: str) -> Tensor:
         """The change of one parameter, in its own layout."""
-        change: Tensor = self._adapted[name].get_delta_weight("default")  # type: ignore[operator]
+        change: Tensor = self._adapted[name].get_delta_weight("default")
         return change.detach()
 
     @torch.no_grad()
@@ -98,7 +101,7 @@ class LoraDeltas:
 
     def _enable(self, enabled: bool) -> None:
         for layer in self._adapted.values():
-            layer.enable_adapters(enabled)  # type: ignore[operator]
+            layer.enable_adapters(enabled)
 
 
 def _adaptable(module: nn.Module, name: str, selection: Selection) -> str:
