@@ -7,7 +7,7 @@ stay as they are (Meng et al. 2022, arXiv:2202.05262, section 3.1); the least-sq
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from editors.subject import Place, Row, batch_of, behind, grouped, row, states
+from editors.resumed import Shifted, shifted
+from editors.subject import Place, Row, behind, row, states
 from locus import progress
 from locus.errors import InputError
 from locus.fact import Fact
-from locus.forward import Batch, label_logits
-from locus.hooks import patched
+from locus.forward import Batch
 from locus.model import Model
 from locus.tokens import encode
 
+MOST_KEPT = 2**30
+"""Bytes of keys and values that are kept at most, unless one fact alone has more."""
 To = Literal["refusal", "entropy", "alternatives", "rewrite"]
 
 
@@ -107,18 +109,62 @@ def find_shifts(
     Raises:
         InputError: a fact without what the aim needs (alternatives, a subject), or one that cannot be encoded.
     """
+    portions = _portions(model, _answers(model, facts, aim, prefixes, place), len(facts))
+    with progress.task("values", total=aim.steps * len(portions)) as line:
+        found = [_found(model, facts[at], aim, site, prefixes, place, batch_tokens, line) for at in portions]
+    return Shift(
+        torch.cat([one.shift for one in found]),
+        torch.cat([one.start for one in found]),
+        torch.cat([one.loss for one in found]),
+        torch.cat([one.prob for one in found]),
+        max(one.steps for one in found),
+    )
+
+
+def _portions(model: Model, rows: Sequence[Row], n_facts: int) -> list[slice]:
+    """Facts in order, as many at a time as leave no more than MOST_KEPT bytes of keys and values to be kept."""
+    atlas = model.atlas
+    a_token = 2 * atlas.n_layers * atlas.n_kv_heads * atlas.d_head * model.dtype.itemsize
+    sizes = [0] * n_facts
+    for one in rows:
+        sizes[one.fact] += one.position * a_token
+    found, start, held = [], 0, 0
+    for fact, size in enumerate(sizes):
+        if fact > start and held + size > MOST_KEPT:
+            found.append(slice(start, fact))
+            start, held = fact, 0
+        held += size
+    return [*found, slice(start, n_facts)]
+
+
+def _found(
+    model: Model,
+    facts: Sequence[Fact],
+    aim: Aim,
+    site: str,
+    prefixes: Sequence[str],
+    place: Place,
+    batch_tokens: int,
+    line: progress.Task,
+) -> Shift:
+    """The shifts of a portion of the facts."""
     wanted = _answers(model, facts, aim, prefixes, place)
     targets = torch.tensor([encode(model, fact).target_ids[0] for fact in facts])
-    calm = _calm(model, facts, aim, place)
     plain = [row(model, fact, i, place) for i, fact in enumerate(facts)]
     start = states(model, plain, outputs=[site], batch_tokens=batch_tokens)[1][site]
     guesses = _Guesses.of(model, facts) if aim.to == "alternatives" else None
-    search = _Search(model, aim, site, wanted, calm, start, targets, batch_tokens, guesses)
-    with progress.task("values", total=aim.steps) as line:
-        for _ in range(aim.steps):
-            if not search.step():
-                break
-            line.advance(note=f"loss {float(search.loss.mean()):.2f}")
+    search = _Search(
+        _Asked.of(model, site, wanted, batch_tokens),
+        _Asked.of(model, site, _calm(model, facts, aim, place), batch_tokens),
+        aim,
+        start,
+        targets,
+        guesses,
+    )
+    for _ in range(aim.steps):
+        if not search.step():
+            break
+        line.advance(note=f"loss {float(search.loss.mean()):.2f}")
     return Shift(search.shift.detach().double().cpu(), start, search.loss, search.prob, search.steps)
 
 
@@ -162,24 +208,43 @@ class _Guesses:
         return (torch.xlogy(weights, weights) - weights * logits.log_softmax(-1).gather(-1, ids)).sum(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Rows, and their logits with their facts' shifts in place."""
+
+    rows: Sequence[Row]
+    owner: Int64[Tensor, " row"]
+    """The fact of each row."""
+    forwards: Shifted
+
+    @classmethod
+    def of(cls, model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> _Asked:
+        """Run the rows once, to keep what a shift of `site` cannot change."""
+        owner = torch.tensor([one.fact for one in rows], dtype=torch.long)
+        return cls(rows, owner, shifted(model, site, rows, batch_tokens))
+
+    def __call__(
+        self, active: Bool[Tensor, " fact"], shift: Float[Tensor, "fact d_model"]
+    ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
+        """Of the active facts' rows."""
+        due = active[self.owner].nonzero().flatten().tolist()
+        return self.forwards(due, shift)
+
+
 class _Search:
     """Adam on the shifts of all facts that are not there yet."""
 
     def __init__(
         self,
-        model: Model,
+        wanted: _Asked,
+        calm: _Asked,
         aim: Aim,
-        site: str,
-        wanted: Sequence[Row],
-        calm: Sequence[Row],
         start: Float[Tensor, "fact d_model"],
         targets: Int64[Tensor, " fact"],
-        batch_tokens: int,
         guesses: _Guesses | None,
     ) -> None:
-        self.model, self.aim, self.site, self.batch_tokens = model, aim, site, batch_tokens
-        self.guesses = guesses
-        self.wanted, self.calm, self.targets = wanted, calm, targets
+        self.wanted, self.calm, self.aim = wanted, calm, aim
+        self.guesses, self.targets = guesses, targets
         self.norm = start.norm(dim=1).clamp_min(1e-12)
         self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the shift is kept in these units
         self.raw = torch.zeros(start.shape, dtype=torch.float32, requires_grad=True)
@@ -188,8 +253,8 @@ class _Search:
         self.prob = torch.ones(len(start))
         self.active = torch.ones(len(start), dtype=torch.bool)
         self.steps = 0
-        self.n_rows = torch.bincount(torch.tensor([one.fact for one in wanted]), minlength=len(start))
-        self.before = self._calm_logprobs(range(len(calm))).detach() if calm and aim.kl else None
+        self.n_rows = torch.bincount(wanted.owner, minlength=len(start))
+        self.before = self._unheld() if aim.kl else {}
 
     @property
     def shift(self) -> Float[Tensor, "fact d_model"]:
@@ -198,18 +263,18 @@ class _Search:
 
     def step(self) -> bool:
         """One step of the facts that are not there yet; False when none is left."""
-        with torch.enable_grad():
-            self.raw.grad = torch.zeros_like(self.raw)
-            self._pull()
+        shift = self.shift.detach().requires_grad_()  # a leaf, so that each batch may be done with at once
+        self._pull(shift)
         self.active &= self.loss > self.aim.enough
         if self.aim.to != "rewrite":
             self.active &= self.prob > self.aim.gone
         if not bool(self.active.any()):
             return False
-        if self.before is not None:
-            self._hold()
+        self._hold(shift)
+        assert shift.grad is not None
         held = self.raw.detach().clone()
         with torch.no_grad():
+            self.raw.grad = (shift.grad * self.unit).to(self.raw)
             length = held.norm(dim=1, keepdim=True).clamp_min(1e-12)
             unit, norm = self.unit.to(held), self.norm.to(held)[:, None]
             # d/d raw of decay * ||shift|| / ||start||^2
@@ -223,15 +288,13 @@ class _Search:
         self.steps += 1
         return True
 
-    def _pull(self) -> None:
+    @torch.enable_grad()
+    def _pull(self, shift: Float[Tensor, "fact d_model"]) -> None:
         """Loss of every fact still active, and its gradient."""
         loss, prob = (torch.zeros(len(self.loss), dtype=torch.float64) for _ in range(2))
-        due = [one for one in self.wanted if self.active[one.fact]]
-        for group in grouped(due, self.batch_tokens):
-            batch, logits = self._logits(due, group)
-            owner = torch.tensor([due[i].fact for i in batch.example.tolist()])
-            first = torch.tensor([due[i].encoded.target_start - 1 for i in batch.example.tolist()])
-            at = batch.cols == first
+        for batch, logits in self.wanted(self.active, shift):
+            owner = self.wanted.owner[batch.example]
+            at = _firsts(batch)
             terms = self._terms(logits, batch, owner, at) / self.n_rows[owner].to(logits.device)
             terms.sum().backward()
             loss.index_add_(0, owner, terms.detach().double().cpu())
@@ -256,39 +319,32 @@ class _Search:
             return ((logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])) / n_labels
         return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none") / n_labels
 
-    def _hold(self) -> None:
+    @torch.no_grad()
+    def _unheld(self) -> dict[int, Float[Tensor, " d_vocab"]]:
+        """Log-probabilities of what follows "{subject} is a", by row, before any shift."""
+        found: dict[int, Tensor] = {}
+        for batch, logits in self.calm(self.active, self.shift.detach()):
+            at = _firsts(batch)
+            found |= dict(zip(batch.example[at].tolist(), logits[at].log_softmax(-1), strict=True))
+        return found
+
+    @torch.enable_grad()
+    def _hold(self, shift: Float[Tensor, "fact d_model"]) -> None:
         """Gradient of the KL of what follows "{subject} is a"."""
-        with torch.enable_grad():
-            due = [i for i, one in enumerate(self.calm) if self.active[one.fact]]
-            if self.before is None or not due:
-                return
-            now, before = self._calm_logprobs(due), self.before[due]
-            kl = (before.exp() * (before - now)).sum(-1)
+        if not self.before:
+            return
+        for batch, logits in self.calm(self.active, shift):
+            at = _firsts(batch)
+            before = torch.stack([self.before[i] for i in batch.example[at].tolist()])
+            kl = (before.exp() * (before - logits[at].log_softmax(-1))).sum(-1)
             (self.aim.kl * kl).sum().backward()
 
-    def _calm_logprobs(self, chosen: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
-        """Log-probabilities of what comes first behind the chosen calm rows."""
-        rows = [self.calm[i] for i in chosen]
-        found: dict[int, Tensor] = {}
-        for group in grouped(rows, self.batch_tokens):
-            batch, logits = self._logits(rows, group)
-            for i in group:
-                found[i] = logits[batch.example.tolist().index(i)].log_softmax(-1)
-        return torch.stack([found[i] for i in range(len(rows))])
 
-    def _logits(self, rows: Sequence[Row], group: Sequence[int]) -> tuple[Batch, Tensor]:
-        """Logits of a group of rows with their facts' shifts in place."""
-        at = torch.tensor([rows[i].position for i in group])
-        owner = torch.tensor([rows[i].fact for i in group])
-
-        def add(output: Tensor) -> Tensor:
-            shift = self.shift[owner].to(output)
-            where = (torch.arange(len(group), device=output.device), at.to(output.device))
-            return output.index_put(where, shift, accumulate=True)
-
-        batch = batch_of(rows, group)
-        with patched(self.model.module, outputs={self.site: add}):
-            return batch, label_logits(self.model, batch)
+def _firsts(batch: Batch) -> Bool[Tensor, " label"]:
+    """Which labels are their rows' first."""
+    first = torch.ones(len(batch.example), dtype=torch.bool)
+    first[1:] = batch.example[1:] != batch.example[:-1]
+    return first
 
 
 def _answers(

@@ -44,6 +44,10 @@ class AlphaEdit:
     2e-2 depends on the scale of a model's activations.)"""
     l2: float = 0.1
     """Weight of the update's size, as a share of the mean squared norm of the facts' keys in the null space."""
+    rounds: int = 3
+    """How often a fact is written at most: what the model still says after a round is written again."""
+    washed: float = 0.01
+    """A fact whose target has no more probability than this is not written again."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in the second moment."""
     moment_tokens: int = 100_000
@@ -88,10 +92,10 @@ class AlphaEdit:
         ) -> Float[Tensor, "d_model n"]:
             space = spaces[one.layer]
             size = float((space.basis.mT @ keys).square().sum(0).mean())
-            return write_within(space, keys, residual, self.l2 * size, spread.written.earlier[one.layer])
+            return write_within(space, keys, residual, self.l2 * size, spread.written.earlier(one))
 
         with spread.borrowed():
-            spread.write_in_batches_(forget, self.batch, solve, log)
+            spread.write_(forget, self.batch, solve, log)
         return spread.delta(
             mask,
             free=[space.basis.shape[1] for space in spaces.values()],

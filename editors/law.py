@@ -19,7 +19,6 @@ from editors.subject import Place
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact
-from locus.forward import measure
 from locus.mask import WeightMask
 from locus.model import Model
 
@@ -47,7 +46,7 @@ class LaW:
     climb: int = 20
     """Steps of the climb."""
     rounds: int = 4
-    """Rounds at most; a round edits the facts that are not washed out yet."""
+    """How often a fact is written at most; a round edits the facts that are not washed out yet."""
     washed: float = 0.01
     """A fact whose target has less probability than this is washed out."""
     retain_weight: float = 1.0
@@ -96,22 +95,9 @@ class LaW:
                 metrics[one.layer], keys, residual, self.weight * model.atlas.d_mlp, self.beta, self.climb
             )
 
-        left = list(forget)
-        sizes: list[int] = []
         with spread.borrowed():
-            for _ in range(self.rounds):
-                sizes.append(len(left))
-                spread.write_(left, solve, log)
-                probs = measure(model, left, self.batch_tokens).prob.tolist()
-                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.washed]
-                if not left:
-                    break
-        return spread.delta(
-            mask,
-            conditions=[one.condition for one in metrics.values()],
-            facts_by_round=sizes,
-            unwashed=[fact.id for fact in left],
-        )
+            spread.write_(forget, 0, solve, log)
+        return spread.delta(mask, conditions=[one.condition for one in metrics.values()])
 
 
 def wash(

@@ -41,6 +41,10 @@ class MEMIT:
     """What the model should say instead, and how the state that makes it say so is found."""
     weight: float = 0.1
     """λ, as a share of the number of neurons a layer (the paper's 15,000 for GPT-J is 0.92)."""
+    rounds: int = 3
+    """How often a fact is written at most: what the model still says after a round is written again."""
+    washed: float = 0.01
+    """A fact whose target has no more probability than this is not written again."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in C."""
     ridge: float = 1e-3
@@ -89,5 +93,5 @@ class MEMIT:
             return write(metrics[one.layer], every, wanted, self.weight * model.atlas.d_mlp)
 
         with spread.borrowed():
-            spread.write_in_batches_(forget, self.batch, solve, log)
+            spread.write_(forget, self.batch, solve, log)
         return spread.delta(mask, conditions=[one.condition for one in metrics.values()])

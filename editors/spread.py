@@ -21,6 +21,7 @@ from editors.subject import Place, openings, retained
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
+from locus.forward import measure
 from locus.mask import WeightMask
 from locus.model import Model
 
@@ -44,6 +45,14 @@ class Spreading(Protocol):
     @property
     def aim(self) -> Aim:
         """What the model should say instead."""
+
+    @property
+    def rounds(self) -> int:
+        """How often a fact is written at most."""
+
+    @property
+    def washed(self) -> float:
+        """A fact whose target has no more probability than this is not written again."""
 
     @property
     def retain_weight(self) -> float:
@@ -122,8 +131,24 @@ class Spread:
         with borrowed(self.model, self.written.updates):
             yield
 
-    def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
-        """Edit a batch of facts in the borrowed weights: find what they should become, then layer after layer."""
+    def write_(self, facts: Sequence[Fact], size: int, solve: Solve, log: Log | None) -> None:
+        """Edit facts in the borrowed weights, `size` of them at a time; 0 for all at once.
+
+        What the model then still says of a batch is searched for and written again, up to `rounds` times in all.
+        """
+        for batch in batches_of(facts, size):
+            left = list(batch)
+            for _ in range(self.editor.rounds):
+                self._write_once_(left, solve, log)
+                probs = measure(self.model, left, self.editor.batch_tokens).prob.tolist()
+                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.editor.washed]
+                if not left:
+                    break
+            self.written.about["unwashed"] += [fact.id for fact in left]
+
+    def _write_once_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
+        """Find what the facts should become, then write it layer after layer."""
+        self.written.release(facts)
         ramp = Ramp.find(
             self.model,
             facts,
@@ -135,12 +160,6 @@ class Spread:
         )
         ramp.write_(solve, self.written.keep)
         self.written.done(facts, ramp, log)
-
-    def write_in_batches_(self, facts: Sequence[Fact], size: int, solve: Solve, log: Log | None) -> None:
-        """`write_` for `size` facts at a time; 0 for all at once."""
-        size = size or len(facts)
-        for start in range(0, len(facts), size):
-            self.write_(facts[start : start + size], solve, log)
 
     def delta(self, mask: WeightMask, **about: Any) -> WeightDelta:
         """All that was written, and how it went."""
@@ -155,15 +174,20 @@ class Spread:
 
 
 class Written:
-    """What has been written so far, layer by layer: keys of earlier batches, and the sums of the updates."""
+    """What has been written so far, layer by layer: keys of earlier facts, and the sums of the updates."""
 
     def __init__(self, located: Sequence[DownProjection]) -> None:
         self.updates = {
             one.param: (one, torch.zeros(one.allowed.shape, dtype=torch.float64)) for one in located
         }
-        self.earlier = {one.layer: torch.zeros(len(one.neurons), 0, dtype=torch.float64) for one in located}
+        self._earlier: dict[int, dict[str, Tensor]] = {one.layer: {} for one in located}
         self._fresh: list[tuple[int, Tensor]] = []
-        self.about: dict[str, Any] = {"losses": {}, "missing": {}}
+        self.about: dict[str, Any] = {"losses": {}, "missing": {}, "rounds": {}, "unwashed": []}
+
+    def earlier(self, one: DownProjection) -> Float[Tensor, "n key"]:
+        """A layer's keys of the facts written before, which are to stay where they are."""
+        found = list(self._earlier[one.layer].values())
+        return torch.stack(found, 1) if found else torch.zeros(len(one.neurons), 0, dtype=torch.float64)
 
     def with_earlier(
         self,
@@ -171,10 +195,16 @@ class Written:
         keys: Float[Tensor, "n fact"],
         residual: Float[Tensor, "d_model fact"],
     ) -> tuple[Float[Tensor, "n key"], Float[Tensor, "d_model key"]]:
-        """Keys and residuals with those of earlier batches, which are to stay where they are, in front."""
-        earlier = self.earlier[one.layer]
+        """Keys and residuals with those of earlier facts, which are to stay where they are, in front."""
+        earlier = self.earlier(one)
         still = residual.new_zeros(len(residual), earlier.shape[1])
         return torch.cat([earlier, keys], dim=1), torch.cat([still, residual], dim=1)
+
+    def release(self, facts: Sequence[Fact]) -> None:
+        """Let the keys of facts that are written again move."""
+        for keys in self._earlier.values():
+            for fact in facts:
+                keys.pop(fact.id, None)
 
     def keep(
         self, one: DownProjection, keys: Float[Tensor, "n fact"], update: Float[Tensor, "d_model neuron"]
@@ -184,12 +214,19 @@ class Written:
         self.updates[one.param][1].add_(update)
 
     def done(self, facts: Sequence[Fact], ramp: Ramp, log: Log | None) -> None:
-        """Note a batch: its keys are from now on those of an earlier one."""
+        """Note what was written: its keys are from now on those of earlier facts."""
         for layer, keys in self._fresh:
-            self.earlier[layer] = torch.cat([self.earlier[layer], keys], dim=1)
+            self._earlier[layer] |= dict(zip((fact.id for fact in facts), keys.unbind(1), strict=True))
         self._fresh.clear()
         missing = ramp.missing().norm(dim=1) / ramp.found.shift.norm(dim=1).clamp_min(1e-12)
         for fact, loss, left in zip(facts, ramp.found.loss.tolist(), missing.tolist(), strict=True):
             self.about["losses"][fact.id], self.about["missing"][fact.id] = loss, left
+            self.about["rounds"][fact.id] = self.about["rounds"].get(fact.id, 0) + 1
             if log is not None:
                 log({"fact": fact.id, "loss": loss, "missing": left, "steps": ramp.found.steps})
+
+
+def batches_of(facts: Sequence[Fact], size: int) -> list[Sequence[Fact]]:
+    """`size` facts at a time, in order; 0 for all at once."""
+    size = size or len(facts)
+    return [facts[start : start + size] for start in range(0, len(facts), size)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +116,16 @@ def batches(encoded: Sequence[Encoded], max_tokens: int = 4096) -> list[Batch]:
     return [collate(encoded, group) for group in groups]
 
 
-def label_logits(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:
+def label_logits(model: Model, batch: Batch, **more: Any) -> Float[Tensor, "label d_vocab"]:
     """Logits at the positions that predict a target token, in float32, differentiable.
 
     The model runs as it is; before its unembedding the other positions are dropped, so that soft-capping
     and scaling behind it still apply and no [batch, position, vocabulary] tensor is ever made.
+
+    Args:
+        model: Left as it is.
+        batch: What to run.
+        more: Other arguments of the model's forward: a cache, a mask that covers it.
     """
     batch = batch.to(model.device)
 
@@ -128,9 +133,8 @@ def label_logits(model: Model, batch: Batch) -> Float[Tensor, "label d_vocab"]:
         return hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)].unsqueeze(0)
 
     with patched(model.module, inputs={model.atlas.unembed: keep_labelled}):
-        logits = model.module(
-            input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        given = {"attention_mask": batch.attention_mask, "use_cache": False} | more
+        logits = model.module(input_ids=batch.ids, **given).logits
     chosen: Tensor = logits[0].float()
     return chosen
 

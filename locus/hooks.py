@@ -169,6 +169,49 @@ def record_calls(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, 
         yield kept
 
 
+@contextlib.contextmanager
+def record_results(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Keep what named modules returned last, as they returned it: a tuple stays a tuple; nothing is copied.
+
+    Raises:
+        InputError: no module has that name; nothing has been registered then.
+    """
+    kept: dict[str, Any] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, result: Any) -> None:
+            kept[name] = result
+
+        return keep
+
+    with contextlib.ExitStack() as stack:
+        for name, target in _find(module, names).items():
+            stack.enter_context(_registered(target.register_forward_hook(keeper(name))))
+        yield kept
+
+
+@contextlib.contextmanager
+def skipped(module: nn.Module, results: Mapping[str, Any]) -> Iterator[None]:
+    """Do not run named modules, within the context: each returns what is given for it here.
+
+    Raises:
+        InputError: no module has that name; nothing is skipped then.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, target in _find(module, results).items():
+            own = target.__dict__.get("forward")
+            stack.callback(_give_back, target, own)
+            target.forward = lambda *_, _result=results[name], **__: _result
+        yield
+
+
+def _give_back(target: nn.Module, own: Any) -> None:
+    """The forward that a module had: its class's, or one of its own."""
+    del target.forward
+    if own is not None:
+        target.forward = own
+
+
 def _find(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The named modules, or an InputError that lists near matches."""
     found = {}

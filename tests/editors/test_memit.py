@@ -123,7 +123,7 @@ def test_law_goes_on_with_the_facts_that_are_left() -> None:
     model, two = tiny_model(), facts()[:2]
     with untouched(model):
         delta = LaW(layers=(0, 1), aim=AIM, rounds=3, washed=1e-9).run(model, two, [], down(model), text=TEXT)
-    assert delta.provenance["facts_by_round"] == [2, 2, 2]
+    assert delta.provenance["rounds"] == {fact.id: 3 for fact in two}
     assert delta.provenance["unwashed"] == [fact.id for fact in two]
     with pytest.raises(InputError, match="beta"):
         LaW(layers=(0,), aim=AIM, beta=0.5).run(model, two, [], down(model), text=TEXT)
