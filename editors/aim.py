@@ -7,7 +7,7 @@ stay as they are (Meng et al. 2022, arXiv:2202.05262, section 3.1); the least-sq
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from editors.resumed import Shifted, shifted
+from editors.resumed import shifted
 from editors.subject import Place, Row, behind, row, states
 from locus import progress
 from locus.errors import InputError
 from locus.fact import Fact
-from locus.forward import Batch
 from locus.model import Model
 from locus.tokens import encode
 
@@ -154,12 +153,7 @@ def _found(
     start = states(model, plain, outputs=[site], batch_tokens=batch_tokens)[1][site]
     guesses = _Guesses.of(model, facts) if aim.to == "alternatives" else None
     search = _Search(
-        _Asked.of(model, site, wanted, batch_tokens),
-        _Asked.of(model, site, _calm(model, facts, aim, place), batch_tokens),
-        aim,
-        start,
-        targets,
-        guesses,
+        model, site, wanted, _calm(model, facts, aim, place), aim, start, targets, batch_tokens, guesses
     )
     for _ in range(aim.steps):
         if not search.step():
@@ -208,43 +202,27 @@ class _Guesses:
         return (torch.xlogy(weights, weights) - weights * logits.log_softmax(-1).gather(-1, ids)).sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """Rows, and their logits with their facts' shifts in place."""
-
-    rows: Sequence[Row]
-    owner: Int64[Tensor, " row"]
-    """The fact of each row."""
-    forwards: Shifted
-
-    @classmethod
-    def of(cls, model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> _Asked:
-        """Run the rows once, to keep what a shift of `site` cannot change."""
-        owner = torch.tensor([one.fact for one in rows], dtype=torch.long)
-        return cls(rows, owner, shifted(model, site, rows, batch_tokens))
-
-    def __call__(
-        self, active: Bool[Tensor, " fact"], shift: Float[Tensor, "fact d_model"]
-    ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
-        """Of the active facts' rows."""
-        due = active[self.owner].nonzero().flatten().tolist()
-        return self.forwards(due, shift)
-
-
 class _Search:
     """Adam on the shifts of all facts that are not there yet."""
 
     def __init__(
         self,
-        wanted: _Asked,
-        calm: _Asked,
+        model: Model,
+        site: str,
+        wanted: Sequence[Row],
+        calm: Sequence[Row],
         aim: Aim,
         start: Float[Tensor, "fact d_model"],
         targets: Int64[Tensor, " fact"],
+        batch_tokens: int,
         guesses: _Guesses | None,
     ) -> None:
-        self.wanted, self.calm, self.aim = wanted, calm, aim
-        self.guesses, self.targets = guesses, targets
+        self.aim, self.guesses, self.targets = aim, guesses, targets
+        self.n_wanted = len(wanted)
+        rows = [*wanted, *calm]
+        self.owner = torch.tensor([one.fact for one in rows])
+        self.forwards = shifted(model, site, rows, batch_tokens)
+        self.n_rows = torch.bincount(self.owner[: self.n_wanted], minlength=len(start))
         self.norm = start.norm(dim=1).clamp_min(1e-12)
         self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the shift is kept in these units
         self.raw = torch.zeros(start.shape, dtype=torch.float32, requires_grad=True)
@@ -253,8 +231,7 @@ class _Search:
         self.prob = torch.ones(len(start))
         self.active = torch.ones(len(start), dtype=torch.bool)
         self.steps = 0
-        self.n_rows = torch.bincount(wanted.owner, minlength=len(start))
-        self.before = self._unheld() if aim.kl else {}
+        self.before = self._unheld()
 
     @property
     def shift(self) -> Float[Tensor, "fact d_model"]:
@@ -264,13 +241,12 @@ class _Search:
     def step(self) -> bool:
         """One step of the facts that are not there yet; False when none is left."""
         shift = self.shift.detach().requires_grad_()  # a leaf, so that each batch may be done with at once
-        self._pull(shift)
+        self._look(shift)
         self.active &= self.loss > self.aim.enough
         if self.aim.to != "rewrite":
             self.active &= self.prob > self.aim.gone
         if not bool(self.active.any()):
             return False
-        self._hold(shift)
         assert shift.grad is not None
         held = self.raw.detach().clone()
         with torch.no_grad():
@@ -289,61 +265,66 @@ class _Search:
         return True
 
     @torch.enable_grad()
-    def _pull(self, shift: Float[Tensor, "fact d_model"]) -> None:
-        """Loss of every fact still active, and its gradient."""
+    def _look(self, shift: Float[Tensor, "fact d_model"]) -> None:
+        """Loss of every fact still active, and the gradient of all that is minimized but for the shift's length."""
         loss, prob = (torch.zeros(len(self.loss), dtype=torch.float64) for _ in range(2))
-        for batch, logits in self.wanted(self.active, shift):
-            owner = self.wanted.owner[batch.example]
-            at = _firsts(batch)
-            terms = self._terms(logits, batch, owner, at) / self.n_rows[owner].to(logits.device)
-            terms.sum().backward()
+        due = self.active[self.owner].nonzero().flatten().tolist()
+        for batch, logits in self.forwards(due, shift):
+            wanted = batch.example < self.n_wanted
+            held = self._held(logits[~wanted], batch.example[~wanted])
+            logits, owner = logits[wanted], self.owner[batch.example[wanted]]
+            first = _firsts(batch.example[wanted])
+            terms = self._terms(logits, batch.labels[wanted], batch.example[wanted], owner)
+            terms = terms / self.n_rows[owner].to(logits.device)
+            (terms.sum() + held.sum()).backward()
             loss.index_add_(0, owner, terms.detach().double().cpu())
-            probs = logits.detach().softmax(-1)[at, self.targets[owner[at]]]
-            prob.index_add_(0, owner[at], probs.double().cpu() / self.n_rows[owner[at]])
+            probs = logits.detach().softmax(-1)[first, self.targets[owner[first]]]
+            prob.index_add_(0, owner[first], probs.double().cpu() / self.n_rows[owner[first]])
         self.loss = torch.where(self.active, loss.float(), self.loss)
         self.prob = torch.where(self.active, prob.float(), self.prob)
 
     def _terms(
         self,
         logits: Float[Tensor, "label d_vocab"],
-        batch: Batch,
+        labels: Int64[Tensor, " label"],
+        example: Int64[Tensor, " label"],
         owner: Int64[Tensor, " label"],
-        at: Bool[Tensor, " label"],
     ) -> Float[Tensor, " label"]:
         """Each label's share of its row's loss; of guesses, which are first tokens, only the first label has one."""
         if self.guesses is not None:
-            return self.guesses.divergence(logits, owner) * at.to(logits)
-        n_labels = torch.bincount(batch.example)[batch.example].to(logits.device)
+            return self.guesses.divergence(logits, owner) * _firsts(example).to(logits)
+        n_labels = torch.bincount(example)[example].to(logits.device)
         if self.aim.to == "entropy":
             logprob = logits.log_softmax(-1)
             return ((logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])) / n_labels
-        return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none") / n_labels
+        return F.cross_entropy(logits, labels.to(logits.device), reduction="none") / n_labels
 
     @torch.no_grad()
     def _unheld(self) -> dict[int, Float[Tensor, " d_vocab"]]:
         """Log-probabilities of what follows "{subject} is a", by row, before any shift."""
         found: dict[int, Tensor] = {}
-        for batch, logits in self.calm(self.active, self.shift.detach()):
-            at = _firsts(batch)
-            found |= dict(zip(batch.example[at].tolist(), logits[at].log_softmax(-1), strict=True))
+        calm = range(self.n_wanted, len(self.owner))
+        for batch, logits in self.forwards(calm, self.shift.detach()):
+            first = _firsts(batch.example)
+            found |= dict(zip(batch.example[first].tolist(), logits[first].log_softmax(-1), strict=True))
         return found
 
-    @torch.enable_grad()
-    def _hold(self, shift: Float[Tensor, "fact d_model"]) -> None:
-        """Gradient of the KL of what follows "{subject} is a"."""
-        if not self.before:
-            return
-        for batch, logits in self.calm(self.active, shift):
-            at = _firsts(batch)
-            before = torch.stack([self.before[i] for i in batch.example[at].tolist()])
-            kl = (before.exp() * (before - logits[at].log_softmax(-1))).sum(-1)
-            (self.aim.kl * kl).sum().backward()
+    def _held(
+        self, logits: Float[Tensor, "label d_vocab"], example: Int64[Tensor, " label"]
+    ) -> Float[Tensor, " label"]:
+        """KL of what follows "{subject} is a" from before, by label, weighted; only the first label has one."""
+        first = _firsts(example)
+        logits, rows = logits[first], example[first].tolist()
+        if not rows:
+            return logits.sum(-1)
+        before = torch.stack([self.before[i] for i in rows])
+        return self.aim.kl * (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
 
 
-def _firsts(batch: Batch) -> Bool[Tensor, " label"]:
-    """Which labels are their rows' first."""
-    first = torch.ones(len(batch.example), dtype=torch.bool)
-    first[1:] = batch.example[1:] != batch.example[:-1]
+def _firsts(example: Int64[Tensor, " label"]) -> Bool[Tensor, " label"]:
+    """Which labels are their rows' first; a row's labels stand together."""
+    first = torch.ones(len(example), dtype=torch.bool)
+    first[1:] = example[1:] != example[:-1]
     return first
 
 

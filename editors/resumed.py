@@ -9,7 +9,7 @@ out the same this way (its blocks exchange more than the stream, keys and values
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +25,12 @@ from locus.model import Model
 EXACT = 1e-3
 """Logits may differ so much, as a share of their spread, in float32 and wider; in narrower dtypes fifty times that."""
 
-PADDED = 2.0
-"""A group's longest row may be so many times as long as its shortest, counted from the positions on."""
-SMALL = 64
-"""Unless the group has fewer tokens than this: a forward costs about the same for so few."""
+TRIED = 8
+"""Rows on which that is tried."""
+PADDED = 1.5
+"""The longest row of a forward may be so many times as long as its shortest, counted from the positions on."""
+FEW = 64
+"""Unless a forward has fewer tokens than this: it costs about the same for so few."""
 
 Shifted = Callable[
     [Sequence[int], Float[Tensor, "fact d_model"]], Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]
@@ -63,20 +65,35 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """What stays the same of a group of rows, whatever the shift."""
+    """What stays the same of some rows, whatever the shift."""
 
-    group: Sequence[int]
-    ids: Int64[Tensor, "member after"]
+    ids: Int64[Tensor, "row after"]
     """From the position on, padded on the right."""
-    starts: Int64[Tensor, " member"]
+    starts: Int64[Tensor, " row"]
     """The position, which is also how many tokens stand before it."""
-    lengths: Int64[Tensor, " member"]
+    lengths: Int64[Tensor, " row"]
     """Tokens from the position on, but for the last, behind which nothing is asked."""
-    stream: Float[Tensor, "member after d_model"] | None
-    """What comes out of the last block that is skipped; None where none is."""
-    before: Sequence[tuple[Tensor, Tensor]]
-    """By layer that is not skipped: keys and values of the tokens before, `member head before d_head`, padded on the
-    left."""
+    stream: Sequence[Float[Tensor, "row after d_model"]]
+    """What comes out of the last block that is skipped, padded on the right; none where none is."""
+    before: Sequence[Float[Tensor, "row head before d_head"]]
+    """Keys and values of the tokens before, of every layer that is not skipped, padded on the left."""
+
+    @classmethod
+    def together(cls, parts: Sequence[_Kept], order: Int64[Tensor, " row"]) -> _Kept:
+        """Those of several groups as one, in another order."""
+
+        def merged(tensors: Sequence[Tensor], dim: int, left: bool) -> Tensor:
+            width = max(one.shape[dim] for one in tensors)
+            wide = [_padded(one, width, dim, left) for one in tensors]
+            return torch.cat(wide)[order.to(wide[0].device)]
+
+        return cls(
+            merged([one.ids for one in parts], 1, False),
+            torch.cat([one.starts for one in parts])[order],
+            torch.cat([one.lengths for one in parts])[order],
+            [merged(tensors, 1, False) for tensors in zip(*(one.stream for one in parts), strict=True)],
+            [merged(tensors, 2, True) for tensors in zip(*(one.before for one in parts), strict=True)],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +103,12 @@ class Resumed:
     model: Model
     site: str
     rows: Sequence[Row]
+    batch_tokens: int
     below: Sequence[str]
     """Blocks that are skipped."""
     in_tuple: frozenset[str]
     """Those of them that return a tuple."""
-    kept: Sequence[_Kept]
+    kept: _Kept
 
     @classmethod
     def of(cls, model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> Resumed | None:
@@ -99,79 +117,88 @@ class Resumed:
         block = next(i for i, path in enumerate(blocks) if f"{site}.".startswith(f"{path}."))
         below = blocks[: block + 1] if site == blocks[block] else blocks[:block]
         in_tuple: set[str] = set()
-        kept, logits = [], {}
-        for group in _alike(rows, batch_tokens):
-            found = _recorded(model, rows, group, below, in_tuple)
+        groups = grouped(rows, batch_tokens)
+        parts: list[_Kept] = []
+        logits: dict[int, Tensor] = {}
+        for group in groups:
+            batch = batch_of(rows, group)
+            with record_results(model.module, below) as results:
+                found = _recorded(model, batch, torch.tensor([rows[i].position for i in group]), below)
             if found is None:
                 return None
-            kept.append(found[0])
-            logits[tuple(group)] = found[1]
-        made = cls(model, site, rows, below, frozenset(in_tuple), kept)
+            in_tuple |= {name for name, result in results.items() if isinstance(result, tuple)}
+            parts.append(found[0])
+            logits |= _by_row(batch, found[1])
+        order = torch.tensor([i for group in groups for i in group]).argsort()
+        kept = _Kept.together(parts, order)
+        made = cls(model, site, rows, batch_tokens, below, frozenset(in_tuple), kept)
         return made if made._agrees(logits) else None
 
     @torch.no_grad()
-    def _agrees(self, logits: dict[tuple[int, ...], Tensor]) -> bool:
-        """Whether an unshifted forward gives these logits."""
+    def _agrees(self, then: Mapping[int, Float[Tensor, "label d_vocab"]]) -> bool:
+        """Whether an unshifted forward of some rows, with few and with many tokens before, gives these logits."""
         narrow = 1 if self.model.dtype in (torch.float32, torch.float64) else 50
-        still = torch.zeros(max((one.fact for one in self.rows), default=0) + 1, self.model.atlas.d_model)
-        for batch, now in self(range(len(self.rows)), still):
-            then = logits[batch.examples]
-            spread = (then - then.mean(-1, keepdim=True)).norm()
-            if not bool((now - then).norm() <= EXACT * narrow * spread):
-                return False
+        still = torch.zeros(max(one.fact for one in self.rows) + 1, self.model.atlas.d_model)
+        order = sorted(then, key=lambda i: int(self.kept.starts[i]))
+        some = {order[i * (len(order) - 1) // (TRIED - 1)] for i in range(TRIED)}
+        for batch, logits in self(sorted(some), still):
+            for i, now in _by_row(batch, logits).items():
+                spread = (then[i] - then[i].mean(-1, keepdim=True)).norm()
+                if not bool((now - then[i]).norm() <= EXACT * narrow * spread):
+                    return False
         return True
 
     def __call__(
         self, due: Sequence[int], shift: Float[Tensor, "fact d_model"]
     ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
-        wanted = set(due)
-        for kept in self.kept:
-            members = [m for m, i in enumerate(kept.group) if i in wanted]
-            if members:
-                yield self._forward(kept, members, shift)
+        for group in _alike(due, self.kept.lengths, self.batch_tokens):
+            yield self._forward(group, shift)
 
     def _forward(
-        self, kept: _Kept, members: Sequence[int], shift: Float[Tensor, "fact d_model"]
+        self, group: Sequence[int], shift: Float[Tensor, "fact d_model"]
     ) -> tuple[Batch, Float[Tensor, "label d_vocab"]]:
-        group = [kept.group[m] for m in members]
-        starts, lengths = kept.starts[members], kept.lengths[members]
+        kept, device = self.kept, self.model.device
+        starts, lengths = kept.starts[group], kept.lengths[group]
         width, before = int(lengths.max()), int(starts.max())
-        ids = kept.ids[members, :width]
         after = (torch.arange(width) < lengths[:, None]).long()
-        nothing = torch.zeros(1, 1, before, 1)  # whoever asks how long the cache is asks its first layer
-        held = [(_last(k[members], before), _last(v[members], before)) for k, v in kept.before]
-        cache = _cache([(nothing, nothing)] * len(self.below) + held)
         whole = batch_of(self.rows, group)
-        batch = replace(whole, ids=ids, attention_mask=after, cols=whole.cols - starts[whole.rows])
-        device = self.model.device
-        more: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        more["attention_mask"] = torch.cat([_left(starts, before), after], dim=1).to(device)
+        batch = replace(
+            whole, ids=kept.ids[group, :width], attention_mask=after, cols=whole.cols - starts[whole.rows]
+        )
+        nothing = torch.zeros(1, 1, before, 1)  # whoever asks how long the cache is asks its first layer
+        held = [tensor[group, :, tensor.shape[2] - before :] for tensor in kept.before]
+        more: dict[str, Any] = {
+            "past_key_values": _cache([nothing] * 2 * len(self.below) + held),
+            "use_cache": True,
+            "attention_mask": torch.cat([_left(starts, before), after], dim=1).to(device),
+        }
         if "position_ids" in inspect.signature(self.model.module.forward).parameters:
             more["position_ids"] = (starts[:, None] + torch.arange(width)).to(device)
         results: dict[str, Any] = {}
-        if kept.stream is not None:
-            stream = kept.stream[members, :width]
-            results = {name: (stream, None) if name in self.in_tuple else stream for name in self.below}
+        for stream in kept.stream:
+            part = stream[group, :width]
+            results = {name: (part, None) if name in self.in_tuple else part for name in self.below}
         add = _adding(shift, self.rows, group, torch.zeros_like(starts))
         with skipped(self.model.module, results), patched(self.model.module, outputs={self.site: add}):
             return batch, label_logits(self.model, batch, **more)
 
 
-def _alike(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
-    """Indices of rows in groups with about as many tokens behind their positions, that fit a whole forward."""
-    after = [len(one.encoded.ids) - one.position for one in rows]
+def _alike(due: Sequence[int], lengths: Int64[Tensor, " row"], batch_tokens: int) -> list[list[int]]:
+    """Rows in groups of about as many tokens each that fit a forward."""
     groups: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(rows)), key=lambda i: (after[i], len(rows[i].encoded.ids), i)):
-        longest = max(longest, len(rows[i].encoded.ids))
-        few = groups and after[i] * len(groups[-1]) < SMALL
-        fits = groups and (len(groups[-1]) + 1) * longest <= batch_tokens
-        if fits and (few or after[i] <= PADDED * after[groups[-1][0]]):
-            groups[-1].append(i)
+    for i in sorted(due, key=lambda i: (int(lengths[i]), i)):
+        last, length = groups[-1] if groups else [], int(lengths[i])
+        fits = last and (len(last) + 1) * length <= batch_tokens
+        few = length * len(last) < FEW
+        if fits and (few or length <= PADDED * int(lengths[last[0]])):
+            last.append(i)
         else:
             groups.append([i])
-            longest = len(rows[i].encoded.ids)
     return groups
+
+
+def _by_row(batch: Batch, logits: Float[Tensor, "label d_vocab"]) -> dict[int, Float[Tensor, "_ d_vocab"]]:
+    return {i: logits[batch.example == i] for i in batch.examples}
 
 
 def _adding(
@@ -192,32 +219,25 @@ def _adding(
 
 @torch.no_grad()
 def _recorded(
-    model: Model, rows: Sequence[Row], group: Sequence[int], below: Sequence[str], in_tuple: set[str]
-) -> tuple[_Kept, Tensor] | None:
+    model: Model, batch: Batch, starts: Int64[Tensor, " member"], below: Sequence[str]
+) -> tuple[_Kept, Float[Tensor, "label d_vocab"]] | None:
     """One whole forward of a group: what to keep of it, and its logits. None where the model keeps no keys."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    batch = batch_of(rows, group)
-    outputs = below[-1:]
-    with record(model.module, outputs=outputs) as seen, record_results(model.module, below) as results:
+    with record(model.module, outputs=below[-1:]) as seen:
         logits = label_logits(model, batch, past_key_values=cache, use_cache=True)
-    in_tuple |= {name for name, result in results.items() if isinstance(result, tuple)}
-    starts = torch.tensor([rows[i].position for i in group])
-    lengths = batch.attention_mask.sum(1) - starts - 1
-    held: list[tuple[Any, Any]] = [
-        (getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers
-    ]
-    if len(held) != model.atlas.n_layers or not all(
+    held: list[Any] = [getattr(one, name, None) for one in cache.layers for name in ("keys", "values")]
+    if len(held) != 2 * model.atlas.n_layers or not all(
         isinstance(t, Tensor) and t.dim() == 4 and (t.shape[0], t.shape[2]) == tuple(batch.ids.shape)
-        for pair in held
-        for t in pair
+        for t in held
     ):
         return None
-    before = [(_before(keys, starts), _before(values, starts)) for keys, values in held[len(below) :]]
-    stream = _after(seen.outputs[outputs[0]], starts, lengths) if outputs else None
+    lengths = batch.attention_mask.sum(1) - starts - 1
+    before = [_before(tensor, starts) for tensor in held[2 * len(below) :]]
+    stream = [_after(seen.outputs[name], starts, lengths) for name in below[-1:]]
     ids = _after(batch.ids[:, :, None], starts, lengths)[:, :, 0]
-    return _Kept(group, ids, starts, lengths, stream, before), logits
+    return _Kept(ids, starts, lengths, stream, before), logits
 
 
 def _before(tensor: Float[Tensor, "member head pos d"], starts: Int64[Tensor, " member"]) -> Tensor:
@@ -234,8 +254,11 @@ def _after(tensor: Tensor, starts: Int64[Tensor, " member"], lengths: Int64[Tens
     return tensor.gather(1, at[:, :, None].expand(-1, -1, tensor.shape[2]))
 
 
-def _last(tensor: Float[Tensor, "member head pos d"], width: int) -> Tensor:
-    return tensor[:, :, tensor.shape[2] - width :]
+def _padded(tensor: Tensor, width: int, dim: int, left: bool) -> Tensor:
+    """With zeros up to a width, on the left or on the right."""
+    shape = list(tensor.shape)
+    shape[dim] = width - shape[dim]
+    return torch.cat([tensor.new_zeros(shape), tensor][:: 1 if left else -1], dim=dim)
 
 
 def _left(starts: Int64[Tensor, " member"], width: int) -> Int64[Tensor, "member width"]:
@@ -243,11 +266,11 @@ def _left(starts: Int64[Tensor, " member"], width: int) -> Int64[Tensor, "member
     return (torch.arange(width) >= width - starts[:, None]).long()
 
 
-def _cache(before: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """A cache of transformers' that holds these keys and values, layer by layer."""
+def _cache(before: Sequence[Tensor]) -> Any:
+    """A cache of transformers' that holds these keys and values, keys before values, layer by layer."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(before):
-        cache.update(keys, values, layer)
+    for layer in range(len(before) // 2):
+        cache.update(before[2 * layer], before[2 * layer + 1], layer)
     return cache

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from locus.errors import InputError
-from locus.hooks import StopForward, patched, record, stop_after
+from locus.hooks import StopForward, patched, record, record_results, skipped, stop_after
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
 
 
@@ -266,3 +266,34 @@ def test_patching_what_was_recorded_changes_nothing(arch: str) -> None:
     assert torch.equal(again, logits)
     assert torch.equal(other, logits)
     assert not torch.allclose(model.module(prompts[1]).logits, logits, atol=1e-2)
+
+
+def test_results_are_kept_as_they_were_returned() -> None:
+    model = Micro()
+    with record_results(model, ["blocks.0.attn", "blocks.1"]) as results:
+        model(ONES)
+    value, said = results["blocks.0.attn"]
+    assert torch.equal(value, 2 * ONES)
+    assert said == "kept"
+    assert torch.equal(results["blocks.1"], 49 * ONES)
+
+
+def test_skipped_modules_are_not_run() -> None:
+    """Neither they nor what is inside them; a forward of a module's own comes back with the rest."""
+    model = Micro()
+    own = model.rows.forward
+    model.rows.forward = lambda x: own(x) + 1  # as accelerate does it
+    with (
+        record_results(model, ["blocks.0", "blocks.0.attn"]) as results,
+        skipped(model, {"blocks.0": 5 * ONES, "blocks.1.attn": (ONES, "kept")}),
+    ):
+        assert torch.equal(model(ONES), (3 * (3 * 1 + 5) + 1) * ONES)
+    assert list(results) == ["blocks.0"]
+    assert torch.equal(model(ONES), 148 * ONES)
+    with skipped(model, {"rows": 2 * ONES}):
+        assert torch.equal(model(ONES), 2 * ONES)
+    assert torch.equal(model(ONES), 148 * ONES)
+    assert all("forward" not in vars(block) for block in model.blocks)
+    with pytest.raises(InputError, match="no module"), skipped(model, {"blocks.0": ONES, "block.1": ONES}):
+        pass
+    assert "forward" not in vars(model.blocks[0])
