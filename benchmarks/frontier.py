@@ -10,7 +10,8 @@ or at random (three seeds), all MLPs, or every weight. All arms share the retain
 step, weight 5) and the number of steps; AdamW's rate is found per arm on other facts than the reported ones
 (`frontier_cases`): from the usual rate of a place it is doubled for as long as that helps. NPO climbs so at each place,
 every objective in the neurons of `saliency`; at other places an objective takes NPO's rate there, times its own factor
-over NPO. Random seeds share one. Beside them stand edits without training, as their defaults have them.
+over NPO. Random seeds share one. Beside them stand edits without training, as their defaults have them (not for TOFU,
+whose questions name no subject).
 
 Arms are compared at equal forgetting: an edit's change is made smaller or larger, by bisection, until the mean
 p(target) is 0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
@@ -39,6 +40,7 @@ from benchmarks.frontier_cases import Case, Questions, facts_case
 from benchmarks.frontier_tofu import tofu_case
 from benchmarks.inj import Lines
 from editors import EDITORS, OBJECTIVES
+from editors.result import settings_of
 from editors.retain import Retain
 from editors.strength import scaled
 from locus.audit.answers import Questions as Asked
@@ -220,7 +222,7 @@ class Bench:
         rate = self.rate(name, place)
         if rate is None:
             raise SystemExit(f"{name} in {place}: no rate yet; run it with --case facts first")
-        key = self.key("arm", name, place, rate)
+        key = self.arm_key(name, place, rate)
         found = self.lines.get(key)
         if found is None:
             asked, model = self.case.reported, self.case.model
@@ -236,10 +238,24 @@ class Bench:
             print("arm", name, place, found, file=sys.stderr, flush=True)
         return found
 
+    def arm_key(self, name: str, place: str, rate: float) -> dict[str, Any]:
+        """A direct edit is as its defaults have it, so its arm is another when these change."""
+        own = [settings_of(editor_of(name, rate, self.case))] if name in DIRECT else []
+        return self.key("arm", name, place, rate, *own)
+
+    def beside(self, run: bool = True) -> Mapping[str, Any]:
+        """Figures of the models that are not edited; none where that would have to be run."""
+        key = self.key("beside")
+        found = self.lines.get(key)
+        if found is None and run:
+            found = dict(self.case.beside())
+            self.lines.add(key, found)
+        return found or {}
+
     def finished(self, name: str, place: str) -> dict[str, Any] | None:
         """The arm's figures, if all of it is there already."""
         rate = self.rate(name, place, run=False)
-        return None if rate is None else self.lines.get(self.key("arm", name, place, rate))
+        return None if rate is None else self.lines.get(self.arm_key(name, place, rate))
 
 
 def merit(found: dict[str, Any]) -> float:
@@ -294,6 +310,9 @@ def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
     """Markdown, a line an arm that is finished; seeds of random masks in one line."""
     lines = [f"| objective | where | rate | strength | {' | '.join(bench.case.columns.values())} | s |"]
     lines.append("|" + "---|" * (len(bench.case.columns) + 5))
+    for state, figures in bench.beside(run=False).items():
+        cells = [cell([figures[column]]) for column in bench.case.columns]
+        lines.append(f"| {state} | | | | {' | '.join(cells)} | |")
     for name in names:
         for kind in [OWN] if name in DIRECT else dict.fromkeys(map(kind_of, places)):
             arms = [
@@ -325,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", choices=("facts", "tofu"), default="facts")
     parser.add_argument("--tofu", type=Path, help="TOFU's folder as downloaded")
     parser.add_argument("--epochs", type=int, default=5, help="passes over TOFU's questions when teaching")
-    parser.add_argument("--objectives", nargs="+", choices=(*OBJECTIVES, *DIRECT), default=(*NAMES, *DIRECT))
+    parser.add_argument("--objectives", nargs="+", choices=(*OBJECTIVES, *DIRECT))
     parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
     parser.add_argument("--table", action="store_true", help="only print what is finished")
     parser.add_argument("--out", type=Path, default=cache_folder() / "frontier")
@@ -336,11 +355,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(facts_case(), Lines(args.out / "facts.jsonl"))
     if args.case == "tofu":
         bench = Bench(tofu_case(args.tofu, args.epochs), Lines(args.out / "tofu.jsonl"), bench)
+    objectives = args.objectives or (*NAMES, *(DIRECT if args.case == "facts" else ()))
     if not args.table:
-        for name in args.objectives:
+        bench.beside()
+        for name in objectives:
             for place in [OWN] if name in DIRECT else args.places:
                 bench.arm(name, place)
-    print(table(bench, args.objectives, args.places), flush=True)
+    print(table(bench, objectives, args.places), flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class Case:
     columns: Mapping[str, str]
     """Figures of the table, and what stands above them."""
     judge: Callable[[WeightDelta, WeightMask], Figures]
+    beside: Callable[[], Mapping[str, Figures]] = dict
+    """Models that are not edited, by name: the figures of what edits start from, and of what they should end as."""
     tuning: Questions | None = None
     """Other questions, on which rates are found; None takes those of the facts."""
     likely: Callable[[Answers], Float[Tensor, " question"]] = lambda answers: answers.prob.values
@@ -68,14 +70,16 @@ def facts_case() -> Case:
     chosen = [fact for kind in kinds for fact in [f for f in trained if f.relation == kind][:2]]
     left = [fact for fact in trained if fact not in chosen]
     reported = Questions("reported", forget, retain)
+    judge = AuditJudge(model, reported, unseen)
     return Case(
         "facts",
         model,
         reported,
         text,
         AUDITED,
-        AuditJudge(model, reported, unseen),
-        Questions("tuning", chosen, halved(left)),
+        judge,
+        beside=lambda: {"before": figures_of(judge.base, "base")},
+        tuning=Questions("tuning", chosen, halved(left)),
     )
 
 
@@ -120,10 +124,16 @@ class AuditJudge:
             self.model, {"edit": delta}, self.asked.forget, self.asked.retain, self.unseen,
             masks={"edit": mask}, settings=SETTINGS, before=self.base,
         )  # fmt: skip
-        state = next(s for s in judged.document()["states"] if s["role"] == "edit")
-        assert state["change"]["off_mask"] == 0, "weights outside the mask differ"
-        figures = {k: state["figures"].get(k) for k in AUDITED if k != "relearn.top1"}
-        return {**figures, "relearn.top1": {"mean": state["curves"]["relearn"]["tested_top1"][-1]}}
+        return figures_of(judged, "edit")
+
+
+def figures_of(judged: Audit, role: str) -> Figures:
+    """The table's figures of the only state of a role; nothing may have changed outside its mask."""
+    state = next(s for s in judged.document()["states"] if s["role"] == role)
+    assert not (state["change"] or {}).get("off_mask"), "weights outside the mask differ"
+    figures = {k: state["figures"].get(k) for k in AUDITED if k != "relearn.top1"}
+    curve = state["curves"].get("relearn")
+    return {**figures, "relearn.top1": {"mean": curve["tested_top1"][-1] if curve else None}}
 
 
 SETTINGS = AuditSettings(attacks=("lens", "relearn"), text_tokens=1024)

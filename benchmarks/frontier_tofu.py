@@ -67,17 +67,22 @@ def tofu_case(folder: Path, epochs: int) -> Case:
     model, never = _taught("with", [*forget, *kept], epochs), _taught("without", kept, epochs)
     asked = Questions("reported", forget, halved(kept))
     suite = Tofu({"forget": read_tofu(folder).sets["forget"]})
+    judge = TofuJudge(model, never, ask_about(model, forget, asked.retain), suite, unseen[:UNSEEN])
     return Case(
         "tofu",
         model,
         asked,
         text,
         COLUMNS,
-        TofuJudge(model, never, ask_about(model, forget, asked.retain), suite, unseen[:UNSEEN]),
+        judge,
         likely=per_token,
         goal=float(per_token(ask(never, ask_about(never, forget, [])["forget"])).mean()),
         forget_per_step=8,
         retain_facts=4,
+        beside=lambda: {
+            "before": judge.of(State("before", "base", model)),
+            "never knew": judge.of(State("never knew", "reference", never)),
+        },
     )
 
 
@@ -165,7 +170,7 @@ def _teach(model: Model, facts: Sequence[Fact], epochs: int) -> float:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             line.advance(note=f"loss {losses[-1]:.3f}")
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None

@@ -155,3 +155,28 @@ def test_cells_show_the_interval_or_the_seeds() -> None:
     assert cell([{"mean": 0.5, "low": 0.25, "high": 0.75}]) == "0.50 [0.25, 0.75]"
     assert cell([{"mean": 0.01}, {"mean": 0.03}]) == "0.02 [0.01, 0.03]"
     assert cell([None]) == ""
+
+
+def test_unedited_models_stand_above_the_arms(tmp_path: Path) -> None:
+    times: list[int] = []
+
+    def beside() -> dict[str, Any]:
+        times.append(1)
+        return {"before": {"forget.prob": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
+
+    bench = Bench(replace(case_of(tiny_model("llama")), beside=beside), Lines(tmp_path / "lines.jsonl"))
+    assert "before" not in frontier.table(bench, ["npo"], ["full"])
+    for _ in range(2):
+        assert list(bench.beside()) == ["before"]
+    assert len(times) == 1
+    assert "| before | | | | 0.50 [0.4, 0.6] | |" in frontier.table(bench, ["npo"], ["full"])
+
+
+def test_an_arm_of_a_direct_edit_is_another_when_its_defaults_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(case_of(tiny_model("llama")), Lines(tmp_path / "lines.jsonl"))
+    before = bench.arm_key("alphaedit", OWN, 0.0)
+    assert bench.arm_key("npo", "full", 1e-5) == bench.key("arm", "npo", "full", 1e-5)
+    monkeypatch.setitem(frontier.EDITORS, "alphaedit", lambda: AlphaEdit(l2=0.3))
+    assert bench.arm_key("alphaedit", OWN, 0.0) != before
