@@ -60,7 +60,8 @@ class Whole:
             at = torch.tensor([self.rows[i].position for i in group])
             batch = batch_of(self.rows, group)
             with patched(self.model.module, outputs={self.site: _adding(shift, self.rows, group, at)}):
-                yield batch, label_logits(self.model, batch)
+                logits = label_logits(self.model, batch)
+            yield batch, logits
 
 
 @dataclass(frozen=True, eq=False)
