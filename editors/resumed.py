@@ -152,7 +152,7 @@ class Resumed:
     def __call__(
         self, due: Sequence[int], shift: Float[Tensor, "fact d_model"]
     ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
-        for group in _alike(due, self.kept.lengths, self.batch_tokens):
+        for group in _alike(due, self.kept, self.batch_tokens):
             yield self._forward(group, shift)
 
     def _forward(
@@ -184,17 +184,25 @@ class Resumed:
             return batch, label_logits(self.model, batch, **more)
 
 
-def _alike(due: Sequence[int], lengths: Int64[Tensor, " row"], batch_tokens: int) -> list[list[int]]:
-    """Rows in groups of about as many tokens each that fit a forward."""
+def _alike(due: Sequence[int], kept: _Kept, batch_tokens: int) -> list[list[int]]:
+    """Rows in groups of about as many tokens each, no more of them than would fit a forward whole: each has its
+    logits."""
     groups: list[list[int]] = []
-    for i in sorted(due, key=lambda i: (int(lengths[i]), i)):
-        last, length = groups[-1] if groups else [], int(lengths[i])
-        fits = last and (len(last) + 1) * length <= batch_tokens
+    longest = 0
+    for i in sorted(due, key=lambda i: (int(kept.lengths[i]), i)):
+        last, length, whole = (
+            groups[-1] if groups else [],
+            int(kept.lengths[i]),
+            int(kept.lengths[i] + kept.starts[i]),
+        )
+        longest = max(longest, whole)
+        fits = last and (len(last) + 1) * longest <= batch_tokens
         few = length * len(last) < FEW
-        if fits and (few or length <= PADDED * int(lengths[last[0]])):
+        if fits and (few or length <= PADDED * int(kept.lengths[last[0]])):
             last.append(i)
         else:
             groups.append([i])
+            longest = whole
     return groups
 
 
