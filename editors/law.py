@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,19 +11,13 @@ from torch import Tensor
 
 from editors.aim import Aim
 from editors.least_squares import Metric, write
-from editors.located import DownProjection, whole_projections
-from editors.others import facts_for
-from editors.spread import Log, Spread
-from editors.subject import Place
-from locus.delta import WeightDelta
+from editors.located import DownProjection
+from editors.spread import Solve, Spread, SpreadEdit
 from locus.errors import InputError
-from locus.fact import Fact
-from locus.mask import WeightMask
-from locus.model import Model
 
 
 @dataclass(frozen=True)
-class LaW:
+class LaW(SpreadEdit):
     """Large-scale knowledge washing (Wang et al. 2025, arXiv:2405.16720).
 
     Each layer's update D begins as MEMIT's and then climbs ‖D K‖², what it does to the facts' keys K, while its cost
@@ -33,10 +26,6 @@ class LaW:
     matrix of as many rows as there are facts, and what the paper does by Adam and projections is exact here.
     """
 
-    layers: tuple[int, ...] = ()
-    """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
-    most: int = 5
-    """How many layers at most, where none are named."""
     aim: Aim = Aim(lr=0.1, clamp=0.75)
     """What MEMIT's first update aims at."""
     weight: float = 0.3
@@ -47,57 +36,24 @@ class LaW:
     """Steps of the climb."""
     rounds: int = 4
     """How often a fact is written at most; a round edits the facts that are not washed out yet."""
-    washed: float = 0.01
-    """A fact whose target has less probability than this is washed out."""
-    retain_weight: float = 1.0
-    """Weight of the retain facts' keys against the text's in C."""
     ridge: float = 1e-3
     """Added to C's diagonal, as a share of its mean."""
-    moment_tokens: int = 100_000
-    """Tokens of text that C is taken over, at most."""
-    place: Place = "subject"
-    """Edit at the last token of the subject or of the prompt."""
-    batch_tokens: int = 4096
-    """Padded tokens in one forward."""
 
-    def own_mask(self, model: Model) -> WeightMask:
-        """The down projections of the layers named, or of all: what may change where no mask is given."""
-        return whole_projections(model, self.layers)
-
-    def run(
-        self,
-        model: Model,
-        forget: Sequence[Fact],
-        retain: Sequence[Fact],
-        mask: WeightMask,
-        *,
-        text: Sequence[str] = (),
-        folder: Path | None = None,
-        resume: bool = False,
-        log: Log | None = None,
-    ) -> WeightDelta:
-        """Wash the facts out; the model in memory ends bit for bit as it was.
-
-        Keys of retain facts that are not held out count in C; `text` is what the rest of it and the openings are
-        taken from, by default the neutral text that comes with locus.
+    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+        """MEMIT's update, climbed.
 
         Raises:
-            InputError: no facts, a mask without down projections, or a fact without a subject.
+            InputError: C is not positive definite, or beta is below 1.
         """
-        forget = facts_for(self.aim, forget, retain)
-        spread = Spread.over(self, model, forget, retain, mask, text)
         metrics = {layer: Metric.of(moment, self.ridge) for layer, moment in spread.moments.items()}
+        weight = self.weight * spread.model.atlas.d_mlp
 
         def solve(
             one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
         ) -> Float[Tensor, "d_model n"]:
-            return wash(
-                metrics[one.layer], keys, residual, self.weight * model.atlas.d_mlp, self.beta, self.climb
-            )
+            return wash(metrics[one.layer], keys, residual, weight, self.beta, self.climb)
 
-        with spread.borrowed():
-            spread.write_(forget, 0, solve, log)
-        return spread.delta(mask, conditions=[one.condition for one in metrics.values()])
+        return solve, {"conditions": [one.condition for one in metrics.values()]}
 
 
 def wash(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from editors.aim import Aim
 from editors.least_squares import within
-from editors.located import DownProjection, borrowed, chosen_layers, delta_of, down_projections
+from editors.located import (
+    DownProjection,
+    borrowed,
+    chosen_layers,
+    delta_of,
+    down_projections,
+    whole_projections,
+)
+from editors.others import facts_for
 from editors.ramp import Ramp
 from editors.result import settings_of
 from editors.statistics import second_moments
@@ -30,52 +39,73 @@ Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
 """A layer, the facts' keys `n fact` and residuals `d_model fact` -> the update `d_model n` of its n located neurons."""
 
 
-@runtime_checkable
-class Spreading(Protocol):
-    """The settings that all of them have."""
+@dataclass(frozen=True)
+class SpreadEdit:
+    """What edits of many facts over several layers have in common; each adds how it solves for a layer's update."""
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers to edit; none for `most` of the mask's."""
+    layers: tuple[int, ...] = ()
+    """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
+    most: int = 5
+    """How many layers at most, where none are named."""
+    aim: Aim = Aim(to="alternatives", lr=0.1, clamp=0.75)
+    """What the model should say instead, and how the state that makes it say so is found."""
+    rounds: int = 3
+    """How often a fact is written at most: what the model still says after a round is written again."""
+    washed: float = 0.01
+    """A fact whose target has no more probability than this is not written again."""
+    batch: int = 0
+    """Facts edited at once; 0 for all."""
+    retain_weight: float = 1.0
+    """Weight of the retain facts' keys against the text's in the second moment."""
+    moment_tokens: int = 100_000
+    """Tokens of text that the second moment is taken over, at most."""
+    place: Place = "subject"
+    """Edit at the last token of the subject or of the prompt."""
+    batch_tokens: int = 4096
+    """Padded tokens in one forward."""
 
-    @property
-    def most(self) -> int:
-        """How many layers at most, where none are named."""
+    def own_mask(self, model: Model) -> WeightMask:
+        """The down projections of the layers named, or of all: what may change where no mask is given."""
+        return whole_projections(model, self.layers)
 
-    @property
-    def aim(self) -> Aim:
-        """What the model should say instead."""
+    def run(
+        self,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        *,
+        text: Sequence[str] = (),
+        folder: Path | None = None,
+        resume: bool = False,
+        log: Log | None = None,
+    ) -> WeightDelta:
+        """Edit the facts, batch after batch; the model in memory ends bit for bit as it was.
 
-    @property
-    def rounds(self) -> int:
-        """How often a fact is written at most."""
+        Keys of retain facts that are not held out count in the second moment; `text` is what the rest of it and the
+        openings are taken from, by default the neutral text that comes with locus. `folder` and `resume` are not
+        needed.
 
-    @property
-    def washed(self) -> float:
-        """A fact whose target has no more probability than this is not written again."""
+        Raises:
+            InputError: no facts, a mask without down projections, a fact without a subject, or what `solver` says.
+        """
+        forget = facts_for(self.aim, forget, retain)
+        spread = Spread.over(self, model, forget, retain, mask, text)
+        solve, about = self.solver(spread)
+        with spread.borrowed():
+            spread.write_(forget, solve, log)
+        return spread.delta(mask, **about)
 
-    @property
-    def retain_weight(self) -> float:
-        """Weight of the retain facts' keys against the text's."""
-
-    @property
-    def moment_tokens(self) -> int:
-        """Tokens of text that second moments are taken over."""
-
-    @property
-    def place(self) -> Place:
-        """At which token facts are edited."""
-
-    @property
-    def batch_tokens(self) -> int:
-        """Padded tokens in one forward."""
+    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+        """How a layer's update is solved for, and what the delta's provenance says of it."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class Spread:
     """Where such an edit writes, what must stay, and what it has written so far."""
 
-    editor: Spreading
+    editor: SpreadEdit
     model: Model
     located: Sequence[DownProjection]
     prefixes: Sequence[str]
@@ -89,7 +119,7 @@ class Spread:
     @classmethod
     def over(
         cls,
-        editor: Spreading,
+        editor: SpreadEdit,
         model: Model,
         forget: Sequence[Fact],
         retain: Sequence[Fact],
@@ -131,12 +161,12 @@ class Spread:
         with borrowed(self.model, self.written.updates):
             yield
 
-    def write_(self, facts: Sequence[Fact], size: int, solve: Solve, log: Log | None) -> None:
-        """Edit facts in the borrowed weights, `size` of them at a time; 0 for all at once.
+    def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
+        """Edit the facts in the borrowed weights, batch after batch.
 
         What the model then still says of a batch is searched for and written again, up to `rounds` times in all.
         """
-        for batch in batches_of(facts, size):
+        for batch in batches_of(facts, self.editor.batch):
             left = list(batch)
             for _ in range(self.editor.rounds):
                 self._write_once_(left, solve, log)

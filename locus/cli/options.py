@@ -207,7 +207,11 @@ def _leaves(made: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
     from docstring_parser import parse_from_object
 
     hints = get_type_hints(type(made))
-    docs = {p.arg_name: p.description or "" for p in parse_from_object(type(made)).params}
+    docs = {
+        p.arg_name: p.description or ""
+        for cls in reversed(type(made).__mro__[:-1])
+        for p in parse_from_object(cls).params
+    }
     for field in dataclasses.fields(made):
         value = getattr(made, field.name)
         if dataclasses.is_dataclass(value):
