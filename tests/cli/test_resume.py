@@ -89,7 +89,7 @@ def test_trace(world):
 
 def test_edit(world):
     command = ["edit", "model", "facts.jsonl", "--mask", "mask.safetensors", "--method", "ga", "-q"]
-    command += ["--steps", "400", "--min-steps", "400", "--save-every", "1", "--utility", "0", "--floor", "0"]
+    command += ["--steps", "150", "--min-steps", "150", "--save-every", "1", "--utility", "0", "--floor", "0"]
     command += ["--goal", "0", "--lr", "1e-4"]
     assert _in(world, [*command, "-o", "whole-edit"]) == 0
     out = world / "broken-edit"

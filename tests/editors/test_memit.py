@@ -77,7 +77,7 @@ def test_what_the_model_still_says_is_written_again(editor: type) -> None:
     settings = {"layers": (1,), "aim": AIM}
     settings |= {"weight": 100.0} if editor is MEMIT else {"threshold": 50.0, "l2": 20.0}
     losses, probs = [measure(model, news).nll.mean()], measure(model, two).prob
-    for rounds in (1, 2, 4):
+    for rounds in (1, 3):
         made = editor(**settings, rounds=rounds, washed=0.0).run(model, two, [], down(model), text=TEXT)
         assert made.provenance["rounds"] == {fact.id: rounds for fact in two}
         assert made.provenance["unwashed"] == [fact.id for fact in two]
