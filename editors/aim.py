@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from editors.resumed import shifted
+from editors.resumed import Resumed, shifted
 from editors.subject import Place, Row, behind, row, states
 from locus import progress
 from locus.errors import InputError
@@ -89,6 +89,8 @@ class Shift:
     """Probability of the target's first token then, mean over the openings."""
     steps: int
     """Steps taken by the slowest fact."""
+    resumed: bool
+    """Whether forwards could begin at the shift; else the model was run whole, which takes longer."""
 
 
 def find_shifts(
@@ -117,6 +119,7 @@ def find_shifts(
         torch.cat([one.loss for one in found]),
         torch.cat([one.prob for one in found]),
         max(one.steps for one in found),
+        all(one.resumed for one in found),
     )
 
 
@@ -159,7 +162,8 @@ def _found(
         if not search.step():
             break
         line.advance(note=f"loss {float(search.loss.mean()):.2f}")
-    return Shift(search.shift.detach().double().cpu(), start, search.loss, search.prob, search.steps)
+    resumed = isinstance(search.forwards, Resumed)
+    return Shift(search.shift.detach().double().cpu(), start, search.loss, search.prob, search.steps, resumed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -158,6 +158,7 @@ class _Memory:
             "loss": self.losses[fact.id],
             "prob": float(found.prob[0]),
             "steps": found.steps,
+            "resumed": found.resumed,
             "shift": float(found.shift.norm()),
             "value": float(found.start.norm()),
             "norm": float(self.total.norm()),

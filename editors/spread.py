@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class SpreadEdit:
+class SpreadEdit(ABC):
     """What edits of many facts over several layers have in common; each adds how it solves for a layer's update."""
 
     layers: tuple[int, ...] = ()
@@ -96,9 +97,9 @@ class SpreadEdit:
             spread.write_(forget, solve, log)
         return spread.delta(mask, **about)
 
+    @abstractmethod
     def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
         """How a layer's update is solved for, and what the delta's provenance says of it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +213,13 @@ class Written:
         }
         self._earlier: dict[int, dict[str, Tensor]] = {one.layer: {} for one in located}
         self._fresh: list[tuple[int, Tensor]] = []
-        self.about: dict[str, Any] = {"losses": {}, "missing": {}, "rounds": {}, "unwashed": []}
+        self.about: dict[str, Any] = {
+            "losses": {},
+            "missing": {},
+            "rounds": {},
+            "unwashed": [],
+            "resumed": True,
+        }
 
     def earlier(self, one: DownProjection) -> Float[Tensor, "n key"]:
         """A layer's keys of the facts written before, which are to stay where they are."""
@@ -248,6 +255,7 @@ class Written:
         for layer, keys in self._fresh:
             self._earlier[layer] |= dict(zip((fact.id for fact in facts), keys.unbind(1), strict=True))
         self._fresh.clear()
+        self.about["resumed"] &= ramp.found.resumed
         missing = ramp.missing().norm(dim=1) / ramp.found.shift.norm(dim=1).clamp_min(1e-12)
         for fact, loss, left in zip(facts, ramp.found.loss.tolist(), missing.tolist(), strict=True):
             self.about["losses"][fact.id], self.about["missing"][fact.id] = loss, left

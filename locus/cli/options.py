@@ -209,7 +209,7 @@ def _leaves(made: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
     hints = get_type_hints(type(made))
     docs = {
         p.arg_name: p.description or ""
-        for cls in reversed(type(made).__mro__[:-1])
+        for cls in filter(dataclasses.is_dataclass, reversed(type(made).__mro__))
         for p in parse_from_object(cls).params
     }
     for field in dataclasses.fields(made):
