@@ -13,8 +13,8 @@ every objective in the neurons of `saliency`; at other places an objective takes
 over NPO. Random seeds share one. Beside them stand edits without training, as their defaults have them (not for TOFU,
 whose questions name no subject).
 
-Arms are compared at equal forgetting: an edit's change is made smaller or larger, by bisection, until the mean
-p(target) is 0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
+Arms are compared at equal forgetting: an edit's change is made smaller or larger until the mean p(target) is
+0.01 (strength 1 is the edit as trained, at most 1.5); one that cannot reach it is reported at strength 1
 and marked. The change is then audited (`locus.audit`): paraphrases, held-out facts, neighbours, KL on unseen text,
 the logit lens, relearning on half of the facts. TOFU's edits take the rates found on facts, and are compared where a
 model that never saw the forgotten answers stands (`frontier_tofu`). Intervals are the audit's (95 %); for random masks
@@ -56,6 +56,9 @@ from locus.tokens import encode_text
 from tracing import AllNeurons, GradientSaliency, Imprint, KnowledgeNeurons, RandomNeurons
 
 STRONGEST = 1.5
+CLOSE = 0.97
+"""Of the goal's probability: arms this near below it forget equally."""
+MOST_ASKED = 8
 STEPS = 20
 NAMES = ("npo", "rkld", "simnpo", "dpo", "kl-min", "undial")
 DIRECT = ("memit", "alphaedit", "rome")
@@ -271,9 +274,11 @@ def merit(found: dict[str, Any]) -> float:
 
 
 def equal_forgetting(case: Case, delta: WeightDelta, forget: Asked) -> tuple[float | None, float]:
-    """The strength at which the case's mean probability is its goal, and what it is there.
+    """A strength at which the case's mean probability is its goal or a little less (CLOSE), and what it is there.
 
-    None, and what it is at strength 1, where STRONGEST does not do.
+    None, and what it is at strength 1, where STRONGEST does not do. Found by false position on the logarithm of the
+    probability (the Illinois rule: an end that stays counts half; of the base only that it is not over 1); at most
+    MOST_ASKED strengths are asked between.
     """
     state = State("edit", "edit", case.model, delta)
 
@@ -281,15 +286,28 @@ def equal_forgetting(case: Case, delta: WeightDelta, forget: Asked) -> tuple[flo
         with state.at_strength(case.model, strength) as edited:
             return float(case.likely(ask(edited, forget)).mean())
 
-    weak, strong = 0.0, 1.0
-    if (at_one := prob(1.0)) > case.goal:
-        weak, strong = 1.0, STRONGEST
-        if prob(STRONGEST) > case.goal:
+    def above(prob: float) -> float:
+        """How far above the middle of what is accepted, in nats."""
+        return math.log(max(prob, 1e-30) / max(case.goal, 1e-30)) - math.log(CLOSE) / 2
+
+    at_one = prob(1.0)
+    if at_one > case.goal:
+        weak, strong, high, found = 1.0, STRONGEST, above(at_one), prob(STRONGEST)
+        if found > case.goal:
             return None, at_one
-    for _ in range(6):
-        middle = (weak + strong) / 2
-        weak, strong = (middle, strong) if prob(middle) > case.goal else (weak, middle)
-    return strong, prob(strong)
+    else:
+        weak, strong, high, found = 0.0, 1.0, above(1.0), at_one
+    low, side = above(found), 0
+    for _ in range(MOST_ASKED):
+        if found >= CLOSE * case.goal:
+            break
+        middle = weak + (strong - weak) * high / (high - low)
+        if (here := prob(middle)) > case.goal:
+            weak, high, low, side = middle, above(here), low / 2 if side > 0 else low, 1
+        else:
+            strong, low, found = middle, above(here), here
+            high, side = high / 2 if side < 0 else high, -1
+    return strong, found
 
 
 def cell(figures: Sequence[dict[str, Any] | None]) -> str:

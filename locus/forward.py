@@ -101,18 +101,28 @@ def collate(encoded: Sequence[Encoded], examples: Sequence[int]) -> Batch:
     )
 
 
-def batches(encoded: Sequence[Encoded], max_tokens: int = 4096) -> list[Batch]:
-    """Cut a list of examples into batches of at most `max_tokens` padded tokens (at least one example each).
+MOST_PADDING = 64
+"""Tokens of padding in a batch; to run that many more costs about as much as to run another batch."""
 
-    Examples are sorted by length so that little is padding; `Batch.example` leads back to the caller's order.
+
+def batches(encoded: Sequence[Encoded], max_tokens: int = 4096) -> list[Batch]:
+    """Cut a list of examples into batches of at most `max_tokens` tokens, MOST_PADDING of them padding.
+
+    A batch has at least one example. Examples are sorted by length so that little is padding; `Batch.example` leads
+    back to the caller's order.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids), i))
     groups: list[list[int]] = []
+    asked = 0
     for index in order:
-        if groups and (len(groups[-1]) + 1) * len(encoded[index].ids) <= max_tokens:
+        length = len(encoded[index].ids)
+        padded = (len(groups[-1]) + 1) * length if groups else 0
+        asked += length
+        if groups and padded <= max_tokens and padded - asked <= MOST_PADDING:
             groups[-1].append(index)
         else:
             groups.append([index])
+            asked = length
     return [collate(encoded, group) for group in groups]
 
 

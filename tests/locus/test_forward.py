@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from locus.fact import Example
-from locus.forward import batches, label_logits, label_nll, measure
-from locus.tokens import encode
+from locus.forward import MOST_PADDING, batches, label_logits, label_nll, measure
+from locus.tokens import Encoded, encode
 from tests.tiny import ARCHITECTURES, tiny_model
 
 EXAMPLES = [
@@ -64,6 +64,15 @@ def test_batches_hold_every_example_once_within_the_budget():
     made = batches(encoded, max_tokens=40)
     assert sorted(i for batch in made for i in batch.examples) == list(range(len(encoded)))
     assert all(batch.ids.numel() <= 40 or len(batch.examples) == 1 for batch in made)
+
+
+def test_a_batch_is_cut_before_its_padding_costs_more_than_another():
+    """Thirty of 10 tokens and thirty of 100; and 40 lengths a token apart, whose one batch would be a third padding."""
+    two = [Encoded(tuple(range(n)), 1, None, ()) for n in [10, 100] * 30]
+    assert [batch.ids.shape for batch in batches(two)] == [(30, 10), (30, 100)]
+    growing = batches([Encoded(tuple(range(n)), 1, None, ()) for n in range(40, 80)])
+    padding = [int((batch.attention_mask == 0).sum()) for batch in growing]
+    assert max(padding) <= MOST_PADDING and len(growing) == 4  # of 11, 11, 11 and 7: 0 + 1 + ... + 10 = 55
 
 
 def test_gradients_flow_and_only_labels_are_unembedded():
