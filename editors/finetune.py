@@ -36,11 +36,11 @@ from editors.stopping import RISE, look, verdict
 from editors.team import BY_ITSELF, Deal, Team
 from editors.training import Training, lr_at, make_optimizer
 from locus import progress
+from locus.blame import first_at_fault
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import Fact
-from locus.finite import first_at_fault
 from locus.forward import Batch, collate, measure
 from locus.mask import WeightMask
 from locus.model import Model

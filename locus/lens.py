@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from locus.artefact import load_tensors, save_tensors
+from locus.blame import blame
 from locus.errors import InputError
-from locus.finite import blame, is_finite
+from locus.finite import is_finite
 from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model

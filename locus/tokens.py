@@ -8,14 +8,12 @@ under SentencePiece and non-ASCII ones under byte-level BPE.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from locus.chat import Turn, turn
 from locus.errors import InputError
 from locus.fact import Example, Fact
-
-if TYPE_CHECKING:
-    from locus.model import Model
+from locus.model import Model
 
 _SPACE_MARKS = "Ġ▁"  # how byte-level BPE and SentencePiece write a space in a token's name
 _SECOND_BYTE = "\ufffd"  # shown for a token that only completes a character begun by the one before

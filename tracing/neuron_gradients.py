@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from locus.blame import blame
 from locus.errors import InputError
 from locus.fact import Example, Fact
-from locus.finite import blame
 from locus.forward import Batch, label_logits, label_nll
 from locus.hooks import patched
 from locus.model import Model
