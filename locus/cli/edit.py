@@ -189,7 +189,7 @@ def mask_for(
 def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
     """One line on how an edit ended, and what is wrong with it."""
     outcome = about.get("outcome", {})
-    said = [f"{delta.n_changed:,} weights changed"]
+    said = [f"{delta.n_changed:,} weights changed", *_answers(about.get("answers"))]
     if "reached" in outcome:
         missed = "" if outcome["reached"] else ", the goal not reached"
         said.append(f"strength {outcome['strength']:.3g}{missed}")
@@ -202,6 +202,25 @@ def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
     if over := outcome.get("over_forgotten"):
         said.append(f"over-forgotten, less probable than chance: {len(over)} ({', '.join(over[:3])})")
     return "; ".join(said)
+
+
+SENTENCE = 8
+"""Targets of more tokens on average are judged by the token: a sentence is improbable as a whole, known or not."""
+
+
+def _answers(asked: Mapping[str, Any] | None) -> list[str]:
+    """The targets before and after, in words."""
+    from locus.audit.verdict import in_percent
+
+    if asked is None:
+        return []
+    whole = asked["tokens"] <= SENTENCE
+    which, what = ("prob", "p(target)") if whole else ("prob_token", "p of a target's token")
+    before, after = asked["before"], asked["after"]
+    return [
+        f"{what} {in_percent(before[which])} → {in_percent(after[which])}, "
+        f"right {before['right']} → {after['right']} of {asked['facts']}"
+    ]
 
 
 def _told(about: Mapping[str, Any], line: str) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from locus.ranks import Ranks
 
 DELTA, ABOUT, HISTORY, DOSE = "delta.safetensors", "edit.json", "history.jsonl", "dose.png"
+BATCH_TOKENS = 1024
+"""Of the last question, whether it worked: less than any edit itself needs."""
 
 
 def edit_into(
@@ -93,13 +95,43 @@ def edit_into(
             log=log,
             **together,
         )
+    answers = answers_of(model, forget, delta) if not together else None
     if first:
-        _write(folder, delta, history, about)
+        _write(folder, delta, history, about, answers)
     return delta
 
 
+def answers_of(model: Model, forget: Sequence[Fact], delta: WeightDelta) -> dict[str, Any] | None:
+    """What the model gives to the targets before and after; None where its weights are not all in memory.
+
+    `prob` is the mean probability of a whole target, `prob_token` that of a token (exp(-NLL / tokens), averaged over
+    the facts), `right` the facts whose every token is the first choice.
+    """
+    from locus.forward import TargetScores, measure
+
+    if any(parameter.is_meta for parameter in model.module.parameters()):
+        return None
+
+    def told(scores: TargetScores) -> dict[str, Any]:
+        return {
+            "prob": float(scores.prob.mean()),
+            "prob_token": float((-scores.nll / scores.n_tokens).exp().mean()),
+            "right": int(scores.correct.sum()),
+        }
+
+    before = measure(model, forget, BATCH_TOKENS)
+    with delta.applied(model):
+        after = measure(model, forget, BATCH_TOKENS)
+    tokens = float(before.n_tokens.float().mean())
+    return {"facts": len(forget), "tokens": tokens, "before": told(before), "after": told(after)}
+
+
 def _write(
-    folder: Path, delta: WeightDelta, history: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+    folder: Path,
+    delta: WeightDelta,
+    history: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    answers: Mapping[str, Any] | None,
 ) -> None:
     """The files of a finished edit; what could be resumed is no longer needed."""
     from locus.artefact import atomic_file, save_json
@@ -113,6 +145,7 @@ def _write(
         {
             **about,
             "outcome": _plain(dict(delta.provenance)),
+            "answers": answers,
             "changed": delta.n_changed,
             "rounding": delta.rounding.to_json(),
         },

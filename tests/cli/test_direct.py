@@ -102,6 +102,34 @@ def test_without_a_mask_and_a_method_it_is_alphaedit(place, tmp_path):
     assert json.loads((tmp_path / "masked" / "edit.json").read_text())["method"] == "npo"
 
 
+def test_an_edit_says_what_became_of_the_answers(place, tmp_path, capsys):
+    """Asked again here, of the model as exported; a long target is judged by the token."""
+    out, changed = tmp_path / "edit", tmp_path / "changed"
+    assert edit(place, out, "--method", "neuron-zero", "--neurons", "0:3", "1:7") == 0
+    line = capsys.readouterr().out.replace("\n", " ")
+    told = json.loads((out / "edit.json").read_text())["answers"]
+    assert (
+        execute(
+            [
+                "export",
+                str(place / "model"),
+                "--delta",
+                str(out / "delta.safetensors"),
+                "-o",
+                str(changed),
+                "-q",
+            ]
+        )
+        == 0
+    )
+    for folder, said in ((place / "model", told["before"]), (changed, told["after"])):
+        scores = measure(locus.load_model(folder), locus.read_facts(place / "forget.jsonl"))
+        assert said["prob"] == pytest.approx(float(scores.prob), rel=1e-4)
+        assert said["right"] == int(scores.correct) and told["tokens"] == int(scores.n_tokens)
+    assert told["before"]["prob"] != told["after"]["prob"]
+    assert "p(target) " in line and f"right {told['before']['right']} → {told['after']['right']} of 1" in line
+
+
 def test_a_new_target_is_written(place, tmp_path):
     options = (
         "--method",
