@@ -26,7 +26,7 @@ from editors.objective import Answering, Finishing, Objective
 from editors.parametrize import Deltas, Trained
 from editors.prediction import Kept, Prediction
 from editors.recompute import recomputed
-from editors.reference import References
+from editors.reference import References, said_before
 from editors.result import settings_of, weight_delta
 from editors.retain import Retain, mean_kl
 from editors.rounding import saved_dtypes
@@ -93,7 +93,7 @@ def finetune(
     training = objective.training
     team = Team.of(ranks, model)
     deltas = _deltas(model, mask, training, team)
-    with unmoved(model.module):
+    with unmoved(model.module) as base:
         data = Data.read(model, forget, retain, text, objective.retain, training)
         run = Run(
             objective,
@@ -101,7 +101,7 @@ def finetune(
             deltas,
             data,
             make_optimizer(training, deltas.parameters),
-            _references(objective.retain, model, deltas, team),
+            _references(objective.retain, model, deltas, team, base),
             team,
         )
         team.settle(data, run.identity)
@@ -138,15 +138,18 @@ def _deltas(model: Model, mask: WeightMask, training: Training, team: Team) -> T
     return Deltas(model.module, mask, saved)
 
 
-def _references(term: Retain, model: Model, deltas: Trained, team: Team) -> References | None:
-    """Where what the base says is kept, if it is to be kept.
+def _references(
+    term: Retain, model: Model, deltas: Trained, team: Team, base: Mapping[str, str]
+) -> References | None:
+    """Where what the base, of these digests, says is kept, if it is to be kept.
 
     A sharded base is asked every time: what one process has kept, another would still have to ask all for.
     """
     if term.reference == "live" or team.in_step:
         return None
-    folder = cache_folder() / "references" if term.reference == "disk" else None
-    return References(model, deltas, folder)
+    if term.reference == "disk":
+        return References(model, deltas, cache_folder() / "references")
+    return References(model, deltas, known=said_before(model.module, base))
 
 
 @dataclass(frozen=True, eq=False)

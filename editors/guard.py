@@ -28,14 +28,14 @@ def every_digest(module: nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def unmoved(module: nn.Module) -> Iterator[None]:
-    """Check on leaving that every tensor of the module is bit for bit what it was on entering.
+def unmoved(module: nn.Module) -> Iterator[dict[str, str]]:
+    """Check on leaving that every tensor of the module is bit for bit what it was on entering; gives their digests.
 
     Raises:
         MaskLeak: naming the tensors that moved, appeared or went.
     """
     before = every_digest(module)
-    yield
+    yield before
     after = every_digest(module)
     moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if moved:

@@ -1,23 +1,24 @@
 """The reference model as numbers: what the base says of retain data, asked once for each example.
 
-The base is frozen, so it can always be asked with the deltas silenced; an example that comes again, or several edits
-of one model on the same data (controls, sweeps), need not ask again. What is kept are the states that the base
-unembeds, d_model numbers a target token; the logits are made of them when they are needed, by the model's own way from
-there. States are computed for one example at a time, so that they never depend on what else was in the batch.
+The base is frozen, so it can always be asked with the deltas silenced; an example that comes again, also in another
+edit of the same model (controls, sweeps), is not asked again. What is kept are the states that the base unembeds,
+d_model numbers a target token; the logits are made of them when they are needed, by the model's own way from there.
+States are computed for one example at a time, so that they never depend on what else was in the batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from editors.parametrize import Trained
 from locus.artefact import load_tensors, save_tensors
@@ -28,6 +29,23 @@ from locus.tokens import Encoded
 KIND = "reference"
 MOST_BYTES = 1 << 29
 """States that are kept in memory; beyond that the base is asked every time."""
+
+
+_SAID: WeakKeyDictionary[nn.Module, tuple[Mapping[str, str], dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+def said_before(module: nn.Module, base: Mapping[str, str]) -> dict[str, Float[Tensor, "label d_model"]]:
+    """What earlier edits have asked of a model in memory, by key, to be added to; nothing where its weights are others.
+
+    Args:
+        module: The model; with it goes what it said.
+        base: Digests of its tensors (`editors.guard.every_digest`).
+    """
+    digests, said = _SAID.get(module, (None, {}))
+    if digests != base:
+        digests, said = base, {}
+        _SAID[module] = (base, said)
+    return said
 
 
 @dataclass(frozen=True, eq=False)

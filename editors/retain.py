@@ -81,7 +81,7 @@ class Retain:
     """Neutral paragraphs a step."""
     reference: Literal["live", "memory", "disk"] = "memory"
     """Ask the base at every step, or once for each example and keep what it unembeds, d_model numbers a token: in
-    memory (at most half a gigabyte), or on the disk, in the user's cache, for later edits too."""
+    memory for as long as the model is there (at most half a gigabyte), or on the disk, in the user's cache."""
     layers: tuple[int, ...] = ()
     """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from editors import NPO, Retain, Training, reference
 from editors.parametrize import Deltas
 from editors.reference import References
-from locus.forward import collate, head_logits, label_logits, label_states, unembedded
+from locus.delta import WeightDelta
+from locus.forward import Batch, collate, head_logits, label_logits, label_states, unembedded
 from locus.mask import WeightMask, shapes_of
+from locus.model import Model
 from locus.tokens import encode
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
+from tracing import RandomNeurons
 
 
 def test_kept_logits_are_the_bases_and_are_asked_once(tmp_path: Path) -> None:
@@ -63,3 +67,34 @@ def test_no_more_is_kept_than_fits() -> None:
         references = References(model, Deltas(model.module, WeightMask({})), most_bytes=most)
         torch.testing.assert_close(references.logits(encoded, batch), label_logits(model, batch))
         assert len(references.known) == n_kept
+
+
+def test_a_second_edit_of_the_model_asks_the_base_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes out as after a fresh load; where a weight has moved, all is asked again."""
+    asked: list[int] = []
+
+    def counted(model: Model, batch: Batch) -> torch.Tensor:
+        asked.append(len(batch.examples))
+        return label_states(model, batch)
+
+    monkeypatch.setattr(reference, "label_states", counted)
+    training = Training(steps=3, lr=0.01, goal=0.0, floor=0.0, utility=0.0, max_kl=0.0, forget_per_step=1)
+    editor = NPO(training=training, retain=Retain(term="kl", facts=2, texts=0))
+    forget, retain = tiny_facts()[:1], tiny_facts()[1:]
+
+    def edit(model: Model, seed: int) -> WeightDelta:
+        mask = RandomNeurons(seed=seed).run(model).top(8)
+        return editor.run(model, forget, retain, mask)
+
+    model = tiny_model("smollm")
+    edit(model, 0)
+    n = len(asked)
+    assert n > 0
+    second = edit(model, 1)
+    assert len(asked) == n
+    fresh = edit(tiny_model("smollm"), 1)
+    assert len(asked) == 2 * n and second.after == fresh.after
+    with torch.no_grad():
+        next(model.module.parameters()).view(-1)[0] += 1e-3
+    edit(model, 1)
+    assert len(asked) == 3 * n
