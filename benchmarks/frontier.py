@@ -4,6 +4,7 @@
     python -m benchmarks.frontier --objectives npo dpo --places saliency random-0 full
     python -m benchmarks.frontier --case tofu --tofu FOLDER        forget01, beside a model that never saw it
     python -m benchmarks.frontier --table                  what is finished so far, without running anything
+    python -m benchmarks.frontier --table --picture frontier.png       and draws it
 
 An arm is an objective and a place: 1 % of the neurons by one of three localizers (saliency also as 1 % of each layer's)
 or at random (three seeds), all MLPs, or every weight. All arms share the retain term (KL on 8 facts and a paragraph a
@@ -28,7 +29,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks.frontier_cases import Case, Questions, facts_case
+from benchmarks.frontier_picture import Dot, draw
 from benchmarks.frontier_tofu import tofu_case
 from benchmarks.inj import Lines
 from editors import EDITORS, OBJECTIVES
@@ -324,34 +326,54 @@ def cell(figures: Sequence[dict[str, Any] | None]) -> str:
     return text if low is None else f"{text} [{low:.2g}, {high:.2g}]"
 
 
-def table(bench: Bench, names: Sequence[str], places: Sequence[str]) -> str:
-    """Markdown, a line an arm that is finished; seeds of random masks in one line."""
+Row = tuple[str, str, list[dict[str, Any]]]
+"""Objective, kind of place, and the finished arms."""
+
+
+def rows(bench: Bench, names: Sequence[str], places: Sequence[str]) -> Iterator[Row]:
+    """What is finished; seeds of random masks in one row."""
+    for name in names:
+        for kind in [OWN] if name in DIRECT else dict.fromkeys(map(kind_of, places)):
+            alike = [place for place in [*places, OWN] if kind_of(place) == kind]
+            if arms := [arm for place in alike if (arm := bench.finished(name, place)) is not None]:
+                yield name, kind, arms
+
+
+def table(bench: Bench, found: Iterable[Row]) -> str:
+    """Markdown, a line a row."""
     lines = [f"| objective | where | rate | strength | {' | '.join(bench.case.columns.values())} | s |"]
     lines.append("|" + "---|" * (len(bench.case.columns) + 5))
     for state, figures in bench.beside(run=False).items():
         cells = [cell([figures[column]]) for column in bench.case.columns]
         lines.append(f"| {state} | | | | {' | '.join(cells)} | |")
-    for name in names:
-        for kind in [OWN] if name in DIRECT else dict.fromkeys(map(kind_of, places)):
-            arms = [
-                a for p in [*places, OWN] if kind_of(p) == kind and (a := bench.finished(name, p)) is not None
-            ]
-            if not arms:
-                continue
-            missed = sum(arm["strength"] is None for arm in arms)
-            strength = sum(arm["strength"] or 1.0 for arm in arms) / len(arms)
-            cells = [cell([arm["figures"][column] for arm in arms]) for column in bench.case.columns]
-            seconds = sum(arm["seconds"] for arm in arms) / len(arms)
-            label = f"{kind} ({len(arms)} seeds)" if kind == "random" else kind
-            mark = f" ({missed} missed)" if missed else ""
-            first = [
-                name,
-                label,
-                f"{arms[0]['rate']:.0e}" if arms[0]["rate"] else "",
-                f"{strength:.2f}{mark}",
-            ]
-            lines.append(f"| {' | '.join([*first, *cells, f'{seconds:.0f}'])} |")
+    for name, kind, arms in found:
+        missed = sum(arm["strength"] is None for arm in arms)
+        strength = sum(arm["strength"] or 1.0 for arm in arms) / len(arms)
+        cells = [cell([arm["figures"][column] for arm in arms]) for column in bench.case.columns]
+        seconds = sum(arm["seconds"] for arm in arms) / len(arms)
+        label = f"{kind} ({len(arms)} seeds)" if kind == "random" else kind
+        mark = f" ({missed} missed)" if missed else ""
+        rate = f"{arms[0]['rate']:.0e}" if arms[0]["rate"] else ""
+        lines.append(
+            f"| {' | '.join([name, label, rate, f'{strength:.2f}{mark}', *cells, f'{seconds:.0f}'])} |"
+        )
     return "\n".join(lines)
+
+
+def picture(bench: Bench, found: Iterable[Row], path: Path) -> None:
+    """The same rows, but for intervals (`frontier_picture`)."""
+    panels = bench.case.panels
+
+    def means(states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        measured = [key for key in (bench.case.kl, *panels) if all(figures[key] for figures in states)]
+        return {key: sum(figures[key]["mean"] for figures in states) / len(states) for key in measured}
+
+    dots = [
+        Dot(name, kind, any(a["strength"] is None for a in arms), means([a["figures"] for a in arms]))
+        for name, kind, arms in found
+    ]
+    beside = {state: means([figures]) for state, figures in bench.beside(run=False).items()}
+    draw(dots, bench.case.kl, panels, beside, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -365,6 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--objectives", nargs="+", choices=(*OBJECTIVES, *DIRECT))
     parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
     parser.add_argument("--table", action="store_true", help="only print what is finished")
+    parser.add_argument("--picture", type=Path, help="draw what is finished besides")
     parser.add_argument("--out", type=Path, default=cache_folder() / "frontier")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -379,7 +402,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in objectives:
             for place in [OWN] if name in DIRECT else args.places:
                 bench.arm(name, place)
-    print(table(bench, objectives, args.places), flush=True)
+    found = list(rows(bench, objectives, args.places))
+    print(table(bench, found), flush=True)
+    if args.picture is not None:
+        picture(bench, found, args.picture)
 
 
 if __name__ == "__main__":

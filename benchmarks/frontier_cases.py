@@ -42,7 +42,10 @@ class Case:
     """Neutral paragraphs that an edit may read."""
     columns: Mapping[str, str]
     """Figures of the table, and what stands above them."""
+    panels: Mapping[str, str]
+    """Those that the picture shows against `kl`."""
     judge: Callable[[WeightDelta, WeightMask], Figures]
+    kl: str = "kl"
     beside: Callable[[], Mapping[str, Figures]] = dict
     """Models that are not edited, by name: the figures of what edits start from, and of what they should end as."""
     tuning: Questions | None = None
@@ -77,7 +80,13 @@ def facts_case() -> Case:
         reported,
         text,
         AUDITED,
+        {
+            "neighbour.top1": "neighbours right (high is good)",
+            "paraphrase.top1": "paraphrases right (low is good)",
+            "relearn.prob": "p relearned (low is good)",
+        },
         judge,
+        "text.kl",
         beside=lambda: {"before": figures_of(judge.base, "base")},
         tuning=Questions("tuning", chosen, halved(left)),
     )

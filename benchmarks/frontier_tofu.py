@@ -74,6 +74,11 @@ def tofu_case(folder: Path, epochs: int) -> Case:
         asked,
         text,
         COLUMNS,
+        {
+            "held_out": "p of held-out (high is good)",
+            "forget_quality": "forget quality (high is good)",
+            "relearned": "p relearned (low is good)",
+        },
         judge,
         likely=per_token,
         goal=float(per_token(ask(never, ask_about(never, forget, [])["forget"])).mean()),

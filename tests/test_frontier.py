@@ -13,6 +13,7 @@ import torch
 from benchmarks import frontier
 from benchmarks.frontier import OWN, Bench, cell, equal_forgetting, merit
 from benchmarks.frontier_cases import Case, Questions
+from benchmarks.frontier_picture import draw
 from benchmarks.frontier_tofu import COLUMNS, TofuJudge, per_token
 from benchmarks.inj import Lines
 from editors import GA, AlphaEdit, Training
@@ -34,7 +35,7 @@ def case_of(model: Model, goal: float = 0.01) -> Case:
     def judge(delta: WeightDelta, mask: WeightMask) -> dict[str, Any]:
         raise AssertionError("not to be judged")
 
-    return Case("none", model, nothing, [], {"forget.prob": "p"}, judge, goal=goal)
+    return Case("none", model, nothing, [], {"forget.prob": "p"}, {}, judge, goal=goal)
 
 
 def test_the_strength_found_is_the_least_that_forgets_enough() -> None:
@@ -84,7 +85,7 @@ def test_what_is_not_run_has_no_rate_and_no_row(tmp_path: Path) -> None:
     bench = Bench(case_of(tiny_model("llama")), Lines(tmp_path / "lines.jsonl"))
     assert bench.best_rate("npo", "full", run=False) is None
     assert bench.finished("dpo", "random-1") is None
-    assert frontier.table(bench, ["npo"], ["saliency"]).count("\n") == 1
+    assert frontier.table(bench, frontier.rows(bench, ["npo"], ["saliency"])).count("\n") == 1
 
 
 def test_rates_may_come_from_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +166,37 @@ def test_unedited_models_stand_above_the_arms(tmp_path: Path) -> None:
         return {"before": {"forget.prob": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
 
     bench = Bench(replace(case_of(tiny_model("llama")), beside=beside), Lines(tmp_path / "lines.jsonl"))
-    assert "before" not in frontier.table(bench, ["npo"], ["full"])
+    assert "before" not in frontier.table(bench, frontier.rows(bench, ["npo"], ["full"]))
     for _ in range(2):
         assert list(bench.beside()) == ["before"]
     assert len(times) == 1
-    assert "| before | | | | 0.50 [0.4, 0.6] | |" in frontier.table(bench, ["npo"], ["full"])
+    assert "| before | | | | 0.50 [0.4, 0.6] | |" in frontier.table(
+        bench, frontier.rows(bench, ["npo"], ["full"])
+    )
+
+
+def test_the_picture_has_a_mark_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are one; a figure that the unedited model lacks is no line."""
+
+    def finished(self: Bench, name: str, place: str) -> dict[str, Any] | None:
+        seeds = {"random-0": 0.1, "random-1": 0.3, "full": 0.5}
+        figures = {"kl": {"mean": 0.01}, "kept": {"mean": seeds.get(place)}}
+        return {"strength": None, "figures": figures} if place in seeds else None
+
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Bench, "finished", finished)
+    monkeypatch.setattr(frontier, "draw", lambda *given: (drawn.append(given), draw(*given)))
+    before = {"before": {"kl": {"mean": 0.0}, "kept": None}}
+    case = replace(case_of(tiny_model("llama")), panels={"kept": "kept"}, beside=lambda: before)
+    bench = Bench(case, Lines(tmp_path / "lines.jsonl"))
+    bench.beside()
+    frontier.picture(bench, frontier.rows(bench, ["npo"], frontier.PLACES), tmp_path / "drawn.png")
+    ((dots, _, _, beside, path),) = drawn
+    assert [(dot.place, dot.missed, dot.figures["kept"]) for dot in dots] == [
+        ("random", True, pytest.approx(0.2)),
+        ("full", True, 0.5),
+    ]
+    assert beside == {"before": {"kl": 0.0}} and path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_arm_of_a_direct_edit_is_another_when_its_defaults_change(
