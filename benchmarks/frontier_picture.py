@@ -67,7 +67,16 @@ def draw(
         Line2D([], [], linestyle="", marker=m, color="#475569", label=name) for name, m in marks.items()
     ]
     if any(dot.missed for dot in dots):
-        hollow = {"marker": "o", "fillstyle": "none", "color": "#475569"}
-        shown.append(Line2D([], [], linestyle="", label="hollow: forgot less", **hollow))
+        shown.append(
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="o",
+                fillstyle="none",
+                color="#475569",
+                label="hollow: forgot less",
+            )
+        )
     figure.legend(handles=shown, loc="outside upper center", ncols=8, fontsize=8, frameon=False)
     figure.savefig(path)

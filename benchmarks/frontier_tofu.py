@@ -31,7 +31,7 @@ from locus.audit.tofu import Tofu, read_tofu
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
 from locus.fact import Fact, neutral_text, read_facts, split_text
-from locus.forward import batches, label_logits, label_nll
+from locus.forward import collate, label_logits, label_nll
 from locus.mask import WeightMask
 from locus.model import Model, load_model
 from locus.progress import task
@@ -170,7 +170,7 @@ def _teach(model: Model, facts: Sequence[Fact], epochs: int) -> float:
             optimizer.param_groups[0]["lr"] = TEACHING_RATE * (1 - step / (epochs * per_pass))
             optimizer.zero_grad(set_to_none=True)
             chosen = draw(0, "teach", step, len(encoded), TEACHING_BATCH)
-            (batch,) = batches([encoded[i] for i in chosen], 1 << 20)
+            batch = collate(encoded, chosen)
             loss = label_nll(label_logits(model, batch), batch).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from locus.fact import Example, Fact
-from locus.forward import batches, label_logits, label_nll
+from locus.forward import collate, label_logits, label_nll
 from locus.model import Model
 from locus.tokens import encode, encode_text
 from tests.tiny import tiny_model
@@ -75,11 +75,10 @@ def taught(learned: list[Fact], steps: int = 60) -> Model:
     encoded = [encode(model, e) for e in examples] + [e for line in TEXT for e in encode_text(model, line)]
     model.module.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=1e-2)
-    all_batches = batches(encoded, 100_000)
+    batch = collate(encoded, range(len(encoded)))
     for _ in range(steps):
         optimizer.zero_grad()
-        for batch in all_batches:
-            label_nll(label_logits(model, batch), batch).mean().backward()
+        label_nll(label_logits(model, batch), batch).mean().backward()
         optimizer.step()
     model.module.requires_grad_(False)
     return model

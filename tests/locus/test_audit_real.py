@@ -10,7 +10,7 @@ import torch
 from locus.audit import Audit, AuditSettings, audit
 from locus.delta import WeightDelta
 from locus.fact import Fact, neutral_text, read_facts, split_text
-from locus.forward import batches, label_logits, label_nll, measure
+from locus.forward import collate, label_logits, label_nll, measure
 from locus.model import Model, load_model, wrap
 from locus.tokens import encode
 
@@ -45,7 +45,7 @@ def _taught(model: Model, facts: list[Fact]) -> Model:
     optimizer = torch.optim.AdamW(parameters, lr=7e-4, weight_decay=0.0)
     others = [f for f in read_facts("demo-retain") if not f.held_out][:12]
     examples = [e for f in facts for e in (f.example, *f.paraphrase_examples)] + [f.example for f in others]
-    (batch,) = batches([encode(twin, e) for e in examples])
+    batch = collate([encode(twin, e) for e in examples], range(len(examples)))
     with torch.enable_grad():
         for _ in range(8):
             optimizer.zero_grad()
