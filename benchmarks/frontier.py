@@ -351,7 +351,8 @@ def table(bench: Bench, found: Iterable[Row]) -> str:
         strength = sum(arm["strength"] or 1.0 for arm in arms) / len(arms)
         cells = [cell([arm["figures"][column] for arm in arms]) for column in bench.case.columns]
         seconds = sum(arm["seconds"] for arm in arms) / len(arms)
-        label = f"{kind} ({len(arms)} seeds)" if kind == "random" else kind
+        seeds = "one seed" if len(arms) == 1 else f"{len(arms)} seeds"
+        label = f"{kind} ({seeds})" if kind == "random" else kind
         mark = f" ({missed} missed)" if missed else ""
         rate = f"{arms[0]['rate']:.0e}" if arms[0]["rate"] else ""
         lines.append(
