@@ -39,6 +39,7 @@ import torch
 
 from benchmarks.frontier_cases import Case, Questions, facts_case
 from benchmarks.frontier_picture import Dot, draw
+from benchmarks.frontier_strength import equal_forgetting
 from benchmarks.frontier_tofu import tofu_case
 from benchmarks.inj import Lines
 from editors import EDITORS, OBJECTIVES
@@ -57,10 +58,6 @@ from locus.model import Model
 from locus.tokens import encode_text
 from tracing import AllNeurons, GradientSaliency, Imprint, KnowledgeNeurons, RandomNeurons
 
-STRONGEST = 1.5
-CLOSE = 0.97
-"""Of the goal's probability: arms this near below it forget equally."""
-MOST_ASKED = 8
 STEPS = 20
 NAMES = ("npo", "rkld", "simnpo", "dpo", "kl-min", "undial")
 DIRECT = ("memit", "alphaedit", "rome")
@@ -273,43 +270,6 @@ def merit(found: dict[str, Any]) -> float:
     kept -= 5 * float(found["kl"])
     missed = found["strength"] is None
     return kept - 10 * (1 + float(found["prob"])) if missed else kept
-
-
-def equal_forgetting(case: Case, delta: WeightDelta, forget: Asked) -> tuple[float | None, float]:
-    """A strength at which the case's mean probability is its goal or a little less (CLOSE), and what it is there.
-
-    None, and what it is at strength 1, where STRONGEST does not do. Found by false position on the logarithm of the
-    probability (the Illinois rule: an end that stays counts half; of the base only that it is not over 1); at most
-    MOST_ASKED strengths are asked between.
-    """
-    state = State("edit", "edit", case.model, delta)
-
-    def prob(strength: float) -> float:
-        with state.at_strength(case.model, strength) as edited:
-            return float(case.likely(ask(edited, forget)).mean())
-
-    def above(prob: float) -> float:
-        """How far above the middle of what is accepted, in nats."""
-        return math.log(max(prob, 1e-30) / max(case.goal, 1e-30)) - math.log(CLOSE) / 2
-
-    at_one = prob(1.0)
-    if at_one > case.goal:
-        weak, strong, high, found = 1.0, STRONGEST, above(at_one), prob(STRONGEST)
-        if found > case.goal:
-            return None, at_one
-    else:
-        weak, strong, high, found = 0.0, 1.0, above(1.0), at_one
-    low, side = above(found), 0
-    for _ in range(MOST_ASKED):
-        if found >= CLOSE * case.goal:
-            break
-        middle = weak + (strong - weak) * high / (high - low)
-        if (here := prob(middle)) > case.goal:
-            weak, high, low, side = middle, above(here), low / 2 if side > 0 else low, 1
-        else:
-            strong, low, found = middle, above(here), here
-            high, side = high / 2 if side < 0 else high, -1
-    return strong, found
 
 
 def cell(figures: Sequence[dict[str, Any] | None]) -> str:

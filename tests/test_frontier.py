@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks import frontier
-from benchmarks.frontier import OWN, Bench, cell, equal_forgetting, merit
+from benchmarks.frontier import OWN, Bench, cell, merit
 from benchmarks.frontier_cases import Case, Questions
 from benchmarks.frontier_picture import draw
+from benchmarks.frontier_strength import equal_forgetting
 from benchmarks.frontier_tofu import COLUMNS, TofuJudge, per_token
 from benchmarks.inj import Lines
 from editors import GA, AlphaEdit, Training

@@ -95,9 +95,10 @@ def edit_into(
             log=log,
             **together,
         )
-    answers = answers_of(model, forget, delta) if not together else None
     if first:
-        _write(folder, delta, history, about, answers)
+        delta.save(folder / DELTA)
+        answers = None if together else answers_of(model, forget, delta)
+        _write(folder, delta, history, {**about, "answers": answers})
     return delta
 
 
@@ -131,12 +132,10 @@ def _write(
     delta: WeightDelta,
     history: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
-    answers: Mapping[str, Any] | None,
 ) -> None:
-    """The files of a finished edit; what could be resumed is no longer needed."""
+    """What stands beside a finished edit's delta; what could be resumed is no longer needed."""
     from locus.artefact import atomic_file, save_json
 
-    delta.save(folder / DELTA)
     with atomic_file(folder / HISTORY) as path:
         path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in history), "utf-8")
     save_json(
@@ -145,7 +144,6 @@ def _write(
         {
             **about,
             "outcome": _plain(dict(delta.provenance)),
-            "answers": answers,
             "changed": delta.n_changed,
             "rounding": delta.rounding.to_json(),
         },
