@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 
 .PHONY: demo test check bench clean
 
-demo: $(STAMP)  ## a real model forgets a handful of facts, with the evidence: five to ten minutes on two cores
+demo: $(STAMP)  ## a real model forgets a handful of facts, with the evidence: about ten minutes on two cores
 	$(BIN)/locus run demo.toml -o demo --resume
 
 test: check  ## everything that must hold before a change lands
