@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -237,17 +238,7 @@ def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[],
     adders = {place: _adder(place) for place in places}
     added = [adder for adder in adders.values() if adder is not None]
     swapped = [place for place, adder in adders.items() if adder is None]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not enabled():
-            return plain(*args, **kwargs)
-        with _replaced(swapped):
-            output = plain(*args, **kwargs)
-        for add in added:
-            output = add(args[0] if args else next(iter(kwargs.values())), output)
-        return output
-
-    holder.forward = forward
+    holder.forward = partial(_forward, plain, swapped, added, enabled)
     try:
         yield
     finally:
@@ -255,6 +246,23 @@ def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[],
             del holder.forward
         else:
             holder.forward = own
+
+
+def _forward(
+    plain: Callable[..., Any],
+    swapped: list[_Place],
+    added: list[_Adder],
+    enabled: Callable[[], bool],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not enabled():
+        return plain(*args, **kwargs)
+    with _replaced(swapped):
+        output = plain(*args, **kwargs)
+    for add in added:
+        output = add(args[0] if args else next(iter(kwargs.values())), output)
+    return output
 
 
 @contextlib.contextmanager
@@ -271,42 +279,40 @@ def _replaced(places: list[_Place]) -> Iterator[None]:
             place.module._parameters[place.attribute] = base
 
 
-def _adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor] | None:
+_Adder = Callable[[Tensor, Tensor], Tensor]
+"""Module's input and output -> its output with the delta's contribution."""
+
+
+def _adder(place: _Place) -> _Adder | None:
     """How the delta's contribution is added to its module's output, or None where only replacing is exact."""
     from transformers.pytorch_utils import Conv1D
 
     if place.attribute != "weight" or place.kind == "elements":
         return None
     if isinstance(place.module, nn.Linear):
-        return _linear_adder(place, out_axis=0)
+        return partial(_add_linear, place, 0)
     if isinstance(place.module, Conv1D):
-        return _linear_adder(place, out_axis=1)
+        return partial(_add_linear, place, 1)
     if type(place.module) is nn.Embedding and place.module.max_norm is None:
         return _embedding_adder(place)
     return None
 
 
-def _linear_adder(place: _Place, out_axis: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """For y = x W^T (`out_axis` 0, Linear) and y = x W (`out_axis` 1, Conv1D)."""
-    kind, index = place.kind, place.index
-    selects_outputs = kind == ("rows" if out_axis == 0 else "columns")
+def _add_linear(place: _Place, out_axis: int, x: Tensor, y: Tensor) -> Tensor:
+    """To y = x W^T (`out_axis` 0, Linear) or y = x W (`out_axis` 1, Conv1D).
 
-    def matrix(x: Tensor) -> Tensor:
-        d = place.change().to(x.dtype)
-        return d if out_axis == 0 else d.T
-
-    # In place: y is the module's own fresh output, which no backward needs.
-    def add(x: Tensor, y: Tensor) -> Tensor:
-        if kind == "all" or index is None:
-            return y.add_(F.linear(x, matrix(x)))
-        if selects_outputs:
-            return y.index_add_(-1, index, F.linear(x, matrix(x)).to(y.dtype))
-        return y.add_(F.linear(x.index_select(-1, index), matrix(x)))
-
-    return add
+    In place: y is the module's own fresh output, which no backward needs.
+    """
+    change = place.change().to(x.dtype)
+    matrix = change if out_axis == 0 else change.T
+    if place.index is None:
+        return y.add_(F.linear(x, matrix))
+    if place.kind == ("rows" if out_axis == 0 else "columns"):
+        return y.index_add_(-1, place.index, F.linear(x, matrix).to(y.dtype))
+    return y.add_(F.linear(x.index_select(-1, place.index), matrix))
 
 
-def _embedding_adder(place: _Place) -> Callable[[Tensor, Tensor], Tensor]:
+def _embedding_adder(place: _Place) -> _Adder:
     """For y = W[ids]: unselected ids look up a row of zeros."""
     kind, index = place.kind, place.index
     if kind == "rows" and index is not None:

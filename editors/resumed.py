@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,13 +218,16 @@ def _adding(
     at: Int64[Tensor, " member"],
 ) -> Patch:
     """A patch that adds the shifts of a group's facts, at these positions."""
-    shifts = shift[[rows[i].fact for i in group]]
+    return partial(_add, shift[[rows[i].fact for i in group]], at)
 
-    def add(output: Tensor) -> Tensor:
-        where = (torch.arange(len(at), device=output.device), at.to(output.device))
-        return output.index_put(where, shifts.to(output), accumulate=True)
 
-    return add
+def _add(
+    shifts: Float[Tensor, "member d_model"],
+    at: Int64[Tensor, " member"],
+    output: Float[Tensor, "member pos d_model"],
+) -> Float[Tensor, "member pos d_model"]:
+    where = (torch.arange(len(at), device=output.device), at.to(output.device))
+    return output.index_put(where, shifts.to(output), accumulate=True)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,11 +139,8 @@ def label_logits(model: Model, batch: Batch, **more: Any) -> Float[Tensor, "labe
         more: Other arguments of the model's forward: a cache, a mask that covers it.
     """
     batch = batch.to(model.device)
-
-    def keep_labelled(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "1 label d_model"]:
-        return hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)].unsqueeze(0)
-
-    with patched(model.module, inputs={model.atlas.unembed: keep_labelled}):
+    keep_labelled = {model.atlas.unembed: lambda hidden: _labelled(batch, hidden).unsqueeze(0)}
+    with patched(model.module, inputs=keep_labelled):
         given = {"attention_mask": batch.attention_mask, "use_cache": False} | more
         logits = model.module(input_ids=batch.ids, **given).logits
     chosen: Tensor = logits[0].float()
@@ -153,14 +151,22 @@ def label_states(model: Model, batch: Batch) -> Float[Tensor, "label d_model"]:
     """What the unembedding reads at the positions that predict a target token, in the model's dtype."""
     batch = batch.to(model.device)
     kept: list[Tensor] = []
-
-    def keep_labelled(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "1 1 d_model"]:
-        kept.append(hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)])
-        return hidden[:1, :1]
-
-    with patched(model.module, inputs={model.atlas.unembed: keep_labelled}):
+    take = partial(_take_labelled, batch, kept)
+    with patched(model.module, inputs={model.atlas.unembed: take}):
         model.module(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
     return kept[0]
+
+
+def _labelled(batch: Batch, hidden: Float[Tensor, "batch pos d"]) -> Float[Tensor, "label d"]:
+    return hidden[batch.rows.to(hidden.device), batch.cols.to(hidden.device)]
+
+
+def _take_labelled(
+    batch: Batch, into: list[Tensor], hidden: Float[Tensor, "batch pos d"]
+) -> Float[Tensor, "1 1 d"]:
+    """Keep what is labelled; the unembedding is left with one position."""
+    into.append(_labelled(batch, hidden))
+    return hidden[:1, :1]
 
 
 def unembedded(model: Model, states: Float[Tensor, "label d_model"]) -> Float[Tensor, "label d_vocab"]:

@@ -11,6 +11,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -65,11 +66,15 @@ def patched(
             parent = name.rpartition(".")[0]
             if parent not in rows:
                 rows[parent] = []
-                stack.enter_context(_registered(_watch(module.get_submodule(parent), rows[parent])))
+                note = partial(_note_rows, rows[parent])
+                around = module.get_submodule(parent)
+                stack.enter_context(_registered(around.register_forward_pre_hook(note, with_kwargs=True)))
         for name, patch in inputs.items():
-            stack.enter_context(_registered(_input_hook(found[name], patch, rows[name.rpartition(".")[0]])))
+            hook = partial(_patch_input, patch, rows[name.rpartition(".")[0]])
+            stack.enter_context(_registered(found[name].register_forward_pre_hook(hook, with_kwargs=True)))
         for name, patch in outputs.items():
-            stack.enter_context(_registered(_output_hook(found[name], patch, rows[name.rpartition(".")[0]])))
+            hook = partial(_patch_output, patch, rows[name.rpartition(".")[0]])
+            stack.enter_context(_registered(found[name].register_forward_hook(hook)))
         yield
 
 
@@ -94,23 +99,22 @@ def record(
         InputError: no module has that name; nothing has been registered then.
     """
     kept = Recording()
-
-    def keep(into: dict[str, Tensor], name: str) -> Patch:
-        def patch(tensor: Tensor) -> Tensor | None:
-            if detach:
-                into[name] = tensor.detach().clone()
-                return None
-            if torch.is_grad_enabled() and not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_()
-            into[name] = tensor
-            return tensor.clone()  # what flows on is the copy: nothing downstream can overwrite ours
-
-        return patch
-
-    at_outputs = {name: keep(kept.outputs, name) for name in outputs}
-    at_inputs = {name: keep(kept.inputs, name) for name in inputs}
+    keep = _keep_value if detach else _keep_in_graph
+    at_outputs = {name: partial(keep, kept.outputs, name) for name in outputs}
+    at_inputs = {name: partial(keep, kept.inputs, name) for name in inputs}
     with patched(module, at_outputs, at_inputs):
         yield kept
+
+
+def _keep_value(into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    into[name] = tensor.detach().clone()
+
+
+def _keep_in_graph(into: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and not tensor.requires_grad:
+        tensor = tensor.detach().requires_grad_()
+    into[name] = tensor
+    return tensor.clone()  # what flows on is the copy: nothing downstream can overwrite ours
 
 
 @contextlib.contextmanager
@@ -127,16 +131,16 @@ def stop_after(module: nn.Module, name: str) -> Iterator[None]:
     """
     target = _find(module, [name])[name]
     reached = StopForward(name)
-
-    def stop(*_: Any) -> None:
-        raise reached
-
-    with _registered(target.register_forward_hook(stop)):
+    with _registered(target.register_forward_hook(partial(_stop, reached))):
         try:
             yield
         except StopForward as stopped:
             if stopped is not reached:
                 raise
+
+
+def _stop(reached: StopForward, *_: Any) -> None:
+    raise reached
 
 
 @contextlib.contextmanager
@@ -151,22 +155,26 @@ def record_calls(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, 
     """
     found = _find(module, names)
     kept: dict[str, dict[str, Any]] = {}
-
-    def keeper(name: str, signature: inspect.Signature) -> Callable[..., None]:
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            for parameter in signature.parameters.values():
-                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments |= arguments.pop(parameter.name, {})
-            kept[name] = arguments
-
-        return keep
-
     with contextlib.ExitStack() as stack:
         for name, target in found.items():
-            hook = keeper(name, inspect.signature(target.forward))
+            hook = partial(_keep_arguments, kept, name, inspect.signature(target.forward))
             stack.enter_context(_registered(target.register_forward_pre_hook(hook, with_kwargs=True)))
         yield kept
+
+
+def _keep_arguments(
+    into: dict[str, dict[str, Any]],
+    name: str,
+    signature: inspect.Signature,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+    into[name] = arguments
 
 
 @contextlib.contextmanager
@@ -177,17 +185,15 @@ def record_results(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str
         InputError: no module has that name; nothing has been registered then.
     """
     kept: dict[str, Any] = {}
-
-    def keeper(name: str) -> Callable[..., None]:
-        def keep(_: nn.Module, __: Any, result: Any) -> None:
-            kept[name] = result
-
-        return keep
-
     with contextlib.ExitStack() as stack:
         for name, target in _find(module, names).items():
-            stack.enter_context(_registered(target.register_forward_hook(keeper(name))))
+            hook = partial(_keep_result, kept, name)
+            stack.enter_context(_registered(target.register_forward_hook(hook)))
         yield kept
+
+
+def _keep_result(into: dict[str, Any], name: str, _: nn.Module, __: Any, result: Any) -> None:
+    into[name] = result
 
 
 @contextlib.contextmanager
@@ -228,15 +234,11 @@ def _find(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
-def _watch(parent: nn.Module, batch_pos: list[int]) -> RemovableHandle:
-    """Note `batch pos` of each call around a module, to unflatten what runs on rows inside."""
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        where = _first(args, kwargs)
-        shape = where[0][where[1]].shape if where else ()
-        batch_pos[:] = shape[:2] if len(shape) == 3 else ()
-
-    return parent.register_forward_pre_hook(note, with_kwargs=True)
+def _note_rows(batch_pos: list[int], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep `batch pos` of each call around a module, to unflatten what runs on rows inside."""
+    where = _first(args, kwargs)
+    shape = where[0][where[1]].shape if where else ()
+    batch_pos[:] = shape[:2] if len(shape) == 3 else ()
 
 
 @contextlib.contextmanager
@@ -268,35 +270,25 @@ def _apply(patch: Patch, tensor: Tensor, batch_pos: list[int]) -> Tensor | None:
     return patch(tensor)
 
 
-def _input_hook(target: nn.Module, patch: Patch, batch_pos: list[int]) -> RemovableHandle:
-    def hook(
-        called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        where = _first(args, kwargs)
-        if where is None:
-            raise TypeError(
-                f"{type(called).__name__} was called without a tensor; nothing to patch or record"
-            )
-        container, key = where
-        new = _apply(patch, container[key], batch_pos)
-        if new is None:
-            return None
-        if container is args:
-            return (*args[:key], new, *args[key + 1 :]), kwargs
-        return args, {**kwargs, key: new}
-
-    return target.register_forward_pre_hook(hook, with_kwargs=True)
+def _patch_input(
+    patch: Patch, batch_pos: list[int], called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    where = _first(args, kwargs)
+    if where is None:
+        raise TypeError(f"{type(called).__name__} was called without a tensor; nothing to patch or record")
+    container, key = where
+    new = _apply(patch, container[key], batch_pos)
+    if new is None:
+        return None
+    if container is args:
+        return (*args[:key], new, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: new}
 
 
-def _output_hook(target: nn.Module, patch: Patch, batch_pos: list[int]) -> RemovableHandle:
-    def hook(called: nn.Module, _: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return _apply(patch, output, batch_pos)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            new = _apply(patch, output[0], batch_pos)
-            return None if new is None else (new, *output[1:])
-        raise TypeError(
-            f"{type(called).__name__} returned {type(output).__name__}, neither a tensor nor a tuple"
-        )
-
-    return target.register_forward_hook(hook)
+def _patch_output(patch: Patch, batch_pos: list[int], called: nn.Module, _: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return _apply(patch, output, batch_pos)
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        new = _apply(patch, output[0], batch_pos)
+        return None if new is None else (new, *output[1:])
+    raise TypeError(f"{type(called).__name__} returned {type(output).__name__}, neither a tensor nor a tuple")

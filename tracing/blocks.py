@@ -206,10 +206,10 @@ def _mask(recorded: Tensor | None, rows: Rows) -> Tensor:
 
 
 def _rotary(recorded: Any, rows: Rows) -> Any:
-    def gather(table: Tensor) -> Tensor:
-        return rows.once("rotary", table, lambda: rows.spread(table[0][rows.positions.to(table.device)]))
-
-    return gather(recorded) if isinstance(recorded, Tensor) else tuple(gather(table) for table in recorded)
+    if not isinstance(recorded, Tensor):
+        return tuple(_rotary(table, rows) for table in recorded)
+    there = recorded.device
+    return rows.once("rotary", recorded, lambda: rows.spread(recorded[0][rows.positions.to(there)]))
 
 
 def _alibi(recorded: Tensor, rows: Rows) -> Tensor:

@@ -6,6 +6,7 @@ It is what the replay engine is tested against, and what answers for the archite
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,14 +80,8 @@ def logits_of(
     """
     ids = inputs.ids.to(model.device).expand(batch, -1)
     here = list(reads)
-
-    def embed(output: Tensor) -> Tensor:
-        return inputs.embedded(output)
-
-    def keep_reads(hidden: Tensor) -> Tensor:
-        return hidden[:, here]
-
-    with patched(model.module, {model.atlas.embed: embed}, {model.atlas.unembed: keep_reads}):
+    keep_reads = {model.atlas.unembed: lambda hidden: hidden[:, here]}
+    with patched(model.module, {model.atlas.embed: inputs.embedded}, keep_reads):
         logits: Tensor = model.module(input_ids=ids, **{"use_cache": False, **arguments}).logits
     return logits
 
@@ -101,27 +96,35 @@ def _patched_run(
             for layer in range(*patch.layers):
                 hooks.setdefault((patch.site, layer), []).append((index, patch))
 
-    def patcher(site: Site, layer: int, wanted: list[tuple[int, Patch]]) -> Callable[[Tensor], Tensor]:
-        def patch_state(state: Tensor) -> Tensor:
-            state = state.clone()
-            for index, patch in wanted:
-                rows = state[index * samples : (index + 1) * samples]
-                width = state.shape[-1]
-                columns = list(patch.columns) if patch.columns is not None else list(range(width))
-                for position in patch.positions:
-                    new = _value(question, patch, site, layer, position, base, other)
-                    rows[:, position, columns] = new.to(state)[..., columns] if new.dim() else new.to(state)
-            return state
-
-        return patch_state
-
     outputs: dict[str, Callable[[Tensor], Tensor]] = {}
     inputs: dict[str, Callable[[Tensor], Tensor]] = {}
     for (site, layer), wanted in hooks.items():
         name, side = module_of(model.atlas, site, layer)
-        (outputs if side == "output" else inputs)[name] = patcher(site, layer, wanted)
+        (outputs if side == "output" else inputs)[name] = partial(
+            _written, question, site, layer, wanted, base, other
+        )
     with patched(model.module, outputs, inputs):
         return readout(logits_of(model, question.base, question.reads, len(cells) * samples)).cpu()
+
+
+def _written(
+    question: Question,
+    site: Site,
+    layer: int,
+    wanted: Sequence[tuple[int, Patch]],
+    base: States,
+    other: States,
+    state: Tensor,
+) -> Tensor:
+    """What flows through one site of all cells' copies, patched where a cell (by its number) wants it."""
+    state, width = state.clone(), state.shape[-1]
+    for index, patch in wanted:
+        rows = state[index * question.samples : (index + 1) * question.samples]
+        columns = list(patch.columns) if patch.columns is not None else list(range(width))
+        for position in patch.positions:
+            new = _value(question, patch, site, layer, position, base, other)
+            rows[:, position, columns] = new.to(state)[..., columns] if new.dim() else new.to(state)
+    return state
 
 
 def _value(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -227,11 +228,12 @@ def _branch_draws(
 def _first_input(model: Model, inputs: Inputs) -> Float[Tensor, "_ pos d_model"]:
     """What the first block is called with."""
     caught: list[Tensor] = []
-
-    def catch(hidden: Tensor) -> Tensor:
-        caught.append(hidden.clone())
-        raise _Embedded
-
-    with contextlib.suppress(_Embedded), patched(model.module, inputs={model.atlas.blocks[0]: catch}):
+    catch = {model.atlas.blocks[0]: partial(_catch, caught)}
+    with contextlib.suppress(_Embedded), patched(model.module, inputs=catch):
         logits_of(model, inputs, (0,), inputs.samples)
     return caught[0]
+
+
+def _catch(into: list[Tensor], hidden: Tensor) -> Tensor:
+    into.append(hidden.clone())
+    raise _Embedded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -206,7 +207,7 @@ class Wave:
         model = self.work.blocks.model
         for site, places in wanted.items():
             name, side = module_of(model.atlas, site, layer)
-            hook = self._hook(site, layer, places, chunk.track.shape[0], draws)
+            hook = partial(self._written, site, layer, places, chunk.track.shape[0], draws)
             (outputs if side == "output" else inputs)[name] = hook
         return patched(model.module, outputs, inputs) if wanted else nullcontext()
 
@@ -216,26 +217,24 @@ class Wave:
             p for p in self.tracks[track].patches if p.site in INNER and p.layers[0] <= layer < p.layers[1]
         ]
 
-    def _hook(
-        self, site: Site, layer: int, places: Sequence[Place], groups: int, draws: slice
-    ) -> Callable[[Tensor], Tensor]:
-        def hook(state: Tensor) -> Tensor:
-            batch, n, width = state.shape
-            out = state.clone().view(groups, batch // groups, n, width)
-            for alike in _alike(places):
-                rows = torch.tensor([place.row for place in alike])
-                new = self._new(alike, site, layer, draws).to(state)
-                where = (rows // n, slice(None), rows % n)
-                columns = alike[0].patch.columns
-                if columns is None:
-                    out[where] = new.expand(-1, batch // groups, -1)
-                else:
-                    old = out[where]
-                    old[..., list(columns)] = new.expand(-1, batch // groups, -1)[..., list(columns)]
-                    out[where] = old
-            return out.view(batch, n, width)
-
-        return hook
+    def _written(
+        self, site: Site, layer: int, places: Sequence[Place], groups: int, draws: slice, state: Tensor
+    ) -> Tensor:
+        """What flows through one site, with the patches of the rows that have some."""
+        batch, n, width = state.shape
+        out = state.clone().view(groups, batch // groups, n, width)
+        for alike in _alike(places):
+            rows = torch.tensor([place.row for place in alike])
+            new = self._new(alike, site, layer, draws).to(state)
+            where = (rows // n, slice(None), rows % n)
+            columns = alike[0].patch.columns
+            if columns is None:
+                out[where] = new.expand(-1, batch // groups, -1)
+            else:
+                old = out[where]
+                old[..., list(columns)] = new.expand(-1, batch // groups, -1)[..., list(columns)]
+                out[where] = old
+        return out.view(batch, n, width)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_trace(world):
         "model",
         "facts.jsonl",
         "--samples",
-        "60",
+        "5",
         "--engine",
         "plain",
         "--batch-tokens",
@@ -89,7 +89,7 @@ def test_trace(world):
 
 def test_edit(world):
     command = ["edit", "model", "facts.jsonl", "--mask", "mask.safetensors", "--method", "ga", "-q"]
-    command += ["--steps", "150", "--min-steps", "150", "--save-every", "1", "--utility", "0", "--floor", "0"]
+    command += ["--steps", "40", "--min-steps", "40", "--save-every", "1", "--utility", "0", "--floor", "0"]
     command += ["--goal", "0", "--lr", "1e-4"]
     assert _in(world, [*command, "-o", "whole-edit"]) == 0
     out = world / "broken-edit"
