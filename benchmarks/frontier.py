@@ -92,8 +92,8 @@ def usual(place: str) -> float:
     return USUAL.get(place, NEURONS_RATE)
 
 
-def mask_of(place: str, model: Model, asked: Questions) -> WeightMask:
-    """The weights of a place, located on the questions' forget facts."""
+def mask_of(place: str, model: Model, asked: Questions, points: int = 20) -> WeightMask:
+    """The weights of a place, located on the questions' forget facts; `points` of knowledge neurons' integrals."""
     if place == "full":
         return WeightMask.of_parameters(["*"], shapes_of(model.module), model.fingerprint)
     if place == "all-mlps":
@@ -101,7 +101,7 @@ def mask_of(place: str, model: Model, asked: Questions) -> WeightMask:
     localizer: Any = {
         "saliency": GradientSaliency(),
         "saliency-per-layer": GradientSaliency(),
-        "knowledge-neurons": KnowledgeNeurons(refine=False),
+        "knowledge-neurons": KnowledgeNeurons(refine=False, steps=points),
         "imprint": Imprint(),
     }.get(place) or RandomNeurons(seed=int(place.removeprefix("random-")))
     kept = [fact for fact in asked.retain if not fact.held_out]
@@ -134,8 +134,19 @@ class Bench:
 
     @cached_property
     def mask(self) -> Callable[[str, Questions], WeightMask]:
-        """Masks are located once."""
-        return cache(lambda place, asked: mask_of(place, self.case.model, asked))
+        """Masks are located once, and what a localizer found is kept beside the lines."""
+        return cache(self._located)
+
+    def _located(self, place: str, asked: Questions) -> WeightMask:
+        case = self.case
+        name = f"{case.name}-{case.model.fingerprint[:12]}-{asked.name}-{place}-{case.points}.safetensors"
+        path = self.lines.folder / "masks" / name
+        if path.exists():
+            return WeightMask.load(path)
+        mask = mask_of(place, case.model, asked, case.points)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(path)
+        return mask
 
     def may_change(self, name: str, place: str, asked: Questions) -> WeightMask:
         """The mask of an arm."""

@@ -57,6 +57,8 @@ class Case:
     forget_per_step: int = 16
     retain_facts: int = 8
     """Retain facts a step."""
+    points: int = 20
+    """Of knowledge neurons' integrals."""
 
 
 def facts_case() -> Case:

@@ -84,6 +84,7 @@ def tofu_case(folder: Path, epochs: int) -> Case:
         goal=float(per_token(ask(never, ask_about(never, forget, [])["forget"])).mean()),
         forget_per_step=8,
         retain_facts=4,
+        points=5,
         beside=lambda: {
             "before": judge.of(State("before", "base", model)),
             "never knew": judge.of(State("never knew", "reference", never)),

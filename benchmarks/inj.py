@@ -206,6 +206,11 @@ class Lines:
         self._read = -1
         self._between = ""
 
+    @property
+    def folder(self) -> Path:
+        """Where they are kept."""
+        return self._path.parent
+
     def get(self, of: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was found for it, here or by another process."""
         self._refresh()

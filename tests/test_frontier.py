@@ -208,3 +208,14 @@ def test_an_arm_of_a_direct_edit_is_another_when_its_defaults_change(
     assert bench.arm_key("npo", "full", 1e-5) == bench.key("arm", "npo", "full", 1e-5)
     monkeypatch.setitem(frontier.EDITORS, "alphaedit", lambda: AlphaEdit(l2=0.3))
     assert bench.arm_key("alphaedit", OWN, 0.0) != before
+
+
+def test_a_mask_is_located_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, lines = Questions("reported", tiny_facts(), []), Lines(tmp_path / "lines.jsonl")
+    case = replace(case_of(tiny_model("llama")), points=2)
+    located = Bench(case, lines).mask("knowledge-neurons", asked)
+    monkeypatch.setattr(frontier, "mask_of", lambda *_: pytest.fail("located again"))
+    again = Bench(case, lines).mask("knowledge-neurons", asked)
+    assert again.n_weights > 0 and again.digest == located.digest
+    with pytest.raises(pytest.fail.Exception):  # of other points it is another mask
+        Bench(replace(case, points=3), lines).mask("knowledge-neurons", asked)
