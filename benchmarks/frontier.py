@@ -20,7 +20,7 @@ and marked. The change is then audited (`locus.audit`): paraphrases, held-out fa
 the logit lens, relearning on half of the facts. TOFU's edits take the rates found on facts, and are compared where a
 model that never saw the forgotten answers stands (`frontier_tofu`). Intervals are the audit's (95 %); for random masks
 the smallest and the largest of the seeds. Seconds are processor time of one thread, the localizer's not included.
-Finished arms are kept in --out, so that a run that was stopped goes on there; several processes may share it.
+Finished arms and masks are kept in --out, so that a run that was stopped goes on there; several processes may share it.
 """
 
 from __future__ import annotations
