@@ -3,11 +3,11 @@
     python -m benchmarks.memory_account            SmolLM2 in float32 and bfloat16, a wide random model, all on the CPU
     python -m benchmarks.memory_account --shapes   Llama-2-7B and Llama-3.1-8B in bfloat16, from their configurations
 
-Each measured row is two steps of NPO with 1 % of the neurons in a process of its own. The truth is the allocator's:
-torch's profiler reports every allocation and release of the process, those inside kernels too, and their running
-sum is followed from before the deltas exist; the weights, which were there before, are added by their size. Beside
-it stands the growth of the resident set, which also sees what the C library keeps back. Nothing of this needs a GPU,
-and nothing of it has been checked on one.
+Each measured row is two steps of NPO with 1 % of the neurons in a process of its own, on the longest examples that a
+step could draw: those the account is of. The truth is the allocator's: torch's profiler reports every allocation and
+release of the process, those inside kernels too, and their running sum is followed from before the deltas exist; the
+weights, which were there before, are added by their size. Beside it stands the growth of the resident set, which also
+sees what the C library keeps back. Nothing of this needs a GPU, and nothing of it has been checked on one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from editors.recompute import recomputed
 from editors.reference import References
 from editors.state import RunState
 from editors.training import Training, make_optimizer
-from locus.fact import neutral_text, read_facts
+from locus.fact import Fact, neutral_text, read_facts
 from locus.model import Model, load_model, load_shape, wrap
+from locus.tokens import encode
 
 ROWS = (
     ("smollm2", "float32", False),
@@ -92,14 +93,20 @@ def edit_of(checkpointing: bool, steps: int = 2) -> NPO:
     return NPO(training=settings)
 
 
+def longest_draw(model: Model, editor: NPO) -> tuple[list[Fact], list[Fact], list[str]]:
+    """The facts to forget, and the longest retain facts and paragraph that a step could draw."""
+    kept = [fact for fact in read_facts("demo-retain") if not fact.held_out]
+    kept.sort(key=lambda fact: len(encode(model, fact).ids), reverse=True)
+    return read_facts("demo-forget"), kept[: editor.retain.facts], [max(neutral_text(), key=len)]
+
+
 def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     """Account and truth of one row, in MB."""
     model = load_model("smollm2", dtype=dtype) if name == "smollm2" else llama("wide", WIDE, "cpu", dtype)
     editor, mask = edit_of(checkpointing), neuron_mask(model, 0.01)
-    facts, kept, text = read_facts("demo-forget"), read_facts("demo-retain"), neutral_text()
-    longest = [max(text, key=len)]
-    account = Account.of(model, mask, editor, Loads.of(model, editor, facts, kept, longest))
-    data = Data.read(model, facts, kept, longest, editor.retain, editor.training)
+    facts, kept, text = longest_draw(model, editor)
+    account = Account.of(model, mask, editor, Loads.of(model, editor, facts, kept, text))
+    data = Data.read(model, facts, kept, text, editor.retain, editor.training)
     forget_the_peak()
     resident = resident_mb()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
