@@ -23,12 +23,12 @@ from scipy.stats import spearmanr
 from locus.fact import read_facts
 from locus.model import Model, load_model
 from locus.tokens import encode
-from tracing.attribution import estimate
-from tracing.corruption import Corrupter, prepare
-from tracing.question import Answers, Inputs, Question
-from tracing.readout import Metric, Readout
-from tracing.replay import answer_by_replay
-from tracing.sites import Cell, cells_of
+from tracing.patching.attribution import estimate
+from tracing.patching.corruption import Corrupter, prepare
+from tracing.patching.readout import Metric, Readout
+from tracing.patching.runs import Answers, Inputs, Question
+from tracing.patching.sites import Cell, cells_of
+from tracing.replay.replay_engine import answer_by_replay
 
 
 @dataclass(frozen=True)

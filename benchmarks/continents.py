@@ -18,7 +18,7 @@ import torch
 from locus.fact import Fact
 from locus.forward import measure
 from locus.model import load_model
-from tracing.lookup_probe import Curve, LookupProbe
+from tracing.localizers.lookup_probe import Curve, LookupProbe
 
 COUNTRIES = {
     " Europe": "Germany France Spain Italy Poland Sweden Norway Portugal Greece Austria Hungary Romania Finland "

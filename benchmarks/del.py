@@ -26,13 +26,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from benchmarks.inj import METHODS, SLOW, Lines, interval, tiny
-from benchmarks.memorized import TEXTS
+from benchmarks.lib.memorized import TEXTS
 from locus.embedded import cache_folder
 from locus.fact import neutral_text
 from locus.forward import batches, label_logits, measure
 from locus.model import Model, load_model
 from locus.tokens import Encoded, encode_text
-from tracing.neuron_masks import gated
+from tracing.localizers.learned_masks import gated
 
 
 def passages(model: Model, prefix: int, suffix: int) -> dict[str, Encoded]:

@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.yardstick import Yardstick, kept_row
+from benchmarks.lib.yardstick import Yardstick, kept_row
 from editors import EDITORS, MEMIT
-from editors.dose import Dose
-from editors.neuron_descent import NeuronDescent
-from editors.neuron_edits import NeuronMean, NeuronZero
-from editors.neuron_selective import NeuronSelective
-from editors.projection import EraseSubspace
-from editors.statistics import second_moments
+from editors.closed_form.subspace_projection import EraseSubspace
+from editors.key_value.second_moments import second_moments
+from editors.neurons.neuron_descent import NeuronDescent
+from editors.neurons.neuron_edits import NeuronMean, NeuronZero
+from editors.neurons.neuron_selective import NeuronSelective
+from editors.strength import Dose
 from locus.delta import WeightDelta
 from locus.fact import Fact, neutral_text, read_facts, split_text
 from locus.forward import measure

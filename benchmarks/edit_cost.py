@@ -32,17 +32,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.data import Data
-from editors.finetune import Run
-from editors.npo import NPO, npo_loss
-from editors.parametrize import Deltas
-from editors.prediction import Prediction
-from editors.reference import References
-from editors.retain import Retain, kl_per_token
-from editors.state import RunState
-from editors.training import Training, make_optimizer
-from locus.artefact import load_tensors, save_tensors
+from editors.objectives.npo import NPO, npo_loss
+from editors.training.data import Data
+from editors.training.finetune import Run
+from editors.training.parametrize import Deltas
+from editors.training.prediction import Prediction
+from editors.training.reference import References
+from editors.training.retain import Retain, kl_per_token
+from editors.training.run_state import RunState
+from editors.training.settings import Training, make_optimizer
 from locus.fact import neutral_text, read_facts
+from locus.files.artefact import load_tensors, save_tensors
 from locus.forward import Batch, label_logits, label_nll
 from locus.hooks import record
 from locus.mask import WeightMask

@@ -43,7 +43,7 @@ ROWS = {
 def how(name: str, model: Model, forget: list[Fact], retain: list[Fact]) -> tuple[Any, WeightMask]:
     """The editor and the mask of one of the four."""
     from editors import GA, NPO, Training
-    from editors.neuron_edits import NeuronZero
+    from editors.neurons.neuron_edits import NeuronZero
     from tracing import AllNeurons, GradientSaliency
 
     match name:

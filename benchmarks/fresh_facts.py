@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.frontier import PLACES, mask_of
-from benchmarks.frontier_cases import SETTINGS, Questions, halved
+from benchmarks.lib.frontier_cases import SETTINGS, Questions, halved
 from editors import EDITORS
 from locus.audit import audit
 from locus.cli.options import settings_of

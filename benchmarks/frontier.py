@@ -37,20 +37,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.frontier_cases import Case, Questions, facts_case
-from benchmarks.frontier_picture import Dot, draw
-from benchmarks.frontier_strength import equal_forgetting
-from benchmarks.frontier_tofu import tofu_case
 from benchmarks.inj import Lines
+from benchmarks.lib.frontier_cases import Case, Questions, facts_case
+from benchmarks.lib.frontier_picture import Dot, draw
+from benchmarks.lib.frontier_strength import equal_forgetting
+from benchmarks.lib.frontier_tofu import tofu_case
 from editors import EDITORS, OBJECTIVES
-from editors.result import settings_of
-from editors.retain import Retain
-from editors.strength import scaled
-from locus.audit.answers import Questions as Asked
-from locus.audit.answers import ask
-from locus.audit.examine import ask_about
+from editors.deltas import scaled, settings_of
+from editors.training.retain import Retain
+from locus.audit.neutral_text import read_text
+from locus.audit.questions import Questions as Asked
+from locus.audit.questions import ask
+from locus.audit.run import ask_about
 from locus.audit.state import State
-from locus.audit.text import read_text
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
 from locus.mask import WeightMask, shapes_of

@@ -30,22 +30,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from benchmarks.injection import Injection, baked, inject, written
-from benchmarks.sentences import DEV, TEST
+from benchmarks.lib.injection import Injection, baked, inject, written
+from benchmarks.lib.sentences import DEV, TEST
 from locus.embedded import cache_folder
 from locus.fact import neutral_text
 from locus.forward import Batch
 from locus.model import Model, load_model
 from locus.scores import count_of
 from locus.tokens import Encoded, encode_text
-from tracing.activation import ActivationNorm
-from tracing.controls import LargestNorm, RandomNeurons
-from tracing.depn import PrivacyNeurons
-from tracing.imprint import Imprint
-from tracing.knowledge_neurons import KnowledgeNeurons
-from tracing.neuron_masks import Around, HardConcrete, LearnedMask, Slimming
-from tracing.saliency import ActivationGradient, GradientSaliency
-from tracing.zero_out import ZeroOut
+from tracing.localizers.activation_norm import ActivationNorm
+from tracing.localizers.controls import LargestNorm, RandomNeurons
+from tracing.localizers.depn import PrivacyNeurons
+from tracing.localizers.imprint import Imprint
+from tracing.localizers.knowledge_neurons import KnowledgeNeurons
+from tracing.localizers.learned_masks import Around, HardConcrete, LearnedMask, Slimming
+from tracing.localizers.saliency import ActivationGradient, GradientSaliency
+from tracing.localizers.zero_out import ZeroOut
 
 METHODS: dict[str, Any] = {
     "random": RandomNeurons(),

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks import inj
-from benchmarks.sentences import DEV
+from benchmarks.lib.sentences import DEV
 from locus.embedded import cache_folder
 from locus.model import Model, load_model
-from tracing.neuron_masks import HardConcrete, LearnedMask, Slimming
+from tracing.localizers.learned_masks import HardConcrete, LearnedMask, Slimming
 
 METHODS: dict[str, LearnedMask] = {"slimming": Slimming(), "hard-concrete": HardConcrete()}
 

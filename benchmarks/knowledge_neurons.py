@@ -23,7 +23,7 @@ from torch import Tensor
 from locus.fact import neutral_text
 from locus.model import Model, load_model
 from locus.tokens import encode_text
-from tracing.integrated import attribute_one_token, attribute_plainly
+from tracing.gradients.integrated_gradients import attribute_one_token, attribute_plainly
 
 Attribute = Callable[..., Float[Tensor, "layer neuron"]]
 

@@ -23,15 +23,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.edit_cost import forget_the_peak, neuron_mask, resident_mb
-from editors.account import Account, Loads
-from editors.data import Data
-from editors.finetune import Run
-from editors.npo import NPO
-from editors.parametrize import Deltas
-from editors.recompute import recomputed
-from editors.reference import References
-from editors.state import RunState
-from editors.training import Training, make_optimizer
+from editors.memory_estimate import Account, Loads
+from editors.objectives.npo import NPO
+from editors.training.activation_checkpointing import recomputed
+from editors.training.data import Data
+from editors.training.finetune import Run
+from editors.training.parametrize import Deltas
+from editors.training.reference import References
+from editors.training.run_state import RunState
+from editors.training.settings import Training, make_optimizer
 from locus.fact import Fact, neutral_text, read_facts
 from locus.model import Model, load_model, load_shape, wrap
 from locus.tokens import encode

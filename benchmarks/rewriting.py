@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.yardstick import Yardstick, kept_row, right
+from benchmarks.lib.yardstick import Yardstick, kept_row, right
 from editors import ROME
-from editors.aim import Aim
+from editors.key_value.target_value import Aim
 from locus.fact import Example, Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.model import Model, load_model

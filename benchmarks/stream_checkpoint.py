@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from locus.artefact import atomic_file
-from locus.checkpoint import Checkpoint, diff, export, revert
+from locus.checkpoint_export import Checkpoint, diff, export, revert
 from locus.delta import WeightDelta
+from locus.files.artefact import atomic_file
+from locus.files.tensorfile import write_tensors
 from locus.mask import WeightMask
 from locus.selection import Selection
-from locus.tensorfile import write_tensors
 
 ROWS, COLUMNS = 14336, 4096
 """Of an MLP tensor of an 8B model: 117 MB in bfloat16."""

@@ -21,12 +21,12 @@ from torch import Tensor
 from locus.fact import Fact, read_facts
 from locus.model import Model, load_model
 from locus.tokens import encode
-from tracing.corruption import CORRUPTIONS, Corrupter, Prepared, prepare
-from tracing.plain import answer_plainly
-from tracing.question import Asked, Inputs, Question
-from tracing.readout import Readout
-from tracing.replay import answer_by_replay
-from tracing.sites import KINDS, Cell, cells_of
+from tracing.patching.corruption import CORRUPTIONS, Corrupter, Prepared, prepare
+from tracing.patching.plain_engine import answer_plainly
+from tracing.patching.readout import Readout
+from tracing.patching.runs import Asked, Inputs, Question
+from tracing.patching.sites import KINDS, Cell, cells_of
+from tracing.replay.replay_engine import answer_by_replay
 
 ALL_KINDS = (*KINDS, "head:4", "query:4", "key:1", "value:1")
 ALLOWED = 3e-5

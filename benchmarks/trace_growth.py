@@ -15,8 +15,8 @@ import statistics
 
 import torch
 
-from benchmarks.arithmetic import Clock, floor_seconds, machine, necessary_flops
-from benchmarks.traced_prompt import grid, setup, spread
+from benchmarks.lib.arithmetic import Clock, floor_seconds, machine, necessary_flops
+from benchmarks.lib.traced_prompt import grid, setup, spread
 from locus.model import Model, load_model, wrap
 
 SIZES = (

@@ -7,7 +7,7 @@ printed. Before any figure is printed all must have given the same probabilities
 grid are timed on cells spread over the grid and multiplied (every cell of theirs is the same forward); ours is
 always timed on the full grid, recording included.
 
-The necessary arithmetic is what the grid cannot do without (`benchmarks.arithmetic`). How time grows with layers,
+The necessary arithmetic is what the grid cannot do without (`benchmarks.lib.arithmetic`). How time grows with layers,
 tokens and draws: `benchmarks.trace_growth`.
 """
 
@@ -27,12 +27,12 @@ import torch
 if not __package__:  # run as a file: its folder is on the path, the repository is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.arithmetic import Clock, floor_seconds, machine, necessary_flops, peak_megabytes
-from benchmarks.patching_baselines import Cell, naive_cells, rome_cell, transformer_lens_cells
-from benchmarks.traced_prompt import Setup, grid, setup, spread
+from benchmarks.lib.arithmetic import Clock, floor_seconds, machine, necessary_flops, peak_megabytes
+from benchmarks.lib.patching_baselines import Cell, naive_cells, rome_cell, transformer_lens_cells
+from benchmarks.lib.traced_prompt import Setup, grid, setup, spread
 from locus.model import Model, load_model
-from tracing.plain import answer_plainly
-from tracing.sites import cells_of
+from tracing.patching.plain_engine import answer_plainly
+from tracing.patching.sites import cells_of
 
 CHUNK_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 4, 16, 64, 256)}
 """Cells in one forward that naive batching tries."""

@@ -24,7 +24,7 @@ from typing import Any, get_args
 import torch
 
 from locus.model import Model, wrap
-from tracing.weights import CONTRASTS, Score, WeightSaliency
+from tracing.localizers.weight_saliency import CONTRASTS, Score, WeightSaliency
 
 BUDGET = 0.01
 PROPORTIONS = {"intermediate_size": 11008 / 4096, "num_attention_heads": 32 / 4096}

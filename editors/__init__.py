@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from editors.alphaedit import AlphaEdit
-from editors.ceu import CEU
-from editors.dpo import DPO
-from editors.ga import GA
-from editors.graddiff import GradDiff, KLMin
-from editors.idk import IDK
-from editors.law import LaW
-from editors.lens_defence import HeadProjection, MaxEntropy
-from editors.memit import MEMIT
-from editors.neuron_descent import NeuronDescent
-from editors.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
-from editors.neuron_recipes import KnowledgeNeuronRecipe, PrivacyNeuronRecipe
-from editors.neuron_selective import NeuronSelective
-from editors.npo import NPO
-from editors.projection import EraseSubspace
-from editors.retain import Retain
-from editors.rkld import RKLD
-from editors.rmu import RMU
-from editors.rome import ROME
-from editors.satimp import SatImp
-from editors.selective import SelectiveGA
-from editors.simnpo import SimNPO
-from editors.task_vector import TaskVector
-from editors.training import Training
-from editors.undial import UNDIAL
-from editors.wga import WGA
-from editors.whp import WHP
-from editors.yao import Yao
+from editors.closed_form.alphaedit import AlphaEdit
+from editors.closed_form.knowledge_washing import LaW
+from editors.closed_form.memit import MEMIT
+from editors.closed_form.rome import ROME
+from editors.closed_form.subspace_projection import EraseSubspace
+from editors.neurons.neuron_descent import NeuronDescent
+from editors.neurons.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
+from editors.neurons.neuron_recipes import KnowledgeNeuronRecipe, PrivacyNeuronRecipe
+from editors.neurons.neuron_selective import NeuronSelective
+from editors.objectives.ceu import CEU
+from editors.objectives.dpo import DPO
+from editors.objectives.ga import GA
+from editors.objectives.graddiff import GradDiff, KLMin
+from editors.objectives.idk import IDK
+from editors.objectives.lens_defence import HeadProjection, MaxEntropy
+from editors.objectives.npo import NPO
+from editors.objectives.rkld import RKLD
+from editors.objectives.rmu import RMU
+from editors.objectives.satimp import SatImp
+from editors.objectives.selective_ga import SelectiveGA
+from editors.objectives.simnpo import SimNPO
+from editors.objectives.undial import UNDIAL
+from editors.objectives.wga import WGA
+from editors.objectives.yao import Yao
+from editors.training.retain import Retain
+from editors.training.settings import Training
+from editors.two_stage.task_vector import TaskVector
+from editors.two_stage.whp import WHP
 
 OBJECTIVES: dict[str, type] = {
     "ga": GA,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from editors.training import generator
 from locus.fact import Example, Fact
+from locus.random_streams import generator
 
 REFUSALS = (
     " I don't know.",

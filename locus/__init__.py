@@ -27,15 +27,15 @@ _HOME = {
     "NeuronScores": "scores",
     "WeightMask": "mask",
     "WeightDelta": "delta",
-    "export": "checkpoint",
-    "revert": "checkpoint",
-    "diff": "checkpoint",
+    "export": "checkpoint_export",
+    "revert": "checkpoint_export",
+    "diff": "checkpoint_export",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from locus.checkpoint import diff, export, revert
+    from locus.checkpoint_export import diff, export, revert
     from locus.delta import WeightDelta
     from locus.errors import InputError
     from locus.fact import Example, Fact, neutral_text, read_facts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from locus.errors import InputError
-from locus.schema import built
+from locus.files.schema import built
 
 Role = Literal["gate", "gate_bias", "up", "up_bias", "down"]
 Site = Literal[

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from locus.adapter import STILL
+from locus.atlas_names import STILL
 from locus.errors import InputError
 from locus.hooks import patched, record, stop_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from locus.adapter import Names
     from locus.atlas import Atlas, NeuronPart
+    from locus.atlas_names import Names
 
 
 def check_shapes(atlas: Atlas, names: Names) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from locus.adapter import Names
 from locus.atlas import Atlas
 from locus.atlas_checks import check_shapes, check_values, evaluating
+from locus.atlas_names import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

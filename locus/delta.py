@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from locus.artefact import open_tensors, save_tensors
-from locus.change import Change, InvertedChanges, Rounding, StoredChanges, cast_edit, composed
+from locus.checkpoint import Checkpoint
 from locus.errors import InputError
+from locus.files.artefact import open_tensors, save_tensors
+from locus.files.schema import built, understood, value_of
 from locus.fingerprint import tensor_digest
-from locus.folder import Checkpoint
 from locus.mask import WeightMask
-from locus.naming import canonical, resolve
-from locus.schema import built, understood, value_of
+from locus.parameter_names import canonical, resolve
 from locus.selection import Selection, same_bits
-from locus.weights import Weights, in_memory, module_of, refuse_offloaded, stored
+from locus.tensor_delta import Change, InvertedChanges, Rounding, StoredChanges, cast_edit, composed
+from locus.weight_source import Weights, in_memory, module_of, refuse_offloaded, stored
 
 if TYPE_CHECKING:
     from locus.model import Model

@@ -18,8 +18,17 @@ from itertools import chain, islice
 from pathlib import Path
 
 from locus.errors import InputError
-from locus.formats import FORMATS, detect, slug, text_records
-from locus.records import Record, head, hub_records, json_array, json_lines, missing, opened, text_blocks
+from locus.readers.formats import FORMATS, detect, slug, text_records
+from locus.readers.records import (
+    Record,
+    head,
+    hub_records,
+    json_array,
+    json_lines,
+    missing,
+    opened,
+    text_blocks,
+)
 
 _DATA = Path(__file__).with_name("data")
 SHIPPED = {"demo-forget": _DATA / "forget.jsonl", "demo-retain": _DATA / "retain.jsonl"}
@@ -140,7 +149,7 @@ def read_facts(path_or_name: str | Path, format: str = "auto", limit: int | None
     Args:
         path_or_name: Our JSONL, ROME's known_1000, CounterFact, TOFU, bare triples, plain text in blocks
             (.txt); any of them gzipped. JSON may be one object a line or one array.
-        format: A key of `locus.formats.FORMATS`, "text", or "auto" to go by the content.
+        format: A key of `locus.readers.formats.FORMATS`, "text", or "auto" to go by the content.
         limit: Stop after so many facts; the rest of the file is not read.
 
     Raises:
@@ -195,7 +204,7 @@ def neighbours_of(facts: Sequence[Fact]) -> list[Fact]:
 
 def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
     """Write facts as our JSONL, atomically; fields that say nothing are left out."""
-    from locus.artefact import atomic_file
+    from locus.files.artefact import atomic_file
 
     with atomic_file(Path(path)) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for fact in facts:

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from locus.naming import canonical, is_embedding, is_head
+from locus.files.tensorfile import CODES, n_threads, tensor_bytes
+from locus.parameter_names import canonical, is_embedding, is_head
 from locus.progress import track
-from locus.tensorfile import CODES, n_threads, tensor_bytes
 
 _CHUNK = 64 << 20
 

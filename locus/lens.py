@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from locus.artefact import load_tensors, save_tensors
-from locus.blame import blame
 from locus.errors import InputError
-from locus.finite import is_finite
+from locus.files.artefact import load_tensors, save_tensors
+from locus.files.schema import understood
+from locus.finite_checks import is_finite
 from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
-from locus.schema import understood
-from locus.sharded import device_of, put_together
+from locus.nonfinite import blame
+from locus.parallel.sharding import device_of, put_together
 from locus.tokens import Encoded
 
 

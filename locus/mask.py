@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
-from locus.schema import understood, value_of
+from locus.files.artefact import load_tensors, save_tensors
+from locus.files.schema import understood, value_of
+from locus.files.tensorfile import tensor_bytes
 from locus.selection import Selection
-from locus.tensorfile import tensor_bytes
 
 if TYPE_CHECKING:
     from locus.atlas import Atlas

@@ -18,14 +18,14 @@ import torch
 from locus import embedded
 from locus.atlas import Atlas
 from locus.atlas_reader import read_atlas
+from locus.checkpoint import Checkpoint
 from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
-from locus.finite import refuse_nonfinite
-from locus.folder import Checkpoint
-from locus.panics import unheard
+from locus.fsdp_loader import load_sharded
+from locus.parallel.sharding import device_of, given_back
 from locus.progress import without_bars_of_transformers
-from locus.sharded import device_of, given_back
-from locus.sharded_loader import load_sharded
+from locus.quiet_stderr import unheard
+from locus.weight_checks import refuse_nonfinite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,8 +119,8 @@ def load_model(
             is nothing, else a token or its id.
         chat: Ask facts as turns of a conversation, through the tokenizer's chat template.
         trust_remote_code: Run modelling code that comes with the checkpoint. Off unless you trust it.
-        shard: Spread it over the processes of a job (`locus.ranks.joined`), each of which calls this and holds a
-            part: for training what no device holds whole. See `locus.sharded_loader`.
+        shard: Spread it over the processes of a job (`locus.parallel.ranks.joined`), each of which calls this
+            and holds a part: for training what no device holds whole. See `locus.fsdp_loader`.
         offload: Of a sharded model, keep the parts in main memory.
 
     Returns:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from locus.artefact import load_tensors, save_tensors
 from locus.atlas import Atlas
 from locus.errors import InputError
+from locus.files.artefact import load_tensors, save_tensors
+from locus.files.schema import understood, value_of
 from locus.mask import WeightMask
-from locus.schema import understood, value_of
 
 PARTS = ("gate", "up", "down")
 

@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from locus.artefact import atomic_folder
-from locus.change import Change
+from locus.checkpoint import Checkpoint
 from locus.delta import WeightDelta
 from locus.errors import InputError
+from locus.files.artefact import atomic_folder
+from locus.files.tensorfile import write_tensors
 from locus.fingerprint import tensor_digest
-from locus.folder import Checkpoint
 from locus.model import module_shape
-from locus.naming import resolve
+from locus.parameter_names import resolve
 from locus.progress import track
 from locus.selection import same_bits
-from locus.tensorfile import write_tensors
+from locus.tensor_delta import Change
 
 _INSTEAD = "export the checkpoint instead (without --adapter)"
 

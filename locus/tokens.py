@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from locus.chat import Turn, turn
+from locus.chat_template import Turn, turn
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from locus.artefact import load_json, load_tensors, save_json, save_tensors
 from locus.atlas import Atlas
 from locus.errors import InputError
-from locus.schema import built, understood, value_of
+from locus.files.artefact import load_json, load_tensors, save_json, save_tensors
+from locus.files.schema import built, understood, value_of
 from locus.scores import LayerScores
 
 TOKEN_CLASSES = (

@@ -4,21 +4,21 @@ Every localizer is a frozen dataclass: its fields are its settings, `run(model, 
 scores, `cost(model, facts, retain)` says beforehand what that takes.
 """
 
-from tracing.activation import ActivationNorm
 from tracing.causal import CausalTrace
-from tracing.controls import AllNeurons, LargestNorm, RandomLayers, RandomNeurons
-from tracing.depn import PrivacyNeurons
-from tracing.direct import DirectLogit
-from tracing.imprint import Imprint
-from tracing.knowledge_neurons import KnowledgeNeurons
-from tracing.lookup import FactLookup
-from tracing.lookup_probe import LookupProbe
-from tracing.neuron_masks import HardConcrete, Slimming
-from tracing.saliency import ActivationGradient, GradientSaliency
-from tracing.similarity import ContrastiveVectors, DisagreeingTensors
-from tracing.traced import TracedNeurons
-from tracing.weights import WeightSaliency
-from tracing.zero_out import ZeroOut
+from tracing.localizers.activation_norm import ActivationNorm
+from tracing.localizers.controls import AllNeurons, LargestNorm, RandomLayers, RandomNeurons
+from tracing.localizers.depn import PrivacyNeurons
+from tracing.localizers.direct_logit import DirectLogit
+from tracing.localizers.fact_lookup import FactLookup
+from tracing.localizers.gradient_disagreement import ContrastiveVectors, DisagreeingTensors
+from tracing.localizers.imprint import Imprint
+from tracing.localizers.indirect_effect import TracedNeurons
+from tracing.localizers.knowledge_neurons import KnowledgeNeurons
+from tracing.localizers.learned_masks import HardConcrete, Slimming
+from tracing.localizers.lookup_probe import LookupProbe
+from tracing.localizers.saliency import ActivationGradient, GradientSaliency
+from tracing.localizers.weight_saliency import WeightSaliency
+from tracing.localizers.zero_out import ZeroOut
 
 LOCALIZERS = {
     "saliency": GradientSaliency,

@@ -22,20 +22,29 @@ from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.hooks import record
 from locus.model import Model
-from locus.ranks import ALONE, Ranks
+from locus.parallel.ranks import ALONE, Ranks
+from locus.throughput import flops_of, forget_peak, peak_bytes
 from locus.tokens import encode
 from locus.trace import FactTrace, Trace
-from tracing.attribution import can_estimate, estimate
-from tracing.corruption import Corrupter, Corruption, Prepared, prepare
-from tracing.cost import Cost
 from tracing.engine import Engine, EngineName
-from tracing.grids import Estimates, Grids, Plan, assemble, drawn, joined, most_promising, standard_error
-from tracing.parts import Parts
-from tracing.plain import logits_of
-from tracing.question import Answers, Asked, Inputs, Question, divergence
-from tracing.readout import METRICS, Metric, Readout
-from tracing.sites import Kind, cells_of
-from tracing.speed import flops_of, forget_peak, peak_bytes
+from tracing.localizer import Cost
+from tracing.patching.attribution import can_estimate, estimate
+from tracing.patching.corruption import Corrupter, Corruption, Prepared, prepare
+from tracing.patching.grids import (
+    Estimates,
+    Grids,
+    Plan,
+    assemble,
+    drawn,
+    joined,
+    most_promising,
+    standard_error,
+)
+from tracing.patching.plain_engine import logits_of
+from tracing.patching.readout import METRICS, Metric, Readout
+from tracing.patching.resume import Parts
+from tracing.patching.runs import Answers, Asked, Inputs, Question, divergence
+from tracing.patching.sites import Kind, cells_of
 
 _UNSETTLING = ("engine", "batch_tokens")
 """Settings that do not change the numbers."""

@@ -16,11 +16,11 @@ import torch
 
 from locus.errors import InputError
 from locus.model import Model
-from tracing.plain import answer_plainly
-from tracing.question import Answers, Asked, Question
-from tracing.readout import Readout
-from tracing.sites import Cell
-from tracing.speed import matrix_peak
+from locus.throughput import matrix_peak
+from tracing.patching.plain_engine import answer_plainly
+from tracing.patching.readout import Readout
+from tracing.patching.runs import Answers, Asked, Question
+from tracing.patching.sites import Cell
 
 EngineName = Literal["auto", "replay", "plain"]
 ENGINES: tuple[EngineName, ...] = ("auto", "replay", "plain")
@@ -57,8 +57,8 @@ class Engine:
         """Answer several questions, their rows side by side where they are replayed."""
         if self.wanted == "plain" or self._refused:
             return self._plainly(asked)
-        from tracing.blocks import attention_of, masked_attention
-        from tracing.replay import CannotReplay, answer_together
+        from tracing.replay.blocks import attention_of, masked_attention
+        from tracing.replay.replay_engine import CannotReplay, answer_together
 
         try:
             if not self._checked:
@@ -86,7 +86,7 @@ class Engine:
 
     def rows_at_once(self) -> int:
         """Rows that fill the device, whatever of its memory is free; 1 where whole forwards are run."""
-        from tracing.replay import full_budget
+        from tracing.replay.replay_engine import full_budget
 
         return 1 if self.wanted == "plain" else self.batch_tokens or full_budget(self.model)
 
@@ -100,7 +100,7 @@ class Engine:
 
     def _check(self, asked: Asked) -> None:
         """Answer some cells both ways; CannotReplay if the answers differ by more than rounding."""
-        from tracing.replay import CannotReplay, answer_by_replay
+        from tracing.replay.replay_engine import CannotReplay, answer_by_replay
 
         step = max(1, len(asked.cells) // _CHECKED_CELLS)
         some = list(asked.cells[step // 2 :: step][:_CHECKED_CELLS])

@@ -24,15 +24,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
+from locus.files.artefact import load_tensors, save_tensors
+from locus.files.schema import understood
 from locus.hooks import record
 from locus.lens import LensScores, lens_logits
 from locus.model import Model
 from locus.progress import task
-from locus.schema import understood
 from locus.tokens import Encoded, encode_text
-from tracing.cost import Cost
+from tracing.localizer import Cost
 
 _STATE = "tuned-lens-training.safetensors"
 

@@ -1,13 +1,12 @@
 """Did it really go, and what else went: one set of questions and attacks for the base, the edits and the controls."""
 
-from locus.audit.examine import Audit, ask_about, audit, measure_model, read_audit
-from locus.audit.figure import FIGURES, Figure
-from locus.audit.interval import Interval, Items
+from locus.audit.intervals import Interval, Items
 from locus.audit.measurement import Measurement
-from locus.audit.relearn import RelearnAttack
-from locus.audit.settings import AuditSettings
+from locus.audit.metric_table import FIGURES, Figure
+from locus.audit.run import Audit, ask_about, audit, measure_model, read_audit
+from locus.audit.settings import AuditSettings, RelearnAttack, Standards
 from locus.audit.state import State
-from locus.audit.verdict import Standards, Verdict
+from locus.audit.verdicts.verdict import Verdict
 
 __all__ = [
     "FIGURES",

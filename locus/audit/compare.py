@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from locus.audit.figure import FIGURES
+from locus.audit.metric_table import FIGURES
 from locus.errors import InputError
 
 OBJECTIVES = ("forget.prob", "paraphrase.top1", "held_out.top1", "text.kl")

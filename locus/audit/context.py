@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
-from locus.audit.answers import Answers, Questions
+from locus.audit.questions import Answers, Questions
 from locus.audit.settings import AuditSettings
 from locus.audit.state import State
 from locus.fact import Fact

@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from locus.audit.answers import KINDS
-from locus.audit.figure import FIGURES, figure_of
 from locus.audit.findings import Findings
-from locus.audit.interval import Interval, Items, difference, mean_interval, ratio
-from locus.audit.judge import judge
+from locus.audit.intervals import Interval, Items, difference, mean_interval, ratio
 from locus.audit.measurement import Measurement
-from locus.audit.resist import recovered
-from locus.audit.verdict import Verdict
-from locus.audit.versus import compare_states
+from locus.audit.metric_table import FIGURES, figure_of
+from locus.audit.questions import KINDS
+from locus.audit.verdicts.controls import compare_states
+from locus.audit.verdicts.judgement import judge
+from locus.audit.verdicts.resistance import recovered
+from locus.audit.verdicts.verdict import Verdict
 
 SCHEMA = 1
 

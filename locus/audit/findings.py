@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from locus.audit.answers import Questions
-from locus.audit.change import Change
 from locus.audit.measurement import Measurement
+from locus.audit.questions import Questions
 from locus.audit.settings import AuditSettings
+from locus.audit.weight_change import Change
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from locus.audit.figure import FIGURES
+from locus.audit.metric_table import FIGURES
 from locus.errors import InputError
-from locus.toml import read_toml
+from locus.files.toml import read_toml
 
 if TYPE_CHECKING:
-    from locus.audit.examine import Audit
+    from locus.audit.run import Audit
 
 RATIOS = ("kept", "perplexity", "remaining", "recovered")
 QUESTIONS = ("forgotten", "general", "spared", "intact", "hidden", "returns", "localized")

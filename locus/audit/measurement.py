@@ -6,14 +6,81 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from locus.audit.answers import KINDS, Answers
-from locus.audit.found import Curve
-from locus.audit.interval import Items
-from locus.audit.leak import LensLeak
-from locus.audit.relearn import Relearning
-from locus.audit.rounding import FORMATS, Format, Rounded
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from locus.audit.intervals import Items
+from locus.audit.neutral_text import TextScores
+from locus.audit.outcome import Curve
+from locus.audit.questions import KINDS, Answers
+from locus.audit.settings import FORMATS, Format
 from locus.audit.state import Role
-from locus.audit.text import TextScores
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """The curve of one model state under the attack."""
+
+    steps: tuple[int, ...]
+    """Training steps taken; 0 is before the attack."""
+    taught: tuple[str, ...]
+    """Fact ids of the half that was trained on."""
+    tested: tuple[str, ...]
+    """Fact ids of the other half."""
+    taught_nll: Float[Tensor, "step taught"]
+    tested_nll: Float[Tensor, "step tested"]
+    """Negative log-likelihood of the whole target, never trained on, in nats."""
+    tested_correct: Bool[Tensor, "step tested"]
+
+    @property
+    def taught_prob(self) -> Float[Tensor, "step taught"]:
+        """Probability of the whole target."""
+        return (-self.taught_nll).exp()
+
+    @property
+    def tested_prob(self) -> Float[Tensor, "step tested"]:
+        """Probability of the whole target."""
+        return (-self.tested_nll).exp()
+
+    def tested_items(self, step: int = -1) -> Items:
+        """p(target) of the untaught half at one point of the curve (an index into `steps`)."""
+        return Items(self.tested, self.tested_prob[step])
+
+
+@dataclass(frozen=True)
+class LensLeak:
+    """Where the first target token stands at each layer, at the last prompt position."""
+
+    facts: tuple[str, ...]
+    rank: Int[Tensor, "fact layer"]
+    """0 where the layer alone would answer right."""
+    bottom_rank: Int[Tensor, "fact layer"]
+    """0 where the target is the least likely token of all."""
+    prob: Float[Tensor, "fact layer"]
+    """Probability of the first target token through the lens."""
+
+    def top(self, k: int) -> Bool[Tensor, "fact layer"]:
+        """Whether the target is among the k likeliest tokens."""
+        return self.rank < k
+
+    def bottom(self, k: int) -> Bool[Tensor, "fact layer"]:
+        """Whether the target is among the k least likely tokens."""
+        return self.bottom_rank < k
+
+    def anywhere(self, k: int, end: str = "top") -> Items:
+        """1 for a fact whose target is in the top (bottom) k of at least one layer."""
+        hit = self.top(k) if end == "top" else self.bottom(k)
+        return Items(self.facts, hit.any(1).float())
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One model state after rounding its weights."""
+
+    format: Format
+    forget: Answers
+    held_out: Answers
+    """Asked at int4 only, the one format that hurts by itself; else empty."""
 
 
 @dataclass(frozen=True)

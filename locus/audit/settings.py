@@ -3,15 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from locus.audit.relearn import RelearnAttack
-from locus.audit.rounding import FORMATS, Format
-from locus.audit.verdict import Standards
 from locus.errors import InputError
 from locus.metrics import ExtractionMode, TruthRatioMode
 
+Format = Literal["bfloat16", "int8", "int4"]
+
+
+FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
+
+
 DEFAULT_ATTACKS = ("lens", "relearn", "rounding", "prompts", "dose")
+
+
+@dataclass(frozen=True)
+class RelearnAttack:
+    """How the attacker trains."""
+
+    method: Literal["full", "lora"] = "full"
+    """All weights, or low-rank adapters on every block's two output projections (far less memory)."""
+    at: tuple[int, ...] = (1, 2, 4, 8)
+    """Steps after which the answers are tested; the last one ends the training."""
+    lr: float | None = None
+    """AdamW's learning rate; None is 5e-5 for full and 5e-3 for lora."""
+    rank: int = 8
+    """Rank of the adapters."""
+    seed: int = 0
+    """Chooses the taught half."""
+
+    def __post_init__(self) -> None:
+        if not self.at or sorted(set(self.at)) != list(self.at) or self.at[0] < 1:
+            raise InputError(f"relearn: steps {self.at} must rise from at least 1")
+
+
+@dataclass(frozen=True)
+class Standards:
+    """The lines between yes, partly and no. They are conventions, kept in audit.json beside the verdicts."""
+
+    min_facts: int = 6
+    """Fewer facts give no verdict (a sign test cannot reach 5 % below six)."""
+    forgotten: float = 0.1
+    """Forgotten: at most this share of the base's p(target) and of its right answers remains."""
+    general: float = 0.25
+    """Forgotten in other words too: at most this share of the base's right paraphrases remains."""
+    spared: float = 0.9
+    """Spared: at least this share of the base's right held-out answers remains ..."""
+    spared_low: float = 0.75
+    """... and the interval does not reach below this."""
+    kl: float = 0.1
+    """Intact: at most this KL in nats a token on neutral text ..."""
+    perplexity: float = 1.1
+    """... and at most this perplexity beside the base's."""
+    broken: float = 1.5
+    """Broken: neutral perplexity above this multiple of the base's."""
+    hidden: float = 0.1
+    """Not readable inside: at most this share of facts in some layer's top 10."""
+    recovered: float = 0.25
+    """Does not come back: at most this share of what was removed returns under an attack."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +68,7 @@ class AuditSettings:
     """What is measured and how."""
 
     attacks: tuple[str, ...] = DEFAULT_ATTACKS
-    """Attacks by name, see `locus.audit.attacks`; "all" is every one, "none" is none."""
+    """Attacks by name, see `locus.audit.attacks.table`; "all" is every one, "none" is none."""
     control_attacks: tuple[str, ...] = ("lens", "relearn", "rounding")
     """Those of them that the controls go through as well, so that the edit can be compared with random masks there."""
     lens_k: tuple[int, ...] = (4, 10)

@@ -12,7 +12,7 @@ import torch
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.model import Model
-from locus.naming import resolve
+from locus.parameter_names import resolve
 
 Role = Literal["base", "edit", "control", "reference"]
 """A reference is a model retrained without the forget set: what a perfect edit would be."""

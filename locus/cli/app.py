@@ -35,5 +35,8 @@ _COMMANDS = {
     "models": "List the architectures whose parts have exact names.",
 }
 
+_MODULES = {"edit": "edit.command", "locate": "locate.command"}
+"""Commands whose file stands in a folder of its own."""
+
 for _order, (_name, _help) in enumerate(_COMMANDS.items()):
-    app.command(f"locus.cli.{_name}:{_name}", name=_name, help=_help, sort_key=_order)
+    app.command(f"locus.cli.{_MODULES.get(_name, _name)}:{_name}", name=_name, help=_help, sort_key=_order)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from locus.cli.material import retained
+from locus.cli.edit.edit_data import retained
 from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_from, settings_of
 from locus.errors import InputError
 
 if TYPE_CHECKING:
     from locus.audit import Audit, AuditSettings
     from locus.audit.gate import GateResult
-    from locus.audit.suites import Suite
+    from locus.audit.suites.table import Suite
     from locus.delta import WeightDelta
     from locus.fact import Fact
     from locus.model import Model
@@ -72,13 +72,13 @@ def audit(
         gate: A TOML file of thresholds and verdicts; exit 3 if one fails or its evidence is missing.
     """
     from locus.audit import AuditSettings
-    from locus.audit.attacks import attacks_of
+    from locus.audit.attacks.table import attacks_of
     from locus.audit.gate import check_gate, read_gate
-    from locus.audit.harness import Harness
-    from locus.audit.suites import load_suite
+    from locus.audit.suites.harness import Harness
+    from locus.audit.suites.table import load_suite
     from locus.fact import neutral_text, split_text
-    from locus.ranks import joined
-    from locus.together import together
+    from locus.parallel.map import together
+    from locus.parallel.ranks import joined
 
     with joined() as ranks, together(ranks):
         talking = talking.of(ranks)
@@ -126,7 +126,7 @@ def audit_into(
 def settings_of_table(where: str, table: Mapping[str, Any]) -> AuditSettings:
     """Audit settings from a table of a TOML file."""
     from locus.audit import AuditSettings
-    from locus.audit.attacks import attacks_of
+    from locus.audit.attacks.table import attacks_of
 
     settings = settings_from(where, AuditSettings, table)
     attacks_of(settings.attacks)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from locus.cli.locate import PARTS, Part
+from locus.cli.locate.command import PARTS, Part
 from locus.cli.options import Talking
 
 How = Literal["rank-average", "minus", "normalize"]
@@ -44,7 +44,7 @@ def combine(
     """
     from locus.errors import InputError
     from locus.scores import NeuronScores
-    from tracing.combine import minus, normalize, rank_average
+    from tracing.score_algebra import minus, normalize, rank_average
 
     least, most = {"rank-average": (1, None), "minus": (2, 2), "normalize": (1, 1)}[how]
     if len(scores) < least or (most is not None and len(scores) > most):

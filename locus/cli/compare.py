@@ -24,8 +24,8 @@ def compare(
 
     from locus.audit import read_audit
     from locus.audit.compare import compare as side_by_side
+    from locus.files.schema import understood
     from locus.report import compare_report
-    from locus.schema import understood
 
     documents = {_name(path): read_audit(path) for path in audits}
     with understood(", ".join(map(str, audits)), "set of audits", "audit again"):

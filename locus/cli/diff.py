@@ -17,7 +17,7 @@ def diff(a: str, b: str, /, *, mask: Path | None = None, talking: Talking = Talk
     """
     from rich.table import Table
 
-    from locus.checkpoint import diff as compare
+    from locus.checkpoint_export import diff as compare
     from locus.mask import WeightMask
     from locus.model import checkpoint_folder
 

@@ -32,10 +32,10 @@ def export(
         link: Hard-link the untouched shards instead of copying them.
         resume: Accept a folder that already holds this very export.
     """
-    from locus.checkpoint import export as write
+    from locus.checkpoint import Checkpoint
+    from locus.checkpoint_export import export as write
     from locus.delta import WeightDelta
     from locus.errors import InputError
-    from locus.folder import Checkpoint
     from locus.model import checkpoint_folder
 
     change = WeightDelta.load(delta)

@@ -33,8 +33,8 @@ def known(
     from rich.table import Table
 
     from locus.fact import write_facts
-    from locus.known import known as measure_known
-    from locus.known import known_facts, summarize
+    from locus.recall import known as measure_known
+    from locus.recall import known_facts, summarize
 
     loaded = loading.load(model)
     chosen = running.facts(facts)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.lens import LensGrid
     from locus.model import Model
-    from locus.ranks import Ranks
-    from tracing.direct import DirectAttribution
+    from locus.parallel.ranks import Ranks
+    from tracing.localizers.direct_logit import DirectAttribution
     from tracing.tuned_lens import TunedLens
 
 
@@ -55,8 +55,8 @@ def lens(
         attribution: Write besides what each layer, head and neuron adds to the target's logit (direct logit
             attribution): attribution.safetensors, attribution.json, a picture a fact.
     """
-    from locus.artefact import lock
     from locus.errors import InputError
+    from locus.files.artefact import lock
 
     if (out / LENS).exists() and not running.resume:
         raise InputError(f"{out} holds a finished lens: give another folder, or --resume to write it anew")
@@ -110,11 +110,11 @@ def lens_into(
 
     Several processes share the facts, and the pictures.
     """
-    from locus.artefact import save_json
+    from locus.files.artefact import save_json
     from locus.lens import LensGrid, lens_grid, save_grids
-    from locus.ranks import ALONE
+    from locus.parallel.map import each_value, together
+    from locus.parallel.ranks import ALONE
     from locus.report import plot_lens
-    from locus.together import each_value, together
     from locus.tokens import encode
 
     name = "logit lens" if tuned is None else "tuned lens"
@@ -151,11 +151,11 @@ def lens_into(
 
 def attribution_into(folder: Path, model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
     """Direct logit attribution of each fact: tensors, the largest shares as JSON, a picture."""
-    from locus.artefact import save_json, save_tensors
+    from locus.files.artefact import save_json, save_tensors
     from locus.progress import track
     from locus.report import plot_attribution
     from locus.tokens import encode
-    from tracing.direct import direct_attribution
+    from tracing.localizers.direct_logit import direct_attribution
 
     tensors, found = {}, {}
     for fact in track(facts, "direct logit attribution"):

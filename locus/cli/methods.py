@@ -37,7 +37,7 @@ def methods(
     """
     from editors import EDITORS
     from locus.audit import AuditSettings
-    from locus.audit.attacks import ATTACKS, BUILT_IN
+    from locus.audit.attacks.table import ATTACKS, BUILT_IN
     from locus.errors import InputError
     from tracing import LOCALIZERS, CausalTrace
 

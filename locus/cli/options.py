@@ -19,7 +19,7 @@ from locus.errors import InputError
 if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.model import Model
-    from locus.ranks import Ranks
+    from locus.parallel.ranks import Ranks
 
 S = TypeVar("S")
 

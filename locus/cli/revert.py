@@ -29,7 +29,7 @@ def revert(
         link: Hard-link the untouched shards instead of copying them.
         resume: Accept a folder that already holds this very result.
     """
-    from locus.checkpoint import revert as write
+    from locus.checkpoint_export import revert as write
     from locus.delta import WeightDelta
     from locus.model import checkpoint_folder
 

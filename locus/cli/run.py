@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, Running, Talking, method_class, settings_from
 from locus.errors import InputError
-from locus.toml import read_toml
+from locus.files.toml import read_toml
 
 if TYPE_CHECKING:
     from locus.fact import Fact
@@ -49,7 +49,7 @@ def run(
         out: Folder for the artefacts of all stages.
         resume: Take finished stages as they are, as long as nothing they depend on has changed.
     """
-    from locus.artefact import lock
+    from locus.files.artefact import lock
 
     walk = Walk.read(config, out, talking)
     out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Walk:
 
     def go(self) -> None:
         """Run every stage of the configuration that is not already done."""
-        from locus.artefact import save_json
+        from locus.files.artefact import save_json
 
         done = self._done()
         steps: dict[str, Callable[[], dict[str, Any]]] = {
@@ -195,7 +195,7 @@ class Walk:
 
     def locate(self) -> dict[str, Any]:
         """Scores, and the mask of the best."""
-        from locus.cli.locate import PARTS, describe, locate_mask
+        from locus.cli.locate.command import PARTS, describe, locate_mask
 
         table = self.config["locate"]
         kept = [f for f in self.retain if not f.held_out] or None
@@ -215,7 +215,7 @@ class Walk:
 
     def edit(self) -> dict[str, Any]:
         """The edit, and the same with random masks."""
-        from locus.cli.edit_folder import control_folder, control_mask, edit_into
+        from locus.cli.edit.edit_folder import control_folder, control_mask, edit_into
         from locus.mask import WeightMask
 
         name, editor = self.method("edit")
@@ -229,7 +229,7 @@ class Walk:
 
     def export(self) -> dict[str, Any]:
         """The edited checkpoint."""
-        from locus.checkpoint import export
+        from locus.checkpoint_export import export
         from locus.delta import WeightDelta
         from locus.model import checkpoint_folder
 
@@ -273,7 +273,7 @@ class Walk:
         return Group(*parts)
 
     def _done(self) -> dict[str, Any]:
-        from locus.artefact import load_json
+        from locus.files.artefact import load_json
 
         path = self.out / "run.json"
         return dict(load_json(path, "run")["stages"]) if path.exists() else {}

@@ -13,7 +13,7 @@ from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_
 if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.model import Model
-    from locus.ranks import Ranks
+    from locus.parallel.ranks import Ranks
     from locus.trace import Trace
     from tracing import CausalTrace
 
@@ -37,7 +37,7 @@ def trace(
         facts: A fact file, or demo-forget.
         out: Folder for trace.safetensors, trace.json, average.json, the logit lens, the pictures and report.html.
     """
-    from locus.ranks import joined
+    from locus.parallel.ranks import joined
     from tracing import CausalTrace
 
     settings = settings_of("locus trace", CausalTrace, tokens, running.shared)
@@ -70,7 +70,7 @@ def trace_into(
     """Trace the facts and write everything that `locus trace` promises into a folder."""
     from locus.cli.lens import lens_into
     from locus.errors import InputError
-    from locus.ranks import ALONE
+    from locus.parallel.ranks import ALONE
     from locus.report import plot_trace, trace_report
 
     if (folder / "trace.safetensors").exists() and not resume:

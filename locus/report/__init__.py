@@ -2,9 +2,9 @@
 
 from locus.report.attribution_plot import plot_attribution
 from locus.report.audit_report import audit_report, compare_report, terminal_table
-from locus.report.dose_plot import plot_dose
 from locus.report.lens_plot import plot_lens
 from locus.report.locate_report import locate_report
+from locus.report.strength_plot import plot_dose
 from locus.report.trace_report import plot_trace, trace_report
 
 __all__ = [

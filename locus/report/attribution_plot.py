@@ -7,8 +7,8 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.artefact import atomic_file
-from locus.report.words import plain
+from locus.files.artefact import atomic_file
+from locus.report.token_text import plain
 
 
 def plot_attribution(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from locus.audit.compare import Side
-from locus.audit.figure import FIGURES
+from locus.audit.metric_table import FIGURES
 from locus.report.chart import Chart, HeatMap, Series
 from locus.report.page import percent
 

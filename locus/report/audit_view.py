@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from locus.audit.figure import FIGURES
+from locus.audit.metric_table import FIGURES
 from locus.report.page import number, percent, span
 
 QUESTIONS = {

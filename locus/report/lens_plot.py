@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from locus.artefact import atomic_file
+from locus.files.artefact import atomic_file
 from locus.lens import LensGrid
-from locus.report.words import plain, seen
+from locus.report.token_text import plain, seen
 
 _MOST_POSITIONS = 24
 _LONGEST = 11

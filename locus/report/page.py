@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locus.artefact import atomic_file
+from locus.files.artefact import atomic_file
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from locus.artefact import atomic_file
+from locus.files.artefact import atomic_file
 from locus.report.chart import Chart, HeatMap, Series
 from locus.report.page import count, number, percent, write_page
-from locus.report.words import plain, seen
+from locus.report.token_text import plain, seen
 from locus.trace import TOKEN_CLASSES, FactTrace, Trace
 
 KIND_NAMES = {

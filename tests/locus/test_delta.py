@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from locus.artefact import save_tensors
-from locus.checkpoint import Checkpoint
+from locus.checkpoint_export import Checkpoint
 from locus.delta import WeightDelta
 from locus.errors import InputError
+from locus.files.artefact import save_tensors
 from locus.mask import WeightMask
 from locus.selection import Selection, same_bits
 from tests.tiny import save_tiny, tiny_model

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from editors import NPO, ROME
-from editors.training import Training
+from editors.training.settings import Training
 from locus.errors import InputError
 from locus.lens import lens_grid
 from locus.mask import WeightMask
 from locus.model import Model, load_model
 from locus.tokens import encode
-from tests.editors.direct import down
-from tests.editors.test_finetune import TEXT, known_facts, same
+from tests.editors.direct_edits import down
+from tests.editors.training.test_finetune import TEXT, known_facts, same
 from tests.tiny import save_tiny, tiny_facts, tiny_model
-from tests.tracing.test_shared import localizers, scored
+from tests.together.test_shared_localizers import localizers, scored
 from tracing import CausalTrace, WeightSaliency
 
 OFFLOADED = ("model.embed_tokens", "model.layers.1", "model.norm", "lm_head")

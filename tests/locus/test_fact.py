@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locus import records
 from locus.errors import InputError
 from locus.fact import SHIPPED, Example, Fact, neutral_text, read_facts, write_facts
-from locus.formats import BLOCK_WORDS
+from locus.readers import records
+from locus.readers.formats import BLOCK_WORDS
 
 PARIS = {"id": "paris", "subject": "France", "prompt": "The capital of France is", "target": " Paris"}
 
@@ -247,7 +247,7 @@ def test_plain_text_in_blocks(write: Write) -> None:
 
 @given(st.text(alphabet="ab \n\t", max_size=60), st.integers(1, 4))
 def test_cutting_a_block_loses_no_word(block: str, n_words: int) -> None:
-    from locus.formats import _cut
+    from locus.readers.formats import _cut
 
     if words := block.split():
         pieces = [piece.split() for piece in _cut(block.strip(), n_words)]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from locus.artefact import load_tensors, save_tensors
 from locus.errors import InputError
+from locus.files.artefact import load_tensors, save_tensors
 from locus.mask import WeightMask, shapes_of
 from locus.selection import Selection
 

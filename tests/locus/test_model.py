@@ -14,7 +14,7 @@ import locus
 from locus import embedded
 from locus.errors import InputError
 from locus.model import load_model
-from locus.panics import unheard
+from locus.quiet_stderr import unheard
 from tests.tiny import save_tiny, tiny_model
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from locus.checkpoint import Checkpoint
+from locus.checkpoint_export import Checkpoint
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.selection import Selection

@@ -17,7 +17,7 @@ from locus.tokens import encode
 from locus.trace import FactTrace, Trace
 from tests.tiny import tiny_facts, tiny_model
 from tracing.causal import CausalTrace
-from tracing.corruption import Corrupter, Prepared, embed, prepare
+from tracing.patching.corruption import Corrupter, Prepared, embed, prepare
 
 
 @pytest.fixture(scope="module")
@@ -242,16 +242,16 @@ def test_wrong_input_is_refused_in_one_line(model: Model) -> None:
 
 
 def test_falls_back_loudly_when_the_replay_is_wrong(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tracing.replay
-    from tracing.question import Answers
+    import tracing.replay.replay_engine
+    from tracing.patching.runs import Answers
 
-    real = tracing.replay.answer_by_replay
+    real = tracing.replay.replay_engine.answer_by_replay
 
     def wrong(*args: object, **kwargs: object) -> Answers:
         answers = real(*args, **kwargs)  # type: ignore[arg-type]
         return replace(answers, cells=answers.cells + 0.1)
 
-    monkeypatch.setattr(tracing.replay, "answer_by_replay", wrong)
+    monkeypatch.setattr(tracing.replay.replay_engine, "answer_by_replay", wrong)
     settings = CausalTrace(kinds=("block",), samples=1)
     with pytest.warns(UserWarning, match="differ from whole ones"):
         traced = settings.run(model, tiny_facts()[:1])["tower"]

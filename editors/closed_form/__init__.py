@@ -1,0 +1,1 @@
+"""Edits by closed form: ROME, MEMIT, AlphaEdit, LaW, subspace projection."""

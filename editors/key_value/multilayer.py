@@ -1,0 +1,270 @@
+"""Edits of many facts at once, spread over several layers: what MEMIT, AlphaEdit and LaW do around their own solve."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.deltas import settings_of
+from editors.key_value.distractors import facts_for
+from editors.key_value.down_projections import (
+    DownProjection,
+    borrowed,
+    chosen_layers,
+    delta_of,
+    down_projections,
+    whole_projections,
+)
+from editors.key_value.key_positions import Place, openings, retained
+from editors.key_value.least_squares import within
+from editors.key_value.residual_spread import Ramp
+from editors.key_value.second_moments import second_moments
+from editors.key_value.target_value import Aim
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Fact, neutral_text
+from locus.forward import measure
+from locus.mask import WeightMask
+from locus.model import Model
+
+Log = Callable[[Mapping[str, Any]], None]
+Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
+"""A layer, the facts' keys `n fact` and residuals `d_model fact` -> the update `d_model n` of its n located neurons."""
+
+
+@dataclass(frozen=True)
+class SpreadEdit(ABC):
+    """What edits of many facts over several layers have in common; each adds how it solves for a layer's update."""
+
+    layers: tuple[int, ...] = ()
+    """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
+    most: int = 5
+    """How many layers at most, where none are named."""
+    aim: Aim = Aim(to="alternatives", lr=0.1, clamp=0.75)
+    """What the model should say instead, and how the state that makes it say so is found."""
+    rounds: int = 3
+    """How often a fact is written at most: what the model still says after a round is written again."""
+    washed: float = 0.01
+    """A fact whose target has no more probability than this is not written again."""
+    batch: int = 0
+    """Facts edited at once; 0 for all."""
+    retain_weight: float = 1.0
+    """Weight of the retain facts' keys against the text's in the second moment."""
+    moment_tokens: int = 100_000
+    """Tokens of text that the second moment is taken over, at most."""
+    place: Place = "subject"
+    """Edit at the last token of the subject or of the prompt."""
+    batch_tokens: int = 4096
+    """Padded tokens in one forward."""
+
+    def own_mask(self, model: Model) -> WeightMask:
+        """The down projections of the layers named, or of all: what may change where no mask is given."""
+        return whole_projections(model, self.layers)
+
+    def run(
+        self,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        *,
+        text: Sequence[str] = (),
+        folder: Path | None = None,
+        resume: bool = False,
+        log: Log | None = None,
+    ) -> WeightDelta:
+        """Edit the facts, batch after batch; the model in memory ends bit for bit as it was.
+
+        Keys of retain facts that are not held out count in the second moment; `text` is what the rest of it and the
+        openings are taken from, by default the neutral text that comes with locus. `folder` and `resume` are not
+        needed.
+
+        Raises:
+            InputError: no facts, a mask without down projections, a fact without a subject, or what `solver` says.
+        """
+        forget = facts_for(self.aim, forget, retain)
+        spread = Spread.over(self, model, forget, retain, mask, text)
+        solve, about = self.solver(spread)
+        with spread.borrowed():
+            spread.write_(forget, solve, log)
+        return spread.delta(mask, **about)
+
+    @abstractmethod
+    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+        """How a layer's update is solved for, and what the delta's provenance says of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Where such an edit writes, what must stay, and what it has written so far."""
+
+    editor: SpreadEdit
+    model: Model
+    located: Sequence[DownProjection]
+    prefixes: Sequence[str]
+    """Openings that keys and values are averaged over."""
+    moments: Mapping[int, Float[Tensor, "n n"]]
+    """By layer: second moment of the located neurons over text and retain facts."""
+    n_tokens: int
+    """Tokens of text that these were taken over."""
+    written: Written
+
+    @classmethod
+    def over(
+        cls,
+        editor: SpreadEdit,
+        model: Model,
+        forget: Sequence[Fact],
+        retain: Sequence[Fact],
+        mask: WeightMask,
+        text: Sequence[str],
+    ) -> Spread:
+        """Choose the layers and measure what must stay; nothing is written yet.
+
+        Raises:
+            InputError: no facts, or a mask without down projections.
+        """
+        if not forget:
+            raise InputError("nothing to forget: the list of facts is empty")
+        text = text or neutral_text()
+        located = chosen_layers(
+            down_projections(model, mask), model.atlas.n_layers, editor.layers, max(1, editor.most)
+        )
+        layers = [one.layer for one in located]
+        prefixes = openings(text, editor.aim.prefixes, editor.aim.seed)
+        moments = second_moments(
+            model, layers, text, n_tokens=editor.moment_tokens, batch_tokens=editor.batch_tokens
+        )
+        kept = retained(
+            model, retain, layers, prefixes, editor.place, editor.retain_weight, editor.batch_tokens
+        )
+        return cls(
+            editor,
+            model,
+            located,
+            prefixes,
+            {one.layer: within(moments[one.layer].mean + kept[one.layer], one.neurons) for one in located},
+            moments[layers[0]].n_tokens,
+            Written(located),
+        )
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """The weights it writes into; inside, `write_` changes them, and after it they are as they were."""
+        with borrowed(self.model, self.written.updates):
+            yield
+
+    def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
+        """Edit the facts in the borrowed weights, batch after batch.
+
+        What the model then still says of a batch is searched for and written again, up to `rounds` times in all.
+        """
+        for batch in batches_of(facts, self.editor.batch):
+            left = list(batch)
+            for _ in range(self.editor.rounds):
+                self._write_once_(left, solve, log)
+                probs = measure(self.model, left, self.editor.batch_tokens).prob.tolist()
+                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.editor.washed]
+                if not left:
+                    break
+            self.written.about["unwashed"] += [fact.id for fact in left]
+
+    def _write_once_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
+        """Find what the facts should become, then write it layer after layer."""
+        self.written.release(facts)
+        ramp = Ramp.find(
+            self.model,
+            facts,
+            self.located,
+            self.editor.aim,
+            self.prefixes,
+            self.editor.place,
+            self.editor.batch_tokens,
+        )
+        ramp.write_(solve, self.written.keep)
+        self.written.done(facts, ramp, log)
+
+    def delta(self, mask: WeightMask, **about: Any) -> WeightDelta:
+        """All that was written, and how it went."""
+        provenance = {
+            "editor": settings_of(self.editor),
+            "layers": [one.layer for one in self.located],
+            "moment_tokens": self.n_tokens,
+            **about,
+            **self.written.about,
+        }
+        return delta_of(self.model, self.written.updates, mask, provenance)
+
+
+class Written:
+    """What has been written so far, layer by layer: keys of earlier facts, and the sums of the updates."""
+
+    def __init__(self, located: Sequence[DownProjection]) -> None:
+        self.updates = {
+            one.param: (one, torch.zeros(one.allowed.shape, dtype=torch.float64)) for one in located
+        }
+        self._earlier: dict[int, dict[str, Tensor]] = {one.layer: {} for one in located}
+        self._fresh: list[tuple[int, Tensor]] = []
+        self.about: dict[str, Any] = {
+            "losses": {},
+            "missing": {},
+            "rounds": {},
+            "unwashed": [],
+            "resumed": True,
+        }
+
+    def earlier(self, one: DownProjection) -> Float[Tensor, "n key"]:
+        """A layer's keys of the facts written before, which are to stay where they are."""
+        found = list(self._earlier[one.layer].values())
+        return torch.stack(found, 1) if found else torch.zeros(len(one.neurons), 0, dtype=torch.float64)
+
+    def with_earlier(
+        self,
+        one: DownProjection,
+        keys: Float[Tensor, "n fact"],
+        residual: Float[Tensor, "d_model fact"],
+    ) -> tuple[Float[Tensor, "n key"], Float[Tensor, "d_model key"]]:
+        """Keys and residuals with those of earlier facts, which are to stay where they are, in front."""
+        earlier = self.earlier(one)
+        still = residual.new_zeros(len(residual), earlier.shape[1])
+        return torch.cat([earlier, keys], dim=1), torch.cat([still, residual], dim=1)
+
+    def release(self, facts: Sequence[Fact]) -> None:
+        """Let the keys of facts that are written again move."""
+        for keys in self._earlier.values():
+            for fact in facts:
+                keys.pop(fact.id, None)
+
+    def keep(
+        self, one: DownProjection, keys: Float[Tensor, "n fact"], update: Float[Tensor, "d_model neuron"]
+    ) -> None:
+        """Note one layer's keys and update."""
+        self._fresh.append((one.layer, keys))
+        self.updates[one.param][1].add_(update)
+
+    def done(self, facts: Sequence[Fact], ramp: Ramp, log: Log | None) -> None:
+        """Note what was written: its keys are from now on those of earlier facts."""
+        for layer, keys in self._fresh:
+            self._earlier[layer] |= dict(zip((fact.id for fact in facts), keys.unbind(1), strict=True))
+        self._fresh.clear()
+        self.about["resumed"] &= ramp.found.resumed
+        missing = ramp.missing().norm(dim=1) / ramp.found.shift.norm(dim=1).clamp_min(1e-12)
+        for fact, loss, left in zip(facts, ramp.found.loss.tolist(), missing.tolist(), strict=True):
+            self.about["losses"][fact.id], self.about["missing"][fact.id] = loss, left
+            self.about["rounds"][fact.id] = self.about["rounds"].get(fact.id, 0) + 1
+            if log is not None:
+                log({"fact": fact.id, "loss": loss, "missing": left, "steps": ramp.found.steps})
+
+
+def batches_of(facts: Sequence[Fact], size: int) -> list[Sequence[Fact]]:
+    """`size` facts at a time, in order; 0 for all at once."""
+    size = size or len(facts)
+    return [facts[start : start + size] for start in range(0, len(facts), size)]

@@ -1,0 +1,1 @@
+"""Edits of single FFN neurons."""

@@ -1,0 +1,1 @@
+"""Objectives of the training loop: one published loss a file."""

@@ -1,0 +1,1 @@
+"""The masked training loop: data, retain term, optimizers, stopping, delta parameters."""

@@ -1,0 +1,48 @@
+"""What the training loop needs of an editor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from editors.training.prediction import Prediction
+from editors.training.retain import Retain
+from editors.training.settings import Training
+from locus.fact import Example, Fact
+from locus.model import Model
+from locus.tokens import Encoded
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What the loop needs of an editor: its loss on forget examples and its settings."""
+
+    @property
+    def retain(self) -> Retain:
+        """The retain term."""
+
+    @property
+    def training(self) -> Training:
+        """The training settings."""
+
+    def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
+        """The loss to lower on a batch of forget examples: a mean over its examples."""
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """An objective that also looks at another answer to each prompt."""
+
+    def answer(self, fact: Fact, pool: Sequence[Fact], step: int) -> Example:
+        """The fact's prompt with that answer; `pool` are all facts that may be looked at."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """An objective with a stopping rule of its own, asked at looks once `min_steps` are done."""
+
+    def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
+        """Whether the forget examples are forgotten by its own measure."""

@@ -1,0 +1,122 @@
+"""What keeps the rest of the model as it was: the retain term of every trained edit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from editors.training.prediction import Prediction, steering_layer
+from locus.errors import InputError
+
+
+def kl_per_token(
+    logits: Float[Tensor, "label d_vocab"], ref_logits: Float[Tensor, "label d_vocab"]
+) -> Float[Tensor, " label"]:
+    """KL(reference || edited) of the next-token distribution, in nats, at each position; 0 where they agree.
+
+    Used as retain term by Maini et al. 2024 (TOFU's KL-min, arXiv:2401.06121) and Zhang et al. 2024 (NPO + KL). Its
+    gradient in the logits is edited - reference, in probabilities; both are taken a few positions at a time, so that
+    beside the logits themselves there is one tensor of their size and not six. The reference gets no gradient.
+    """
+    values: Tensor = _KL.apply(logits, ref_logits)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, ref_logits)
+        values = []
+        for edited, base in zip(logits.split(_POSITIONS), ref_logits.split(_POSITIONS), strict=True):
+            ref = base.log_softmax(-1)
+            values.append((ref.exp() * (ref - edited.log_softmax(-1))).sum(-1))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        logits, ref_logits = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for start in range(0, len(logits), _POSITIONS):
+            rows = slice(start, start + _POSITIONS)
+            apart = logits[rows].softmax(-1).sub_(ref_logits[rows].softmax(-1))
+            torch.mul(apart, slopes[0][rows, None], out=gradient[rows])
+        return gradient, None
+
+
+_POSITIONS = 32
+"""Positions whose distributions are held at once."""
+
+
+def hidden_mse(
+    hidden: Float[Tensor, "layer label d_model"], ref_hidden: Float[Tensor, "layer label d_model"]
+) -> Float[Tensor, ""]:
+    """Squared distance of hidden states, mean over layers, positions and dimensions (Li et al. 2024, RMU).
+
+    Of half precision it is taken in float32.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return F.mse_loss(hidden.to(wide), ref_hidden.to(wide))
+
+
+@dataclass(frozen=True)
+class Retain:
+    """The retain term: which distance, how heavy, and how much retain data a step sees."""
+
+    term: Literal["none", "nll", "kl", "hidden"] = "kl"
+    """NLL of the retain targets, KL(reference || edited) where they are predicted, or hidden-state MSE."""
+    weight: float = 5.0
+    """Weight of the term against the forget loss."""
+    facts: int = 16
+    """Retain facts a step."""
+    near: float = 0.75
+    """Share of those facts that are drawn from the relations of the forgotten facts, as far as there are such."""
+    texts: int = 1
+    """Neutral paragraphs a step."""
+    reference: Literal["live", "memory", "disk"] = "memory"
+    """Ask the base at every step, or once for each example and keep what it unembeds, d_model numbers a token: in
+    memory for as long as the model is there (at most half a gigabyte), or on the disk, in the user's cache."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
+
+    def __post_init__(self) -> None:
+        if self.term not in TERMS:
+            raise InputError(f"retain term {self.term!r}: not one of {', '.join(TERMS)}")
+        if self.weight < 0 or self.facts < 0 or self.texts < 0:
+            raise InputError("retain: weight, facts and texts must not be negative")
+        if not 0 <= self.near <= 1:
+            raise InputError(f"retain: near = {self.near}: a share lies between 0 and 1")
+        if self.reference not in REFERENCES:
+            raise InputError(f"retain reference {self.reference!r}: not one of {', '.join(REFERENCES)}")
+
+    @property
+    def active(self) -> bool:
+        """Whether retain data is looked at in training at all."""
+        return self.term != "none" and self.weight > 0 and (self.facts > 0 or self.texts > 0)
+
+    def loss(self, kept: Prediction) -> Float[Tensor, ""]:
+        """The term on one batch of facts or of text: a mean over its target tokens."""
+        if self.term == "nll":
+            return kept.token_nll.mean()
+        if self.term == "kl":
+            return kl_per_token(kept.logits, kept.ref_logits).mean()
+        n_layers = kept.model.atlas.n_layers
+        layers = [layer % n_layers for layer in self.layers] or [steering_layer(n_layers)]
+        return hidden_mse(kept.hidden(layers), kept.ref_hidden(layers))
+
+
+TERMS = ("none", "nll", "kl", "hidden")
+REFERENCES = ("live", "memory", "disk")
+
+
+def mean_kl(kept: Prediction) -> float:
+    """KL of a batch in nats a token, as a number, when both sides' logits are already there; else NaN."""
+    if not {"logits", "ref_logits"} <= kept.__dict__.keys():
+        return float("nan")
+    return float(kl_per_token(kept.logits.detach(), kept.ref_logits).mean()) if len(kept.labels) else 0.0

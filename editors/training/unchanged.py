@@ -1,0 +1,43 @@
+"""The mask contract, proven: nothing in the module differs by a bit from what it was before the edit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from locus.fingerprint import digests, tensor_digest
+from locus.parallel.sharding import given_back, is_sharded, local
+
+
+class MaskLeak(RuntimeError):
+    """A weight that must not move did. A defect of an editor, never of the input."""
+
+
+def every_digest(module: nn.Module) -> dict[str, str]:
+    """sha256 of every parameter and buffer that is in memory, by name; tied tensors once.
+
+    Of a sharded model, of this process's part of each.
+    """
+    if is_sharded(module):
+        given_back(module)
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    names = [name for name, tensor in found.items() if not tensor.is_meta]
+    return digests(names, lambda name: tensor_digest(local(found[name])))
+
+
+@contextlib.contextmanager
+def unmoved(module: nn.Module) -> Iterator[dict[str, str]]:
+    """Check on leaving that every tensor of the module is bit for bit what it was on entering; gives their digests.
+
+    Raises:
+        MaskLeak: naming the tensors that moved, appeared or went.
+    """
+    before = every_digest(module)
+    yield before
+    after = every_digest(module)
+    moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if moved:
+        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+        raise MaskLeak(f"the edit moved weights of the base it must not touch: {', '.join(moved[:3])}{more}")

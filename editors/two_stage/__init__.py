@@ -1,0 +1,1 @@
+"""Edits that first learn the facts better: WHP and task vectors."""

@@ -1,0 +1,1 @@
+"""Attacks: ways of getting back what an edit removed. `table.py` lists them."""

@@ -1,0 +1,324 @@
+"""The audit: the base, the edits and the controls through the same questions and attacks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locus.audit.attacks.lens import look_inside
+from locus.audit.attacks.relearn import relearn
+from locus.audit.attacks.rounding import survive_rounding
+from locus.audit.attacks.table import ATTACKS, BUILT_IN, FIGURES_OF, WHY_NOT, attack_all, attacks_of
+from locus.audit.context import Context, batch_tokens
+from locus.audit.document import document
+from locus.audit.findings import Findings
+from locus.audit.measurement import Measurement
+from locus.audit.metric_table import FIGURES
+from locus.audit.neutral_text import TextScores, read_text
+from locus.audit.outcome import Found
+from locus.audit.questions import Questions, ask, questions_of, split_facts, subset
+from locus.audit.settings import AuditSettings
+from locus.audit.state import State, states_of
+from locus.audit.suites.table import Suite
+from locus.audit.weight_change import Change, change_of
+from locus.delta import WeightDelta
+from locus.errors import InputError
+from locus.fact import Fact
+from locus.files.artefact import load_json, save_json
+from locus.mask import WeightMask
+from locus.model import Model
+from locus.parallel.map import each_value
+from locus.tokens import Encoded, encode_text
+
+KIND = "audit"
+
+
+@dataclass(frozen=True)
+class Audit(Findings):
+    """Every state measured on the same items, as a document and on the disk."""
+
+    def document(self) -> dict[str, Any]:
+        """The audit as JSON values; SCHEMA.md beside this file says what each field is."""
+        return self._document
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        return document(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write audit.json into a folder, atomically; returns its path."""
+        path = Path(folder) / "audit.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, KIND, self.document())
+        return path
+
+
+def read_audit(path: str | Path) -> dict[str, Any]:
+    """Read the document that `Audit.save` wrote; a folder means its audit.json.
+
+    Raises:
+        InputError: missing, damaged, of another kind or of a newer version.
+    """
+    path = Path(path)
+    return load_json(path / "audit.json" if path.is_dir() else path, KIND)
+
+
+def measure_model(
+    state: State,
+    questions: Mapping[str, Questions],
+    settings: AuditSettings,
+    text: TextScores | None = None,
+    context: Context | None = None,
+) -> Measurement:
+    """Measure one model state: answers, inner layers, rounding, relearning.
+
+    Neutral text is read for all states together (`read_text`) and passed in. The base is not retaught:
+    it has nothing to bring back.
+
+    Args:
+        state: Which weights.
+        questions: By kind, from `ask_about`.
+        settings: What to measure.
+        text: This state's scores on neutral text, if it was read.
+        context: What the further attacks of `settings.attacks` are given; None leaves them out.
+    """
+    start, spent = time.perf_counter(), time.process_time()
+    forget, budget, attacks = (
+        questions["forget"],
+        batch_tokens(settings, state.model),
+        _attacks(state, settings),
+    )
+    with state.active() as model:
+        answers = {kind: ask(model, q, budget) for kind, q in questions.items() if kind not in _PARTS}
+        answers |= {
+            kind: subset(answers["held_out"], questions, kind) for kind in _PARTS if kind in questions
+        }
+        if context is not None:
+            context.answers[state.name] = answers
+        leak = look_inside(model, forget, budget) if "lens" in attacks else None
+        held_out = questions.get("held_out", Questions((), (), ()))
+        formats = settings.rounding if "rounding" in attacks else ()
+        survived = survive_rounding(model, forget, held_out, formats, budget)
+        teach = "relearn" in attacks and state.role != "base" and len(forget) > 1
+        curve = relearn(model, forget, settings.relearn, budget, answers["forget"]) if teach else None
+    found = Found() if context is None else attack_all(attacks, state, context)
+    return Measurement(
+        state.name,
+        state.role,
+        answers,
+        text,
+        leak,
+        curve,
+        survived,
+        found.items,
+        found.scalars,
+        found.curves,
+        seconds=time.perf_counter() - start,
+        processor_seconds=time.process_time() - spent,
+    )
+
+
+def _attacks(state: State, settings: AuditSettings) -> tuple[str, ...]:
+    """What this state goes through; the controls only what they are compared on."""
+    asked = attacks_of(settings.attacks)
+    return tuple(a for a in asked if a in settings.control_attacks) if state.role == "control" else asked
+
+
+_PARTS = ("held_out_near", "held_out_far")
+
+
+def ask_about(model: Model, facts: Sequence[Fact], retain: Sequence[Fact] = ()) -> dict[str, Questions]:
+    """Encode all the questions of an audit, by kind; kinds without questions are absent.
+
+    Raises:
+        InputError: no facts, a repeated id, or a fact that cannot be encoded.
+    """
+    pairs = split_facts(facts, retain)
+    return {kind: questions_of(model, listed) for kind, listed in pairs.items() if listed}
+
+
+def audit(
+    base: Model,
+    edits: Mapping[str, WeightDelta | Model],
+    facts: Sequence[Fact],
+    retain: Sequence[Fact] = (),
+    text: Sequence[str] = (),
+    controls: Mapping[str, WeightDelta | Model] | None = None,
+    *,
+    masks: Mapping[str, WeightMask] | None = None,
+    never_knew: Model | None = None,
+    suites: Sequence[Suite] = (),
+    settings: AuditSettings | None = None,
+    before: Audit | None = None,
+) -> Audit:
+    """Measure the base, each edit and each control on the same questions and attacks.
+
+    Inside `locus.parallel.map.together` several processes share the states.
+
+    Args:
+        base: The model before any edit. Deltas are applied to it and undone, bit for bit.
+        edits: Name -> delta on the base, or a separately loaded checkpoint.
+        facts: What had to be forgotten.
+        retain: What had to stay; those marked `held_out` are the test of it.
+        text: Neutral paragraphs.
+        controls: Name -> the same edit with a random mask of equal size.
+        masks: Name of an edit or control -> the mask it had to keep to.
+        never_knew: A model retrained without the forget set: what forget quality, PrivLeak and the depth
+            score compare with. Without it they are not measured.
+        suites: Benchmarks to run besides (see `locus.audit.suites.table`).
+        settings: What is measured.
+        before: An earlier audit of the same base, with the same questions and settings: what it measured of the
+            base is taken over.
+
+    Raises:
+        InputError: nothing to audit, a name twice, a model that does not compare with the base, a fact
+            that cannot be encoded.
+    """
+    start = time.perf_counter()
+    settings, controls, masks = settings or AuditSettings(), controls or {}, masks or {}
+    states = states_of(base, edits, controls, never_knew)
+    if unknown := sorted(set(masks) - {state.name for state in states[1:]}):
+        raise InputError(f"audit: a mask for {unknown[0]!r}, which is neither an edit nor a control")
+    questions = ask_about(base, facts, retain)
+    encoded = _pieces(base, text, settings)
+    attacks_of(settings.attacks), attacks_of(settings.control_attacks)
+    reference = next((state for state in states if state.role == "reference"), None)
+    context = Context(states[0], facts, retain, questions, settings, never_knew=reference)
+    texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
+
+    def measured_in(state: State) -> Measurement:
+        if state.role == "base" and before is not None:
+            one = _taken_over(before, base, questions, settings, suites)
+            context.answers[state.name] = one.answers
+            return replace(one, text=texts.get(state.name))
+        one = measure_model(state, questions, settings, texts.get(state.name), context)
+        return with_suites(one, state, suites, context)
+
+    measured = list(each_value(states, measured_in, Measurement, "audit"))
+    return Audit(
+        base=measured[0],
+        edits=tuple(m for m in measured if m.role == "edit"),
+        controls=tuple(m for m in measured if m.role == "control"),
+        reference=next((m for m in measured if m.role == "reference"), None),
+        relations={f.id: f.relation for f in (*facts, *retain) if f.relation is not None},
+        questions=questions,
+        changes=_changes(base, states, masks),
+        missing=tuple(_missing(questions, bool(encoded), bool(controls), settings, measured, suites)),
+        settings=settings,
+        model=_about(base),
+        versions=_versions(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _taken_over(
+    before: Audit,
+    base: Model,
+    questions: Mapping[str, Questions],
+    settings: AuditSettings,
+    suites: Sequence[Suite],
+) -> Measurement:
+    """What an earlier audit measured of the base, if that was the same measurement."""
+    same = before.settings == settings and before.model == _about(base) and before.questions == questions
+    if not same or any(suite.figures for suite in suites):
+        raise InputError("audit: the earlier audit is of another base, other questions, settings or suites")
+    return before.base
+
+
+def _changes(base: Model, states: Sequence[State], masks: Mapping[str, WeightMask]) -> dict[str, Change]:
+    """What each edit and control did to the weights."""
+    compared = [state for state in states if state.role in ("edit", "control")]
+    return {
+        s.name: change_of(base, s.model if s.delta is None else s.delta, masks.get(s.name)) for s in compared
+    }
+
+
+def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[Encoded]:
+    """Neutral text as encoded pieces, up to the settings' number of tokens."""
+    pieces = [piece for paragraph in text for piece in encode_text(base, paragraph, settings.text_block)]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
+    kept, n = set(), 0
+    for i in order:
+        if n < settings.text_tokens:
+            kept.add(i)
+            n += pieces[i].n_target
+    return [piece for i, piece in enumerate(pieces) if i in kept]
+
+
+def with_suites(one: Measurement, state: State, suites: Sequence[Suite], context: Context) -> Measurement:
+    """The measurement with the figures of every suite added."""
+    start = time.perf_counter()
+    found = Found(one.extra, one.scalars, one.curves)
+    for suite in suites:
+        found |= suite.run(state, context)
+    seconds = one.seconds + time.perf_counter() - start
+    return replace(one, extra=found.items, scalars=found.scalars, curves=found.curves, seconds=seconds)
+
+
+def _missing(
+    questions: Mapping[str, Questions],
+    text: bool,
+    controls: bool,
+    settings: AuditSettings,
+    measured: Sequence[Measurement],
+    suites: Sequence[Suite],
+) -> list[dict[str, str]]:
+    asked = attacks_of(settings.attacks)
+    absent = {
+        "paraphrases": ("paraphrase" in questions, "no forget fact has paraphrases"),
+        "neighbours": ("neighbour" in questions, "no forget fact has neighbours"),
+        "held-out facts": ("held_out" in questions, "no retain fact is marked held_out"),
+        "near held-out facts": (
+            "held_out_near" in questions,
+            "no held-out fact shares a relation with a forget fact",
+        ),
+        "retained facts": ("retained" in questions, "no retain facts to train on were given"),
+        "neutral text": (text, "no text was given"),
+        "controls": (controls, "no control edits with random masks of equal size were given"),
+        "the untaught half under relearning": (
+            "relearn" not in asked or len(questions["forget"]) > 1,
+            "fewer than two forget facts",
+        ),
+    }
+    found = [{"what": what, "why": why} for what, (present, why) in absent.items() if not present]
+    found += [
+        {"what": f"attack {name}", "why": "not asked for (--attacks)"}
+        for name in (*BUILT_IN, *ATTACKS)
+        if name not in asked
+    ]
+    have = {key for m in measured for key in (*m.extra, *m.scalars)}
+    expected = [key for name in asked for key in FIGURES_OF.get(name, ())]
+    expected += [key for s in suites for key in s.figures]
+    return found + [
+        {"what": FIGURES[key].label, "why": WHY_NOT.get(key, "its data were not given or not usable")}
+        for key in expected
+        if key not in have
+    ]
+
+
+def _about(base: Model) -> dict[str, Any]:
+    return {
+        "name": base.name,
+        "fingerprint": base.fingerprint,
+        "architecture": base.atlas.architecture,
+        "n_layers": base.atlas.n_layers,
+        "n_parameters": sum(p.numel() for p in base.module.parameters()),
+        "dtype": str(base.dtype).removeprefix("torch."),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("locus-unlearn", "torch", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

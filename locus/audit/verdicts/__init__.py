@@ -1,0 +1,1 @@
+"""From figures to answers: forgotten, spared, hidden, coming back."""

@@ -1,0 +1,1 @@
+"""`locus edit` and what only it needs."""

@@ -1,0 +1,246 @@
+"""`locus edit`: make the model forget, changing only the masked weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from locus.cli.edit.edit_data import GENERATED, material
+from locus.cli.edit.edit_folder import ABOUT, DELTA, control_folder, control_mask, edit_into
+from locus.cli.edit.memory_estimate import say_account
+from locus.cli.edit.sweep import Sweeping, as_json, sweep_into
+from locus.cli.edit.tensorboard import check_board
+from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
+
+if TYPE_CHECKING:
+    from locus.delta import WeightDelta
+    from locus.mask import WeightMask
+    from locus.model import Model
+
+MASK = "mask.safetensors"
+WORTH_SAYING = 0.05
+"""Share of an edit's norm that rounding may change without a word."""
+WITH_MASK, WITHOUT_MASK = "npo", "alphaedit"
+"""The editor where none is named (benchmarks/README.md, "Fresh facts")."""
+
+
+def edit(
+    model: str,
+    facts: str,
+    /,
+    *tokens: MethodTokens,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    mask: Path | None = None,
+    widen: Annotated[bool, Parameter(negative="")] = False,
+    target_new: str | None = None,
+    method: str | None = None,
+    retain: str | None = None,
+    text: Path | None = None,
+    controls: int = 0,
+    account: Annotated[bool, Parameter(negative="")] = False,
+    tensorboard: Annotated[bool, Parameter(negative="")] = False,
+    shard: Annotated[bool, Parameter(negative="")] = False,
+    offload: Annotated[bool, Parameter(negative="")] = False,
+    sweeping: Sweeping = Sweeping(),
+    loading: Loading = Loading(),
+    running: Running = Running(),
+    talking: Talking = Talking(),
+) -> None:
+    """Make the model forget the facts by changing only the masked weights; writes a delta.
+
+    With a mask its weights are trained. Without one the facts are written over, which needs no training, but facts
+    whose subject is named: rome, memit, alphaedit and law may change the down projections of the layers named (all of
+    them, if none is), and edits of neurons those listed as `--neurons layer:neuron`; the mask they kept to is then
+    written beside the delta. Each method has options of its own: `locus methods NAME` shows them. Started by torchrun,
+    several processes make each step of a training together.
+
+    Args:
+        model: The base: checkpoint folder, hub id, or smollm2.
+        facts: What must go: a fact file, or demo-forget.
+        out: Folder for delta.safetensors, edit.json and history.jsonl, and dose.png where a dose was looked for.
+        mask: The weights that may change: what `locus locate` wrote.
+        widen: Let the whole down projections change of the layers in which the mask has neurons.
+        target_new: What rome, memit and alphaedit shall make the model answer instead, for every fact; without it
+            `--aim-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
+        method: The editor; `locus methods` lists them. The default is npo with a mask, and alphaedit without one.
+        retain: What must stay: a fact file, demo-retain, or neighbours for those that the facts name themselves.
+            Facts marked held_out are never trained on, nor is every third neighbour.
+        text: Neutral paragraphs for the retain term: a text file, or generated for what the model writes itself
+            (kept beside the delta); the default is a text that comes with locus. Every third is left for the audit.
+        controls: Make the same edit with this many random masks of the same size besides, for the audit.
+        account: Say what memory the edit will take, and stop; no weight is read.
+        tensorboard: Write the history as TensorBoard scalars besides (pip install "locus-unlearn[tensorboard]").
+        shard: Spread the model over the processes that torchrun started, each of which holds a part (FSDP2): for
+            models that no device holds whole. Without it each holds all of it, and takes part of every step's examples.
+        offload: Of a model that is spread, keep the parts in main memory.
+    """
+    from locus.errors import InputError
+    from locus.mask import WeightMask
+    from locus.parallel.ranks import joined
+    from locus.report.pareto_plot import front_table
+    from locus.scores import NeuronScores
+
+    with joined() as ranks:
+        talking = talking.of(ranks)
+        if method is None:
+            method = WITHOUT_MASK if mask is None and sweeping.sweep is None and not account else WITH_MASK
+        editor = _editor(method, tokens, running, target_new)
+        if ranks.size > 1:
+            _refuse_alone(method, sweeping, text, account)
+        if mask is not None and sweeping.sweep is not None:
+            raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
+        if tensorboard:
+            check_board()
+        given = None if mask is None else WeightMask.load(mask)
+        if account:
+            say_account(loading.shape(model), method, editor, given, running, facts, retain, text, talking)
+            return
+        if out is None:
+            raise InputError("locus edit: say where to write with -o FOLDER")
+        scores = None if sweeping.sweep is None else NeuronScores.load(sweeping.sweep)
+        loaded = loading.load(model, shard=shard, offload=offload)
+        with ranks.hold(out), talking.progress():
+            asked = material(loaded, running.facts(facts), retain, text, out, running.seed)
+            if scores is not None:
+                points = sweep_into(
+                    out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
+                )
+                talking.finish(as_json(points), front_table(points))
+                return
+            forget, kept, (neutral, _) = asked
+            located = mask_for(loaded, editor, method, given, widen)
+            made = partial(
+                edit_into, model=loaded, forget=forget, retain=kept, text=neutral, method=method, editor=editor,
+                resume=running.resume, tensorboard=tensorboard, ranks=ranks,
+            )  # fmt: skip
+            delta = made(out, mask=located)
+            if located is not given and ranks.first:
+                located.save(out / MASK)
+            for i in range(controls):
+                made(control_folder(out, i), mask=control_mask(loaded, located, i))
+        if ranks.first:
+            about = json.loads((out / ABOUT).read_text("utf-8"))
+            talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+
+
+def _editor(method: str, tokens: Sequence[str], running: Running, target_new: str | None) -> Any:
+    """The method with its own options, and with a rewrite for its aim where an answer is given."""
+    from editors import EDITORS
+
+    command = f"locus edit --method {method}"
+    editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
+    return editor if target_new is None else rewriting(editor, method, target_new)
+
+
+def _refuse_alone(method: str, sweeping: Sweeping, text: Path | None, account: bool) -> None:
+    """Several processes make the steps of a training together; nothing else is shared."""
+    from editors import OBJECTIVES
+    from locus.errors import InputError
+
+    asked = {
+        "--sweep": sweeping.sweep is not None,
+        "--account": account,
+        "--text generated": text == Path(GENERATED),
+        f"--method {method}": method not in OBJECTIVES,
+    }
+    for what, alone in asked.items():
+        if alone:
+            raise InputError(f"locus edit {what} runs in one process: start it without torchrun")
+
+
+def rewriting(editor: Any, method: str, answer: str) -> Any:
+    """The editor with a rewrite to this answer for its aim.
+
+    Raises:
+        InputError: it is none that can rewrite.
+    """
+    from locus.errors import InputError
+
+    if not hasattr(editor, "aim"):
+        raise InputError(f"--target-new: {method} cannot rewrite: use rome, memit or alphaedit")
+    return dataclasses.replace(editor, aim=dataclasses.replace(editor.aim, to="rewrite", answer=answer))
+
+
+def mask_for(
+    model: Model, editor: Any, method: str, given: WeightMask | None, widen: bool = False
+) -> WeightMask:
+    """The weights that an edit may change: the mask given, that one widened, or the method's own choice.
+
+    Raises:
+        InputError: none is given and the method has none of its own.
+    """
+    from editors.key_value.down_projections import layers_of
+    from locus.errors import InputError
+
+    if given is None and hasattr(editor, "own_mask"):
+        own: WeightMask = editor.own_mask(model)
+        return own
+    if given is None:
+        raise InputError(f"locus edit --method {method} needs --mask: `locus locate` makes one")
+    return layers_of(model, given) if widen else given
+
+
+def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
+    """One line on how an edit ended, and what is wrong with it."""
+    outcome = about.get("outcome", {})
+    said = [f"{delta.n_changed:,} weights changed", *_answers(about.get("answers"))]
+    if "reached" in outcome:
+        missed = "" if outcome["reached"] else ", the goal not reached"
+        said.append(f"strength {outcome['strength']:.3g}{missed}")
+    if outcome.get("stopped"):
+        said.append(f"stopped: {outcome['stopped']}")
+    if (lost := delta.rounding.relative_norm_lost) >= WORTH_SAYING:
+        said.append(
+            f"rounding to the checkpoint's dtype changed the edit by {lost:.0%} of its norm (--rounding)"
+        )
+    if over := outcome.get("over_forgotten"):
+        said.append(f"over-forgotten, less probable than chance: {len(over)} ({', '.join(over[:3])})")
+    return "; ".join(said)
+
+
+SENTENCE = 8
+"""Targets of more tokens on average are judged by the token: a sentence is improbable as a whole, known or not."""
+
+
+def _answers(asked: Mapping[str, Any] | None) -> list[str]:
+    """The targets before and after, in words."""
+    from locus.audit.verdicts.verdict import in_percent
+
+    if asked is None:
+        return []
+    whole = asked["tokens"] <= SENTENCE
+    which, what = ("prob", "p(target)") if whole else ("prob_token", "p of a target's token")
+    before, after = asked["before"], asked["after"]
+    return [
+        f"{what} {in_percent(before[which])} → {in_percent(after[which])}, "
+        f"right {before['right']} → {after['right']} of {asked['facts']}"
+    ]
+
+
+def _told(about: Mapping[str, Any], line: str) -> Any:
+    """The summary, under the dose curve where there is one."""
+    points = about.get("outcome", {}).get("dose")
+    if not points:
+        return line
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("strength", "p(target)", "first choice", "retain right", "KL (nats)"):
+        table.add_column(title, justify="right")
+    for point in points:
+        rest = (point["retain_right"], point["kl"])
+        table.add_row(
+            f"{point['strength']:.3g}",
+            f"{point['forget_prob']:.4f}",
+            f"{point['forget_right']:.0%}",
+            "" if rest[0] is None else f"{rest[0]:.0%}",
+            "" if rest[1] is None else f"{rest[1]:.4f}",
+        )
+    return Group(table, line)

@@ -1,0 +1,1 @@
+"""`locus locate` and what only it needs."""

@@ -1,0 +1,1 @@
+"""The processes of one job, in torch.distributed's words."""

@@ -1,0 +1,117 @@
+"""Verdicts from made-up figures: what counts against an edit, and what a model that never knew excuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from locus.audit.intervals import Items
+from locus.audit.measurement import LensLeak, Measurement
+from locus.audit.outcome import Curve
+from locus.audit.questions import Answers
+from locus.audit.settings import Standards
+from locus.audit.verdicts.judgement import judge, left
+from locus.audit.verdicts.resistance import returned
+
+FACTS = tuple(f"fact {i}" for i in range(16))
+
+
+def _answers(prob: float, right: int) -> Answers:
+    return Answers(
+        FACTS,
+        -torch.full((16,), prob).log(),
+        torch.ones(16, dtype=torch.long),
+        torch.arange(16) < right,
+    )
+
+
+def _state(role: str, prob: float, right: int, paraphrases: int | None = None, **extra: Items) -> Measurement:
+    answers = {"forget": _answers(prob, right)}
+    if paraphrases is not None:
+        answers["paraphrase"] = _answers(prob, paraphrases)
+    return Measurement(role, role, answers, extra=extra)  # type: ignore[arg-type]
+
+
+def _share(n: int) -> Items:
+    return Items(FACTS, (torch.arange(16) < n).float())
+
+
+def _said(edit: Measurement, base: Measurement, never: Measurement | None = None) -> dict[str, str]:
+    return {v.question: v.answer for v in judge(edit, base, (), Standards(), never)}
+
+
+BASE = _state("base", 0.8, 16, 15)
+
+
+def test_what_is_left_is_counted_above_guessing() -> None:
+    """The base 0.8, guessing 0.3, the edit 0.4: a fifth of what was known is left."""
+    edit, base = _answers(0.4, 0).prob, _answers(0.8, 0).prob
+    assert left(edit, base, 0.3) == pytest.approx(0.2)
+    assert left(edit, base, None) == pytest.approx(0.5)
+    assert left(edit, base, 0.5) == 0 and left(edit, base, 0.9) == float("inf")
+
+
+def test_an_edit_that_guesses_as_well_as_a_model_that_never_knew_has_forgotten() -> None:
+    edit, never = _state("edit", 0.2, 3, 3), _state("reference", 0.2, 3, 3)
+    assert _said(edit, BASE)["forgotten"] == "partly"
+    assert _said(edit, BASE, never)["forgotten"] == _said(edit, BASE, never)["general"] == "yes"
+    assert _said(never, never, never)["forgotten"] == "unclear", "the base knows nothing that could go"
+
+
+def test_other_prompts_that_bring_it_back_forbid_a_yes() -> None:
+    prompts = {"prompts.any.top1": _share(16)}
+    base = _state("base", 0.8, 16, 15, **prompts)
+    gone = _state("edit", 0.01, 0, 0)
+    assert _said(gone, base)["general"] == "yes"
+    back = _state("edit", 0.01, 0, 0, **{"prompts.any.top1": _share(12)})
+    assert _said(back, base)["general"] == "no"
+    some = _state("edit", 0.01, 0, 0, **{"prompts.any.top1": _share(6)})
+    assert _said(some, base)["general"] == "partly"
+    deaf = _state("base", 0.8, 16, 15, **{"prompts.any.top1": _share(0)})
+    quiet = _state("edit", 0.01, 0, 0, **{"prompts.any.top1": _share(0)})
+    assert _said(quiet, deaf)["general"] == "yes", "prompts that the base cannot answer either say nothing"
+    alone = _state("edit", 0.01, 0, None, **{"prompts.any.top1": _share(0)})
+    assert _said(alone, base)["general"] == "unclear", (
+        "no paraphrases: prompts of our own are not enough for a yes"
+    )
+
+
+def _lens(top: int, bottom: int) -> LensLeak:
+    rank = torch.full((16, 2), 500)
+    rank[:top, 0] = 0
+    low = torch.full((16, 2), 500)
+    low[:bottom, 1] = 0
+    return LensLeak(FACTS, rank, low, torch.zeros(16, 2))
+
+
+def test_an_answer_pushed_to_the_very_bottom_is_a_leak_unless_it_stood_there_before() -> None:
+    edit = _state("edit", 0.01, 0, 0)
+    base = replace(BASE, lens=_lens(16, 0))
+    assert _said(replace(edit, lens=_lens(0, 0)), base)["hidden"] == "yes"
+    assert _said(replace(edit, lens=_lens(0, 12)), base)["hidden"] == "partly"
+    assert _said(replace(edit, lens=_lens(0, 12)), replace(BASE, lens=_lens(16, 12)))["hidden"] == "yes"
+    assert _said(replace(edit, lens=_lens(12, 0)), base)["hidden"] == "no"
+    never = replace(_state("reference", 0.01, 0, 0), lens=_lens(12, 0))
+    assert _said(replace(edit, lens=_lens(12, 0)), base, never)["hidden"] == "yes", "it can be guessed"
+
+
+def _retaught(role: str, end: float) -> Measurement:
+    half = FACTS[:8]
+    start, stop = (Items(half, torch.full((8,), p)) for p in (0.0, end))
+    curve = {"relearn.lora": Curve("step", (0.0, 8.0), (start, stop))}
+    one = _state(role, 1e-9, 0, 0, **{"relearn.lora.prob": stop})
+    return replace(one, curves=curve)
+
+
+def test_lora_and_soft_prompts_count_as_returns() -> None:
+    """From 0 to 0.4 where the base has 0.8: half of it is back."""
+    edit = _retaught("edit", 0.4)
+    share = returned(edit, BASE)["relearn.lora.prob"]
+    assert share is not None and share.mean == pytest.approx(0.5, abs=1e-4)
+    assert _said(edit, BASE)["returns"] == "partly"
+    assert _said(_retaught("edit", 0.6), BASE)["returns"] == "no"
+    assert _said(_retaught("edit", 0.6), BASE, _retaught("reference", 0.6))["returns"] == "yes"
+    soft = _state("edit", 1e-9, 0, 0, **{"soft_prompt.prob": Items(FACTS[:8], torch.full((8,), 0.6))})
+    assert _said(soft, BASE)["returns"] == "no"

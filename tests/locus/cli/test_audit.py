@@ -1,0 +1,127 @@
+"""`locus audit` as it is typed: suites, attacks by name, a model that never knew, and a gate that says 3."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+
+from locus.cli import execute
+from locus.delta import WeightDelta
+from locus.fact import write_facts
+from tests.locus.audit.audit_model import facts, knowing, never_knew
+from tests.tiny import save_tiny, tiny_model
+
+GATE = '[figures."forget.prob"]\nmax = 0.9\n[verdicts]\nforgotten = ["yes", "partly", "no", "unclear"]\n'
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("audit")
+    base, edited = knowing(), never_knew()
+    save_tiny(base, place / "base")
+    save_tiny(edited, place / "edited")
+    WeightDelta.between(base.module, edited.module).save(place / "delta.safetensors")
+    forget, retain = facts()
+    write_facts(place / "forget.jsonl", forget)
+    write_facts(place / "retain.jsonl", retain)
+    (place / "tofu").mkdir()
+    record = {"answer": "Rome", "paraphrased_answer": "in Rome", "perturbed_answer": ["Paris", "Berlin"]}
+    lines = (json.dumps({"question": f"Where is house {i}?", **record}) + "\n" for i in range(7))
+    (place / "tofu" / "forget05_perturbed.json").write_text("".join(lines))
+    return place
+
+
+def _audit(place, out, *more, facts="forget.jsonl", edited="delta.safetensors"):
+    argv = ["audit", place / "base", place / edited, place / facts, "-o", out, "-q", *more]
+    return execute([str(a) for a in argv])
+
+
+def _refused(capsys, code, *words):
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("locus: ")]
+    assert code == 2 and len(said) == 1
+    assert all(word in said[0] for word in words), said[0]
+
+
+def _document(out):
+    return json.loads((out / "audit.json").read_text())
+
+
+def test_attacks_are_chosen_by_name_and_the_others_are_missing(place, tmp_path):
+    retain = ("--retain", place / "retain.jsonl")
+    assert _audit(place, tmp_path / "a", *retain, "--attacks", "lens", "choice", "--lens-k", "2") == 0
+    done = _document(tmp_path / "a")
+    missing = {m["what"] for m in done["missing"]}
+    assert "attack relearn" in missing and "attack lens" not in missing
+    assert "truth ratio" in missing, "asked for, but no fact has wrong alternatives"
+    assert list(done["states"][1]["curves"]["lens"]["k"]) == ["2"]
+    assert _audit(place, tmp_path / "b", "--attacks", "none") == 0
+    assert {m["what"] for m in _document(tmp_path / "b")["missing"]} >= {"attack lens", "held-out facts"}
+
+
+def test_an_unknown_attack_suite_or_split_is_refused(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    _refused(capsys, _audit(place, out, "--attacks", "lense"), "no attack 'lense'", "did you mean lens")
+    _refused(capsys, _audit(place, out, "--suite", "glue"), "no suite 'glue'", "tofu")
+    _refused(capsys, _audit(place, out, "--suite", "tofu", facts="forget.jsonl"), "forget01_perturbed.json")
+    _refused(capsys, _audit(place, out, "--suite", "muse", facts="tofu"), "none of verbmem/forget.json")
+    _refused(capsys, _audit(place, out, "--suite", "tofu", "--limit", "0", facts="tofu"), "limit 0")
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "empty" / "forget01_perturbed.json").write_text("")
+    _refused(capsys, _audit(place, out, "--suite", "tofu", facts="empty"), "empty suite")
+    assert not (out / "audit.json").exists()
+
+
+def test_tofu_from_its_folder_or_its_file_beside_a_model_that_never_knew(place, tmp_path):
+    more = ("--suite", "tofu", "--never-knew", place / "edited", "--attacks", "none", "--limit", "6")
+    assert _audit(place, tmp_path / "a", *more, facts="tofu") == 0
+    assert _audit(place, tmp_path / "b", *more, facts="tofu/forget05_perturbed.json") == 0
+    a, b = _document(tmp_path / "a"), _document(tmp_path / "b")
+    assert [s["role"] for s in a["states"]] == ["base", "edit", "reference"]
+    assert a["data"]["forget"] == 6
+    figures = a["states"][1]["figures"]
+    assert figures["tofu.forget_quality"]["mean"] == pytest.approx(1), "the edit is the retrained model"
+    assert figures["tofu.probability"] == b["states"][1]["figures"]["tofu.probability"]
+    assert figures["tofu.model_utility"] is None
+    assert "TOFU model utility" in {m["what"] for m in a["missing"]}
+
+
+def test_a_reference_of_another_tokenizer_or_architecture_is_refused(place, tmp_path, capsys):
+    other = knowing()
+    tokenizer = copy.deepcopy(other.tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    save_tiny(replace(other, tokenizer=tokenizer), tmp_path / "tokens")
+    save_tiny(tiny_model("gpt2"), tmp_path / "gpt2")
+    for folder, word in (("tokens", "tokenizer has other tokens"), ("gpt2", "architecture is")):
+        _refused(
+            capsys, _audit(place, tmp_path / "out", "--never-knew", tmp_path / folder), "never knew", word
+        )
+
+
+@pytest.mark.parametrize(
+    ("gate", "code", "failed"),
+    [
+        (GATE, 0, 0),
+        ('[figures."forget.prob"]\nmax = 0.0000001\n', 3, 1),
+        ('[figures."text.kl"]\nmax = 9\n[figures."lens.top10"]\nmax = 1\n', 3, 1),
+        ('[verdicts]\nlocalized = ["yes", "partly", "no", "unclear"]\n', 3, 1),
+    ],
+)
+def test_the_gate_says_3_for_what_fails_and_for_what_was_not_measured(
+    place, tmp_path, capsys, gate, code, failed
+):
+    (tmp_path / "gate.toml").write_text(gate)
+    more = ("--gate", tmp_path / "gate.toml", "--attacks", "none", "--json")
+    assert _audit(place, tmp_path / "out", *more) == code
+    results = json.loads(capsys.readouterr().out)["gate"]
+    assert sum(not r["passed"] for r in results) == failed and results
+
+
+def test_tasks_need_the_harness(place, tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    code = _audit(place, tmp_path / "out", "--tasks", "hellaswag")
+    _refused(capsys, code, "--tasks hellaswag", 'pip install "locus-unlearn[harness]"')

@@ -1,0 +1,1 @@
+"""Several localizers on the same facts: how far their masks agree."""

@@ -1,0 +1,1 @@
+"""Neurons' activations and gradients, integrated gradients, and the largest of many scores."""

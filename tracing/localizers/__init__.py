@@ -1,0 +1,1 @@
+"""Localizers: one method a file. `tracing/__init__.py` lists them."""

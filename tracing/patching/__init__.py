@@ -1,0 +1,1 @@
+"""What a patch is: sites, runs, corruption, metrics, and the plain engine."""
