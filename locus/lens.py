@@ -24,7 +24,7 @@ from locus.forward import batches, label_logits
 from locus.hooks import record
 from locus.model import Model
 from locus.nonfinite import blame
-from locus.parallel.sharding import device_of, put_together
+from locus.parallel.sharding import device_of, unshard
 from locus.tokens import Encoded
 
 
@@ -46,7 +46,7 @@ def lens_logits(model: Model, hidden: Float[Tensor, "*batch d_model"]) -> Float[
     Returns:
         Logits in float32.
     """
-    put_together(model.module)
+    unshard(model.module)
     modules = dict(model.module.named_modules())
     norm, head = modules[model.atlas.final_norm], modules[model.atlas.unembed]
     weight = next(norm.parameters(), hidden)

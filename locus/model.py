@@ -22,7 +22,7 @@ from locus.checkpoint import Checkpoint
 from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
 from locus.fsdp_loader import load_sharded
-from locus.parallel.sharding import device_of, given_back
+from locus.parallel.sharding import device_of, reshard
 from locus.progress import without_bars_of_transformers
 from locus.quiet_stderr import unheard
 from locus.weight_checks import refuse_nonfinite
@@ -162,7 +162,7 @@ def load_model(
         refuse_nonfinite(module, str(name))
         model = wrap(module, tokenizer, name=str(name), bos=bos, folder=folder, chat=chat)
         if shard:
-            given_back(module)  # drawing the atlas has run it
+            reshard(module)  # drawing the atlas has run it
         return model
 
 

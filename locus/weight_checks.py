@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from locus.errors import InputError
-from locus.parallel.sharding import local
+from locus.parallel.sharding import to_local
 
 
 def refuse_nonfinite(module: nn.Module, name: str) -> None:
     """Raise InputError for the first parameter that holds NaN or infinity; `name` is the model's."""
     for parameter, held in module.named_parameters():
-        value = local(held)
+        value = to_local(held)
         # A sum is finite only if every term is; it costs no copy. Only where it is not, look closer.
         if value.is_meta or torch.isfinite(value.sum(dtype=torch.float32)):
             continue

@@ -46,7 +46,7 @@ from locus.mask import WeightMask
 from locus.model import Model
 from locus.nonfinite import first_at_fault
 from locus.parallel.ranks import ALONE, Ranks
-from locus.parallel.sharding import whole
+from locus.parallel.sharding import full_tensor
 from locus.tokens import Encoded, encode
 
 Log = Callable[[Mapping[str, Any]], None]
@@ -214,7 +214,9 @@ class Run:
         if looking and state.step >= training.min_steps and isinstance(self.objective, Finishing):
             done = self.objective.done(self.model, self.data.forget)
             # What the first process found holds for all.
-            state.stopped = state.stopped or ("goal" if self.team.ranks.told(str(done)) == "True" else "")
+            state.stopped = state.stopped or (
+                "goal" if self.team.ranks.broadcast_object(str(done)) == "True" else ""
+            )
         if state.stopped or looking:
             look(self.model, training, self.data, state, self.deltas, self.team)
         return record
@@ -230,7 +232,7 @@ class Run:
             "forget_prob_before": float(self.data.reference.prob.mean()),
             "forget_prob_after": float(prob.nanmean()),
             "over_forgotten": self._over_forgotten(state),
-            "unreached": [n for n, v in self.deltas.values.items() if not whole(v.detach()).any()],
+            "unreached": [n for n, v in self.deltas.values.items() if not full_tensor(v.detach()).any()],
             "last": state.history[-1],
         }
 
@@ -259,7 +261,7 @@ class Run:
             forget = self._forget(data.reworded, piece.batch, step)
             loss_sum += self._lower(data.reworded, forget, n_examples, step, piece.counts)[0]
         loss_sum, n_active = self.team.total(loss_sum, n_active)
-        self.team.ranks.add_([seen])
+        self.team.ranks.all_reduce([seen])
         looked_at = seen[2] > 0
         state.nll[looked_at], state.correct[looked_at] = seen[0, looked_at], seen[1, looked_at]
         return {

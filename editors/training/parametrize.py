@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from editors.training.rounding import as_saved
 from locus.errors import InputError
 from locus.mask import WeightMask
-from locus.parallel.sharding import device_of, gathered, whole, zeros_beside
+from locus.parallel.sharding import device_of, full_tensor, gather, zeros_beside
 from locus.selection import Selection
 
 
@@ -60,7 +60,7 @@ class _Place:
     def change(self) -> Tensor:
         """The delta as the forward sees it: whole, or what rounding the weight leaves of it."""
         if self.saved is None:
-            return gathered(self.value)
+            return gather(self.value)
         base = self.module._parameters[self.attribute]
         assert base is not None
         old = self._old(base)
@@ -73,7 +73,7 @@ class _Place:
         return old.to(self.value.dtype)
 
     def _new(self, old: Tensor) -> Tensor:
-        value = gathered(self.value)
+        value = gather(self.value)
         return old + value if self.saved is None else as_saved(old, value, self.saved)
 
     @property
@@ -190,14 +190,14 @@ class Deltas:
 
     def dense(self, name: str) -> Tensor:
         """The change of one parameter's selected entries, compact, in full precision."""
-        return whole(self.values[name].detach())
+        return full_tensor(self.values[name].detach())
 
     def new_entries(self) -> dict[str, Tensor]:
         """Base plus delta for every masked entry, compact, rounded to the base's dtype."""
         return {
-            name: (self.selections[name].take(whole(base)).to(self.values[name].dtype) + self.dense(name)).to(
-                base.dtype
-            )
+            name: (
+                self.selections[name].take(full_tensor(base)).to(self.values[name].dtype) + self.dense(name)
+            ).to(base.dtype)
             for name, base in self.bases.items()
         }
 

@@ -24,7 +24,7 @@ from locus.errors import InputError
 from locus.forward import Batch, TargetScores, batches, collate, measure
 from locus.model import Model
 from locus.parallel.ranks import ALONE, Ranks
-from locus.parallel.sharding import given_back, is_sharded, whole
+from locus.parallel.sharding import full_tensor, is_sharded, reshard
 from locus.tokens import Encoded
 
 
@@ -60,7 +60,7 @@ class Team:
         if sharded and ranks is ALONE:
             raise InputError(f"{model.name} is spread over several processes: give them as ranks")
         if sharded:
-            given_back(model.module)
+            reshard(model.module)
         return cls(ranks, sharded)
 
     def deal(self) -> Deal:
@@ -72,7 +72,7 @@ class Team:
         if not self.in_step:
             return here
         found = torch.tensor([float(here)])
-        self.ranks.add_([found])
+        self.ranks.all_reduce([found])
         return bool(found)
 
     def total(self, *numbers: float) -> list[float]:
@@ -80,23 +80,23 @@ class Team:
         if self.ranks.size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
-        self.ranks.add_([sums])
+        self.ranks.all_reduce([sums])
         return [float(one) for one in sums]
 
     def summed(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Give each parameter the sum of the processes' gradients; those that have one anywhere."""
         if self.ranks.size > 1 and not self.in_step:
             have = torch.tensor([float(p.grad is not None) for p in parameters])
-            self.ranks.add_([have])
+            self.ranks.all_reduce([have])
             for parameter, count in zip(parameters, have.tolist(), strict=True):
                 if count and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            self.ranks.add_([p.grad for p in parameters if p.grad is not None])
+            self.ranks.all_reduce([p.grad for p in parameters if p.grad is not None])
         return [p for p in parameters if p.grad is not None]
 
     def clip_(self, parameters: Sequence[nn.Parameter], most: float) -> Float[Tensor, ""]:
         """Shorten the gradient of all parameters together to at most this norm; its norm before that."""
-        return whole(torch.nn.utils.clip_grad_norm_(parameters, most))
+        return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, most))
 
     def measure(self, model: Model, encoded: Sequence[Encoded], max_tokens: int) -> TargetScores:
         """`locus.forward.measure`, each process some of the examples; the same numbers on all of them."""
@@ -108,7 +108,7 @@ class Team:
             scores = measure(model, [encoded[i] for i in numbers], max_tokens)
             if piece.counts:
                 found[:, numbers] = torch.stack([scores.nll, scores.correct.float(), scores.first_prob])
-        self.ranks.add_([found])
+        self.ranks.all_reduce([found])
         n_tokens = torch.tensor([one.n_target for one in encoded], dtype=torch.long)
         return TargetScores(found[0], n_tokens, found[1] > 0, found[2])
 
@@ -120,7 +120,7 @@ class Team:
             for scores in (data.reference, data.reworded.reference):
                 if not self.ranks.first:
                     scores.nll.zero_()
-                self.ranks.add_([scores.nll])
+                self.ranks.all_reduce([scores.nll])
 
 
 BY_ITSELF = Team()

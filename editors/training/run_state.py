@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from locus.errors import InputError
 from locus.files.artefact import load_tensors, save_tensors
 from locus.files.schema import understood, value_of
-from locus.parallel.sharding import laid_out_as, whole
+from locus.parallel.sharding import full_tensor, laid_out_as
 
 KIND = "edit-state"
 FILE = "state.safetensors"
@@ -64,14 +64,14 @@ def save_state(
     write: bool = True,
 ) -> None:
     """Write the state of the run with identity `run`, atomically; of several processes all call it, one writes."""
-    tensors = {f"delta/{name}": whole(value.detach()) for name, value in deltas.items()}
-    tensors |= {f"good/{name}": whole(value) for name, value in state.good.items()}
+    tensors = {f"delta/{name}": full_tensor(value.detach()) for name, value in deltas.items()}
+    tensors |= {f"good/{name}": full_tensor(value) for name, value in state.good.items()}
     tensors |= {"nll": state.nll, "correct": state.correct}
     numbers: dict[str, Any] = {}
     for index, slots in optimizer.state_dict()["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{slot}"] = whole(value)
+                tensors[f"optimizer/{index}/{slot}"] = full_tensor(value)
             elif value is not None:
                 numbers[f"{index}/{slot}"] = value
     meta = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from locus.fingerprint import digests, tensor_digest
-from locus.parallel.sharding import given_back, is_sharded, local
+from locus.parallel.sharding import is_sharded, reshard, to_local
 
 
 class MaskLeak(RuntimeError):
@@ -21,10 +21,10 @@ def every_digest(module: nn.Module) -> dict[str, str]:
     Of a sharded model, of this process's part of each.
     """
     if is_sharded(module):
-        given_back(module)
+        reshard(module)
     found = dict(module.named_parameters()) | dict(module.named_buffers())
     names = [name for name, tensor in found.items() if not tensor.is_meta]
-    return digests(names, lambda name: tensor_digest(local(found[name])))
+    return digests(names, lambda name: tensor_digest(to_local(found[name])))
 
 
 @contextlib.contextmanager

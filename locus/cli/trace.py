@@ -82,7 +82,7 @@ def trace_into(
     for fact in ranks.share(traced.facts, "heat maps"):
         plot_trace(fact, folder / f"{fact.fact_id}.png", tracer.window)
     lens_into(folder, model, facts, ranks=ranks)
-    ranks.meet()
+    ranks.barrier()
     if ranks.first:
         trace_report(traced, folder)
     return traced

@@ -30,7 +30,7 @@ Piece = tuple[Tensor, ...]
 """What is computed of one item."""
 
 _HELD = 256
-"""Items whose results are held before they are handed round."""
+"""Items whose results are held before they are broadcast."""
 
 _job: ContextVar[Ranks] = ContextVar("locus_job", default=ALONE)
 
@@ -81,7 +81,7 @@ def each(
         with together(ALONE):
             for number in ranks.share(numbers, description):
                 held[number] = tuple(tensor.detach().cpu().contiguous() for tensor in checked(items[number]))
-        yield from _handed_round(ranks, held, numbers)
+        yield from _broadcast_results(ranks, held, numbers)
 
 
 def each_value(items: Sequence[T], work: Callable[[T], V], form: type[V], description: str) -> Iterator[V]:
@@ -99,7 +99,7 @@ def n_processes() -> int:
 
 
 def own_part(items: Sequence[T]) -> Sequence[T]:
-    """The items that fall to this process where results are too large to be handed round: every so many-th.
+    """The items that fall to this process where results are too large to be broadcast: every so many-th.
 
     What they come to is summed by `add_`: equal to one process's within rounding, and the same at every run.
     """
@@ -107,22 +107,22 @@ def own_part(items: Sequence[T]) -> Sequence[T]:
     return items[ranks.rank :: ranks.size]
 
 
-def add_(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes."""
-    _job.get().add_(tensors)
+    _job.get().all_reduce(tensors)
 
 
-def _handed_round(ranks: Ranks, held: dict[int, Piece], numbers: Sequence[int]) -> Iterator[Piece]:
+def _broadcast_results(ranks: Ranks, held: dict[int, Piece], numbers: Sequence[int]) -> Iterator[Piece]:
     """Every item's result in turn, from the process that has it."""
     own = {number: [_form(tensor) for tensor in piece] for number, piece in held.items()}
     forms: dict[int, tuple[int, list[Any]]] = {}
-    for rank, said in enumerate(ranks.said(json.dumps(own))):
+    for rank, said in enumerate(ranks.all_gather(json.dumps(own))):
         forms |= {int(number): (rank, form) for number, form in json.loads(said).items()}
     for number in numbers:
         rank, form = forms[number]
         piece = held.pop(number) if rank == ranks.rank else tuple(_blank(*one) for one in form)
         for tensor in piece:
-            ranks.hand_round(tensor, rank)
+            ranks.broadcast(tensor, rank)
         yield piece
 
 

@@ -92,22 +92,22 @@ class Ranks:
                 "files, model, options and threads"
             )
 
-    def told(self, value: str) -> str:
+    def broadcast_object(self, value: str) -> str:
         """What the first process says, on all of them; all of them call it."""
-        return self.said(value)[0]
+        return self.all_gather(value)[0]
 
-    def said(self, value: str) -> list[str]:
+    def all_gather(self, value: str) -> list[str]:
         """What each process says, in the order of the processes, on all of them; all of them call it."""
         if self._store is None:
             return [value]
-        key = self._key("said")
+        key = self._key("all_gather")
         with _lost_when_it_fails():
             self._store.set(f"{key}/{self.rank}", value)
-        self.meet()
+        self.barrier()
         with _lost_when_it_fails():
             return [self._store.get(f"{key}/{rank}").decode() for rank in range(self.size)]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here; all of them call it.
 
         Raises:
@@ -116,7 +116,7 @@ class Ranks:
         """
         if self._store is None:
             return
-        key = self._key("meet")
+        key = self._key("barrier")
         self._add(key, 1)
         watch = _Watch(self)
         while self._add(key, 0) < self.size:
@@ -129,10 +129,10 @@ class Ranks:
         from locus.files.artefact import lock
 
         with lock(folder) if self.first else contextlib.nullcontext():
-            self.meet()
+            self.barrier()
             yield
 
-    def add_(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the processes; all of them call it.
 
         Sums of floats depend on the order of their terms: equal to one process's within rounding.
@@ -145,7 +145,7 @@ class Ranks:
             with _lost_when_it_fails():
                 dist.all_reduce(tensor)
 
-    def hand_round(self, tensor: torch.Tensor, rank: int) -> None:
+    def broadcast(self, tensor: torch.Tensor, rank: int) -> None:
         """Give all processes what `rank` has in its tensor, a contiguous one on the CPU; all of them call it."""
         if self._store is None or not tensor.numel():
             return
@@ -182,10 +182,10 @@ class Ranks:
 
     def leave(self) -> None:
         """The last meeting; all of them call it."""
-        self.meet()
-        self.linger(self._patience)
+        self.barrier()
+        self.shutdown_grace(self._patience)
 
-    def linger(self, seconds: float) -> None:
+    def shutdown_grace(self, seconds: float) -> None:
         """Leave; the process that keeps the store waits a while until the others have left as well."""
         if self._store is None or self._add("left", 1) == self.size or not self.first:
             return
@@ -272,7 +272,7 @@ def joined() -> Iterator[Ranks]:
         why = f"another process of this job was lost (killed, or out of memory?); {_GO_ON}"
         said = ranks.tell(Stopped(why) if isinstance(error, _Ended) or _cut_off(error) else error)
         with contextlib.suppress(Stopped):
-            ranks.linger(5.0)
+            ranks.shutdown_grace(5.0)
         raise said from (error.__cause__ if said is error else None)
     finally:
         quiet.set()

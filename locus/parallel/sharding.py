@@ -36,21 +36,21 @@ def device_of(weight: Tensor) -> torch.device:
     return torch.device(mesh.device_type, torch.cuda.current_device())
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; all of one that is not sharded."""
     held: Any = tensor
     mine: Tensor = tensor if _mesh(tensor) is None else held.to_local()
     return mine
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process; all of them call it."""
     held: Any = tensor.detach()
     full: Tensor = tensor if _mesh(tensor) is None else held.full_tensor()
     return full
 
 
-def gathered(value: Tensor) -> Tensor:
+def gather(value: Tensor) -> Tensor:
     """All of a tensor; its gradient, summed over the processes, goes back to their parts. All of them call it."""
     if _mesh(value) is None:
         return value
@@ -76,10 +76,10 @@ def laid_out_as(model: Tensor, full: Tensor) -> Tensor:
     mesh = _mesh(model)
     if mesh is None:
         return full.to(model.device)
-    return part_of(full.to(local(model).device), mesh)
+    return part_of(full.to(to_local(model).device), mesh)
 
 
-def given_back(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Give back what is still together of a sharded model: each process has its own part again, and no more.
 
     Also after a forward that was cut short, which leaves what lies outside the blocks together.
@@ -88,7 +88,7 @@ def given_back(module: nn.Module) -> None:
     root.reset_iter_state()
 
 
-def put_together(module: nn.Module) -> None:
+def unshard(module: nn.Module) -> None:
     """Put together what lies outside the blocks, so that its modules can be called by themselves."""
     root: Any = module
     if hasattr(root, "unshard"):

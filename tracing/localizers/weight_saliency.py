@@ -36,7 +36,7 @@ from locus.files.schema import understood
 from locus.forward import Batch, batches
 from locus.mask import WeightMask
 from locus.model import Model
-from locus.parallel.map import add_, own_part
+from locus.parallel.map import all_reduce, own_part
 from locus.progress import track
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
@@ -235,7 +235,7 @@ def mean_gradients(
     total = {
         name: taken[name] if name in taken else torch.zeros_like(p.detach()) for name, p in parameters.items()
     }
-    add_(list(total.values()))
+    all_reduce(list(total.values()))
     return total
 
 
@@ -250,7 +250,7 @@ def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Te
             total[name].addcmul_(gradient, gradient, value=1 / len(encoded))
 
     _with_gradients(parameters, batches(encoded, 1), add)
-    add_(list(total.values()))
+    all_reduce(list(total.values()))
     return total
 
 

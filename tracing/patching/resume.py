@@ -55,7 +55,7 @@ class Parts:
         with ranks.hold(inner):
             finished = _finished(folder, settings, model) if resume else {}
             yield cls(Path(folder), settings, model, finished, resume, ranks)
-            ranks.meet()
+            ranks.barrier()
         if ranks.first and not list(inner.glob("*.safetensors")):
             with contextlib.suppress(OSError):
                 (inner / ".locus.lock").unlink(missing_ok=True)
@@ -68,7 +68,7 @@ class Parts:
             self.ranks.agree("facts, settings or weights", json.dumps(about, sort_keys=True))
             packs = sorted(packs, key=lambda p: sum(one.positions[0] - one.encoded.target_start for one in p))
         yield from self.ranks.share(packs, "tracing facts")
-        self.ranks.meet()
+        self.ranks.barrier()
 
     def get(self, one: Prepared) -> FactTrace | None:
         """A fact that was finished earlier, the same way."""
@@ -107,7 +107,7 @@ class Parts:
 
     def finish(self, trace: Trace, facts: Sequence[Prepared]) -> None:
         """Write the whole trace, and forget the parts of it."""
-        self.ranks.meet()
+        self.ranks.barrier()
         if self.folder is None or not self.ranks.first:
             return
         trace.save(self.folder)

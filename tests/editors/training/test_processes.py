@@ -26,7 +26,7 @@ from locus.forward import batches
 from locus.mask import WeightMask
 from locus.model import Model, load_model
 from locus.parallel.ranks import ALONE, Ranks, joined
-from locus.parallel.sharding import local
+from locus.parallel.sharding import to_local
 from locus.tokens import Encoded
 from tests.contracts.test_mask_contract import KINDS, mask_of
 from tests.editors.training.test_finetune import TEXT, known_facts, neuron_mask, same
@@ -157,21 +157,21 @@ def test_a_part_each_of_a_tied_model_a_kill_and_a_leak(
         if lose and state.step == 2:
             raise KeyboardInterrupt
         if leak and not run.team.ranks.first:
-            local(run.model.module.get_parameter("model.layers.1.self_attn.q_proj.weight"))[0, 0] += 1e-3
+            to_local(run.model.module.get_parameter("model.layers.1.self_attn.q_proj.weight"))[0, 0] += 1e-3
         return honest(run, state)
 
     monkeypatch.setattr(Run, "take_step", take_step)
 
     def then(own: Model, facts: Any, ranks: Ranks) -> dict[str, Any]:
         nonlocal lose, leak
-        held = sum(local(p).numel() for p in own.module.parameters())
+        held = sum(to_local(p).numel() for p in own.module.parameters())
         tied = own.module.lm_head.weight is own.module.model.embed_tokens.weight
         whole = edit(own, facts, editor, KINDS, ranks)
         lose = True
         with contextlib.suppress(KeyboardInterrupt):
             edit(own, facts, editor, KINDS, ranks, folder=stopped)
         lose = False
-        ranks.meet()
+        ranks.barrier()
         if ranks.first:
             shutil.copy(stopped / "state.safetensors", tmp_path / "killed.safetensors")
         resumed = edit(own, facts, editor, KINDS, ranks, folder=stopped, resume=True)

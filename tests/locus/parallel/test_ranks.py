@@ -31,7 +31,7 @@ def _each(ranks, work):
 def test_every_item_falls_to_exactly_one_process(size):
     def work(ranks):
         first, second = list(ranks.share(range(50), "a")), list(ranks.share("xyz", "b"))
-        ranks.meet()
+        ranks.barrier()
         return first, second
 
     taken = _each(_many(size), work)
@@ -67,10 +67,10 @@ def test_processes_that_were_given_different_things_are_told():
 
 def test_alone_it_takes_everything_in_order_and_waits_for_nobody(tmp_path):
     assert list(ALONE.share([3, 1, 2], "a")) == [3, 1, 2]
-    ALONE.meet()
+    ALONE.barrier()
     ALONE.leave()
     tensor = torch.ones(2)
-    ALONE.add_([tensor])
+    ALONE.all_reduce([tensor])
     assert tensor.tolist() == [1, 1]
     assert not ALONE.seen(tmp_path / "nothing")
 
@@ -79,7 +79,7 @@ def test_who_waits_for_a_silent_process_is_told_which():
     first, _ = _many(2, patience=1.5)
     started = time.monotonic()
     with pytest.raises(Stopped, match=r"process 1 of 2 has given no sign of life .* --resume"):
-        first.meet()
+        first.barrier()
     assert time.monotonic() - started < 30
 
 
@@ -91,11 +91,11 @@ def test_a_process_that_gives_signs_of_life_is_waited_for():
         for _ in range(20):
             second._add("beat/1", 1)
             time.sleep(0.2)
-        second.meet()
+        second.barrier()
         done.set()
 
     threading.Thread(target=beat).start()
-    first.meet()
+    first.barrier()
     assert done.wait(10)
 
 
@@ -105,7 +105,7 @@ def test_only_the_first_error_is_said():
     assert first.tell(error) is error
     assert isinstance(second.tell(InputError("another")), AlreadySaid)
     with pytest.raises(AlreadySaid):
-        second.meet()
+        second.barrier()
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
