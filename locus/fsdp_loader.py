@@ -1,7 +1,7 @@
 """A model of which every process of a job holds a part: FSDP2, torch's own `fully_shard`.
 
-Each parameter is cut along its first axis. A block's parameters are put together for its forward and again for its
-backward, and given back afterwards; those outside the blocks (embedding, last norm, unembedding) stay together from a
+Each parameter is cut along its first axis. A block's parameters are unsharded for its forward and again for its
+backward, and resharded afterwards; those outside the blocks (embedding, last norm, unembedding) stay unsharded from a
 step's first forward to the end of its backward. So a process needs its part of the model, one block and
 the embeddings on its device; with offload the parts lie in its main memory and only what is in work is on the device.
 

@@ -181,7 +181,7 @@ class Ranks:
         return error
 
     def leave(self) -> None:
-        """The last meeting; all of them call it."""
+        """The last barrier; all processes call it."""
         self.barrier()
         self.shutdown_grace(self._patience)
 

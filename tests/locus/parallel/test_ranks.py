@@ -126,7 +126,7 @@ def test_processes_add_tensors_over_gloo(tmp_path):
     def work():
         with joined() as ranks:
             tensor = torch.full((3,), float(ranks.rank + 1))
-            ranks.add_([tensor])
+            ranks.all_reduce([tensor])
             print(tensor.tolist(), ranks.size, os.environ["RANK"], flush=True)
         return 0
 
