@@ -4,7 +4,7 @@
     python -m benchmarks.weight_memory --width 512 --layers 4 --scores gradient
 
 A random model in bfloat16 scores every weight on one fact and cuts out the best 1 %. Resident memory is read from the
-kernel: its highest value from the moment the model is there. Beside it stands the account: bytes of the gradients
+kernel: its highest value from the moment the model is there. Beside it stands the estimate: bytes of the gradients
 that a score must hold, of the mask as it is kept, and the largest single tensor (a gradient is added to
 another; a tensor's choices are a byte a weight before they are packed). The mask is asserted to hold exactly the
 budget, and, against a full sort on the smallest run, exactly the best.

@@ -1,12 +1,12 @@
-"""The memory that a trained edit will take, before it runs.
+"""Estimate the peak memory of a trained edit before it runs.
 
-One step of the real code (the editor's own loss, the deltas, the optimizer) is gone through on tensors that have
-shapes and no data (torch's fake tensors), while every storage that operators make is counted until it dies. So the
-account knows what the mask spares: no gradient of a weight outside it, nothing kept below the lowest located layer,
-activations that are computed again. It needs no weights, and no machine that could hold them.
+One training step of the real code (the editor's loss, the deltas, the optimizer) runs on torch's fake tensors, which
+have shapes and no data, and every storage is counted from its allocation to its release. The estimate therefore
+includes what the mask saves: no gradients outside the mask, no activations below the lowest located layer, recomputed
+activations. No weights are read, so the estimate also runs on a machine too small for the model.
 
-Not in it: what kernels take and give back within themselves, an allocator's waste, and the CUDA context. How far it
-is off where it can be measured: benchmarks/README.md.
+Not included: memory that kernels allocate and free internally, the allocator's fragmentation, the CUDA context.
+benchmarks/README.md compares estimates with measurements.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from editors.training.activation_checkpointing import recomputed
+from editors.training.activation_checkpointing import activation_checkpointing
 from editors.training.live_bytes import LiveBytes
 from editors.training.parametrize import Deltas, Trained
 from editors.training.prediction import Prediction
@@ -40,41 +40,48 @@ from locus.tokens import Encoded, encode, encode_text
 
 
 @dataclass(frozen=True)
-class Load:
-    """The size of one forward and backward."""
+class ForwardSize:
+    """Size of one forward and backward."""
 
     rows: int
     """Examples."""
     width: int
-    """Padded tokens of each."""
+    """Padded tokens per example."""
     labels: int
-    """Target tokens of all of them together."""
+    """Target tokens of all examples together."""
 
     @classmethod
-    def of(cls, batch: Batch) -> Load:
+    def of(cls, batch: Batch) -> ForwardSize:
         """The size of a batch."""
         rows, width = batch.ids.shape
         return cls(rows, width, len(batch.labels))
 
 
 @dataclass(frozen=True)
-class Loads:
+class LargestForwards:
     """The largest forwards of a run."""
 
-    forget: tuple[Load, ...] = (Load(16, 24, 48),)
-    """Of forget examples; by default 16 facts of 24 tokens, 3 of them the target's."""
-    retain: tuple[Load, ...] = (Load(16, 24, 48),)
-    """Of retain facts."""
-    text: tuple[Load, ...] = (Load(1, 512, 511),)
-    """Of neutral text; by default one full block."""
+    forget: tuple[ForwardSize, ...] = (ForwardSize(16, 24, 48),)
+    """Batches of forget examples; by default 16 facts of 24 tokens, 3 of them target tokens."""
+    retain: tuple[ForwardSize, ...] = (ForwardSize(16, 24, 48),)
+    """Batches of retain facts."""
+    text: tuple[ForwardSize, ...] = (ForwardSize(1, 512, 511),)
+    """Batches of neutral text; by default one full block."""
     kept_labels: int = 0
-    """Target tokens whose reference states end up kept."""
+    """Target tokens whose reference states are stored by the end of the run."""
 
     @classmethod
     def of(
         cls, model: Model, editor: Any, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str]
-    ) -> Loads:
-        """Of the longest examples that a step could draw together; nothing is run.
+    ) -> LargestForwards:
+        """From the longest examples that one step can draw; nothing is run.
+
+        Args:
+            model: Its tokenizer and context length are used.
+            editor: A trained editor.
+            forget: Facts to forget.
+            retain: Facts to keep; those held out do not count.
+            text: Neutral paragraphs.
 
         Raises:
             InputError: an example that cannot be encoded.
@@ -96,27 +103,27 @@ class Loads:
 
 
 @dataclass(frozen=True)
-class Account:
-    """Bytes of each kind, when the run takes most."""
+class MemoryEstimate:
+    """Bytes of each kind at the peak of a run."""
 
     weights: int
-    """The frozen base, tied tensors once."""
+    """Parameters and buffers of the frozen base; tied tensors once."""
     deltas: int
-    """The trained values, the copy of those that held last, and where they belong."""
+    """Trained values, the copy kept from the last good check, and their indices."""
     gradients: int
-    """Of the trained values."""
+    """Gradients of the trained values."""
     optimizer: int
-    """Its state."""
+    """Optimizer state."""
     activations: int
-    """What the blocks keep for the backward pass."""
+    """Activations that the blocks keep for the backward pass."""
     transient: int
-    """What the worst moment needs besides: float32 logits, losses, gradients of activations."""
+    """Everything else at the peak: float32 logits, losses, gradients of activations."""
     references: int
-    """Kept states of the base, in the host's memory."""
+    """Stored states of the base, in host memory."""
 
     @property
     def peak(self) -> int:
-        """Most bytes on the device at once."""
+        """Peak bytes on the device."""
         return sum(getattr(self, name) for name in _ON_DEVICE)
 
     def to_json(self) -> dict[str, int]:
@@ -128,8 +135,10 @@ class Account:
         return "\n".join(f"{name:<12}{n_bytes / 1e6:12,.1f} MB" for name, n_bytes in rows)
 
     @classmethod
-    def of(cls, model: Model, mask: WeightMask, editor: Any, loads: Loads = Loads()) -> Account:
-        """Go through one step of an edit without data.
+    def of(
+        cls, model: Model, mask: WeightMask, editor: Any, loads: LargestForwards = LargestForwards()
+    ) -> MemoryEstimate:
+        """Run one step of an edit on fake tensors.
 
         Args:
             model: The base, or its shape: a model on the meta device is as good (`locus.model.load_shape`).
@@ -149,22 +158,22 @@ class Account:
                 return _step(shape, _trained(shape, mask, objective.training), objective, loads)
             except torch._subclasses.fake_tensor.DataDependentOutputException as error:
                 raise InputError(
-                    f"{model.name}: its forward decides by values ({error.func}), so there is no account of it"
+                    f"{model.name}: its forward decides by values ({error.func}), so its memory cannot be estimated"
                 ) from error
 
 
 _ON_DEVICE = ("weights", "deltas", "gradients", "optimizer", "activations", "transient")
 
 
-def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Account:
-    """One step under the count."""
+def _step(model: Model, deltas: Trained, objective: Any, loads: LargestForwards) -> MemoryEstimate:
+    """One training step while storages are counted."""
     term: Retain = objective.retain
     training: Training = objective.training
     counted = LiveBytes()
-    with counted, deltas.attached(), recomputed(model, training.checkpointing):
-        weights = counted.hold([*model.module.parameters(), *model.module.buffers()])
+    with counted, deltas.attached(), activation_checkpointing(model, training.checkpointing):
+        weights = counted.count([*model.module.parameters(), *model.module.buffers()])
         held = [value.detach().clone() for value in deltas.values.values()]
-        counted.hold([*deltas.parameters, *held])
+        counted.count([*deltas.parameters, *held])
         values = counted.now - weights
         optimizer = make_optimizer(training, deltas.parameters)
         for value in deltas.parameters:
@@ -172,7 +181,7 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Accoun
         gradients = _bytes([value.grad for value in deltas.parameters])
         optimizer.step()
         state = _bytes([v for slots in optimizer.state.values() for v in slots.values()])
-        counted.forget_peak()
+        counted.reset_peak()
         activations = 0
         for kind in ("forget", "retain", "text"):
             for load in getattr(loads, kind) if kind == "forget" or term.active else ():
@@ -180,7 +189,7 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Accoun
         torch.nn.utils.clip_grad_norm_(deltas.parameters, training.clip or float("inf"))
         optimizer.step()
     seen = weights + values + gradients + state
-    return Account(
+    return MemoryEstimate(
         weights=weights,
         deltas=values + _bytes([selection.index for selection in deltas.selections.values()]),
         gradients=gradients,
@@ -192,9 +201,21 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: Loads) -> Accoun
 
 
 def _backward(
-    model: Model, deltas: Trained, objective: Any, kind: str, load: Load, counted: LiveBytes
+    model: Model, deltas: Trained, objective: Any, kind: str, load: ForwardSize, counted: LiveBytes
 ) -> int:
-    """Forward and backward of one batch; what its blocks kept for the backward pass."""
+    """Forward and backward of one batch.
+
+    Args:
+        model: The model on fake tensors.
+        deltas: The trained values, attached.
+        objective: Its forget loss and retain term.
+        kind: "forget", "retain" or "text".
+        load: Size of the batch.
+        counted: The running count.
+
+    Returns:
+        Bytes that the blocks kept for the backward pass.
+    """
     before, most = counted.now, 0
 
     def note(_: Tensor) -> None:
@@ -214,9 +235,9 @@ def _backward(
 
 
 def _prediction(
-    model: Model, deltas: Trained, load: Load, answered: bool = False, kept: bool = False
+    model: Model, deltas: Trained, load: ForwardSize, answered: bool = False, kept: bool = False
 ) -> Prediction:
-    """A batch of this size, and another of it for the other answers."""
+    """A batch of this size, with a batch of other answers of the same size."""
     batch = _batch(load)
     d_vocab = model.atlas.d_vocab
     return Prediction(
@@ -229,16 +250,16 @@ def _prediction(
     )
 
 
-def _batch(load: Load) -> Batch:
+def _batch(load: ForwardSize) -> Batch:
     ids = torch.zeros(load.rows, load.width, dtype=torch.long)
     labels = torch.zeros(load.labels, dtype=torch.long)
     return Batch(ids, torch.ones_like(ids), labels, labels, labels, labels, tuple(range(load.rows)))
 
 
-def _largest(encoded: Sequence[Encoded], n: int, batch_tokens: int) -> tuple[Load, ...]:
-    """The widest batch and the one with most targets, of the `n` longest examples."""
+def _largest(encoded: Sequence[Encoded], n: int, batch_tokens: int) -> tuple[ForwardSize, ...]:
+    """The widest batch of the `n` longest examples, and the one with the most target tokens."""
     longest = sorted(encoded, key=lambda one: len(one.ids), reverse=True)[:n]
-    loads = [Load.of(batch) for batch in batches(longest, batch_tokens)]
+    loads = [ForwardSize.of(batch) for batch in batches(longest, batch_tokens)]
     if not loads:
         return ()
     widest = max(loads, key=lambda load: (load.rows * load.width, load.labels))
@@ -247,11 +268,11 @@ def _largest(encoded: Sequence[Encoded], n: int, batch_tokens: int) -> tuple[Loa
 
 
 def _objective(editor: Any) -> Any:
-    """What the loop trains; of a method in two stages, one with the same forwards."""
+    """The objective that the loop trains; for a method in two stages, one with the same forwards."""
     if hasattr(editor, "forget_loss"):
         return editor
     if not hasattr(editor, "training"):
-        raise InputError(f"{type(editor).__name__} trains nothing: an account is given of trained edits")
+        raise InputError(f"{type(editor).__name__} trains nothing: only trained edits have a memory estimate")
     return Reinforce(getattr(editor, "retain", Retain(term="none")), editor.training)
 
 
@@ -262,9 +283,7 @@ def _trained(model: Model, mask: WeightMask, training: Training) -> Trained:
         InputError: LoRA, whose layers peft cannot build without data.
     """
     if training.lora_rank:
-        raise InputError(
-            "an account is given of located weights that train themselves, not of LoRA: leave lora_rank at 0"
-        )
+        raise InputError("there is no memory estimate for LoRA: set lora_rank to 0")
     return Deltas(
         model.module, mask, saved_dtypes(model, mask) if training.rounding == "compensated" else None
     )

@@ -175,7 +175,7 @@ def load_shape(
     chat: bool = False,
     trust_remote_code: bool = False,
 ) -> Model:
-    """A model without its weights, on the meta device: names, shapes and tokenizer, for accounts of what it would take.
+    """A model without its weights, on the meta device: names, shapes and tokenizer, for estimates of its memory.
 
     Args:
         name: As in `load_model`; of the folder only the configuration and the tokenizer are read.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from editors.training.retain import kl_per_token
-from editors.training.unchanged import unmoved
+from editors.training.unchanged import weights_unchanged
 from locus.delta import WeightDelta
 from locus.fact import Example, Fact
 from locus.forward import Batch, batches, label_logits, measure
@@ -77,7 +77,7 @@ class Yardstick:
     def row(self, mask: WeightMask, edit: Callable[[], WeightDelta]) -> dict[str, Any]:
         """Edit, check that only the mask moves and that memory does not, and read the yardstick."""
         start, worked = time.monotonic(), time.process_time()
-        with unmoved(self.model.module):
+        with weights_unchanged(self.model.module):
             delta = edit()
             seconds, cpu = time.monotonic() - start, time.process_time() - worked
             assert delta.outside(mask) == 0, "weights outside the mask differ"

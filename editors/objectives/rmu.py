@@ -53,7 +53,7 @@ class RMU:
     retain: Retain = Retain(term="hidden", weight=100.0)
     """The same block's outputs held to the reference's (alpha 100 to 1200 in the paper)."""
     training: Training = Training(steps=80, min_steps=20, floor=0.0)
-    """How the located weights are trained. The targets' probability is only measured at looks."""
+    """How the located weights are trained. The targets' probability is only measured at checks."""
 
     def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
         """`rmu_loss`, a mean over each target's tokens and over the batch."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep each block's input and compute the rest of it again in the backward pass."""
+"""Activation checkpointing: keep each block's input, recompute the rest of the block in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from locus.model import Model
 
 
 @contextlib.contextmanager
-def recomputed(model: Model, enabled: bool = True) -> Iterator[None]:
+def activation_checkpointing(model: Model, enabled: bool = True) -> Iterator[None]:
     """Checkpoint every block inside the context (Chen et al. 2016, arXiv:1604.06174).
 
-    transformers' own switch works in training mode only, which turns dropout on; this one does not.
+    transformers' own switch needs training mode, which also enables dropout; this one does not.
     """
     if not enabled:
         yield

@@ -1,4 +1,4 @@
-"""The data of a training run, and what each step sees of it."""
+"""The data of a training run, and the batches of each step."""
 
 from __future__ import annotations
 
@@ -15,37 +15,41 @@ from locus.model import Model
 from locus.tokens import Encoded, encode, encode_text
 
 N_PROBE = 32
-"""Retain facts looked at to see whether utility holds."""
+"""Number of retain facts that utility is measured on."""
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class ForgetExamples:
     """Forget examples in one kind of wording."""
 
     facts: Sequence[Fact]
-    """Fact of each example; its prompt is the one that is asked."""
+    """Fact of each example; its prompt is the wording used."""
     encoded: list[Encoded]
+    """Tokens of each example."""
     reference: TargetScores
-    """The base's scores of them."""
+    """The base's scores of the examples."""
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Encoded examples, and the base's scores of those that are judged against it."""
+    """Encoded examples, and the base's scores of the forget examples."""
 
     facts: Sequence[Fact]
-    """What must go."""
+    """The forget facts."""
     kept_facts: Sequence[Fact]
     """Retain facts that may be trained on: those not held out."""
     forget: list[Encoded]
+    """Tokens of each forget fact."""
     retain: list[Encoded]
+    """Tokens of each retain fact in `kept_facts`."""
     texts: list[Encoded]
+    """Blocks of neutral text."""
     reference: TargetScores
     """The base's scores of the forget examples."""
     probe: list[Encoded]
-    """Retain facts that the base has right."""
-    reworded: Asked
-    """The forget facts in other words; empty when none are asked for."""
+    """Retain facts that the base has right; utility is the share still right."""
+    reworded: ForgetExamples
+    """The forget facts in other words; empty with `Training.reworded` 0."""
 
     @classmethod
     def read(
@@ -84,13 +88,15 @@ class Data:
             texts=[block for paragraph in text for block in encode_text(model, paragraph)],
             reference=measure(model, encoded, training.batch_tokens),
             probe=probe if training.utility else [],
-            reworded=Asked(reworded_facts, reworded, measure(model, reworded, training.batch_tokens)),
+            reworded=ForgetExamples(
+                reworded_facts, reworded, measure(model, reworded, training.batch_tokens)
+            ),
         )
 
     @property
-    def plain(self) -> Asked:
+    def plain(self) -> ForgetExamples:
         """The forget examples as they were given."""
-        return Asked(self.facts, self.forget, self.reference)
+        return ForgetExamples(self.facts, self.forget, self.reference)
 
     def forget_batches(self, training: Training, step: int) -> Iterator[Batch]:
         """This step's forget examples; `Batch.examples` are numbers in `forget`."""
@@ -106,7 +112,7 @@ class Data:
     def retain_batches(self, term: Retain, training: Training, step: int) -> Iterator[Batch]:
         """This step's retain facts, `term.near` of them from the relations of the forgotten facts.
 
-        Where one kind has too few, the other makes up for it.
+        Where one kind has too few facts, the other makes up for it.
         """
         relations = {fact.relation for fact in self.facts} - {None}
         near = [i for i, fact in enumerate(self.kept_facts) if fact.relation in relations]

@@ -1,8 +1,8 @@
 """The one masked training loop: every objective, every kind of mask, every optimizer.
 
-Only the deltas of the mask's entries are trained; the base is frozen, and is the reference model whenever the
-deltas are silenced. What a step sees depends on the seed and the step's number alone, so a run that was killed
-goes on to the same bits.
+Only the deltas of the mask's entries are trained. The base is frozen; with the deltas silenced it is the reference
+model. The examples of a step depend on the seed and the step's number alone, so a resumed run gives the same bits as
+one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from editors.deltas import settings_of
-from editors.training.activation_checkpointing import recomputed
-from editors.training.data import Asked, Data
+from editors.training.activation_checkpointing import activation_checkpointing
+from editors.training.data import Data, ForgetExamples
 from editors.training.hessian import EVERY as HESSIAN_EVERY
 from editors.training.hessian import estimate_hessian
 from editors.training.lora import LoraDeltas
 from editors.training.objective import Answering, Finishing, Objective
 from editors.training.parametrize import Deltas, Trained
 from editors.training.prediction import Kept, Prediction
-from editors.training.processes import BY_ITSELF, Deal, Team
-from editors.training.reference import References, said_before
+from editors.training.processes import ONE_PROCESS, Processes, WorkSplit
+from editors.training.reference import References, known_states
 from editors.training.retain import Retain, mean_kl
 from editors.training.rounding import saved_dtypes
 from editors.training.run_state import RunState, identity, load_state, save_state
 from editors.training.settings import Training, lr_at, make_optimizer
 from editors.training.sophia import SophiaG
-from editors.training.stopping_rules import RISE, look, verdict
+from editors.training.stopping_rules import RISE, check_utility, stop_reason
 from editors.training.trained_delta import weight_delta
-from editors.training.unchanged import unmoved
+from editors.training.unchanged import weights_unchanged
 from locus import progress
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
@@ -50,7 +50,7 @@ from locus.parallel.sharding import full_tensor
 from locus.tokens import Encoded, encode
 
 Log = Callable[[Mapping[str, Any]], None]
-"""Called with one record a step: see `Run.take_step`."""
+"""Called with one record per step: see `Run.take_step`."""
 
 
 def finetune(
@@ -71,19 +71,19 @@ def finetune(
     Args:
         objective: The editor: what is lowered on the forget facts, the retain term, the training settings.
         model: The model to edit.
-        forget: What must go. Their paraphrases and neighbours are never trained on.
-        retain: What must stay. Facts marked `held_out` are left for the audit and never trained on.
+        forget: Facts to forget. Their paraphrases and neighbours are never trained on.
+        retain: Facts to keep. Those marked `held_out` are left for the audit and never trained on.
         mask: The weights that may move.
         text: Neutral paragraphs for the retain term.
-        folder: Where resumable states are kept; None keeps none.
+        folder: Folder for resumable states; None saves none.
         resume: Go on from the state in `folder`, if there is one.
         log: Called after every step with its record (JSON values); on resuming, first with those of earlier steps.
-        ranks: The processes that make each step together, all of which call this with the same arguments; of a
-            model that each holds whole, or that is spread over them. `folder` is one that all of them see.
+        ranks: The processes that share every optimizer step. All of them call this with the same arguments and see
+            the same `folder`. Each holds the whole model, or a shard of it (FSDP2).
 
     Returns:
-        The delta, on every process and equal to one process's within rounding; its provenance says how the run
-        ended, its `rounding` what the cast to the checkpoint's dtype cost.
+        The delta, the same on every process and equal to a single process's within rounding. Its provenance says how
+        the run ended, its `rounding` what the cast to the checkpoint's dtype cost.
 
     Raises:
         InputError: nothing to forget, a mask of another model, a retain term without retain data, a state of
@@ -92,9 +92,9 @@ def finetune(
     """
     mask.check(model)
     training = objective.training
-    team = Team.of(ranks, model)
-    deltas = _deltas(model, mask, training, team)
-    with unmoved(model.module) as base:
+    processes = Processes.of(ranks, model)
+    deltas = _deltas(model, mask, training, processes)
+    with weights_unchanged(model.module) as base:
         data = Data.read(model, forget, retain, text, objective.retain, training)
         run = Run(
             objective,
@@ -102,15 +102,15 @@ def finetune(
             deltas,
             data,
             make_optimizer(training, deltas.parameters),
-            _references(objective.retain, model, deltas, team, base),
-            team,
+            _references(objective.retain, model, deltas, processes, base),
+            processes,
         )
-        team.settle(data, run.identity)
+        processes.agree(data, run.identity)
         state = run.start(folder if resume else None)
         ranks.agree("states to go on from (the output folder must be one that all see)", str(state.step))
         with (
             deltas.attached(),
-            recomputed(model, training.checkpointing),
+            activation_checkpointing(model, training.checkpointing),
             progress.task("edit", total=training.steps) as line,
         ):
             for record in state.history:
@@ -129,10 +129,12 @@ def finetune(
         return weight_delta(model, mask, deltas, training, run.provenance(state))
 
 
-def _deltas(model: Model, mask: WeightMask, training: Training, team: Team) -> Trained:
+def _deltas(model: Model, mask: WeightMask, training: Training, processes: Processes) -> Trained:
     """The trainable form of the mask that the settings ask for."""
-    if training.lora_rank and team.in_step:
-        raise InputError("LoRA: not of a sharded model; train the located weights themselves (lora_rank 0)")
+    if training.lora_rank and processes.sharded:
+        raise InputError(
+            "LoRA does not work on a sharded model: train the located weights themselves (lora_rank 0)"
+        )
     if training.lora_rank:
         return LoraDeltas(model.module, mask, training.lora_rank, training.seed)
     saved = saved_dtypes(model, mask) if training.rounding == "compensated" else None
@@ -140,17 +142,25 @@ def _deltas(model: Model, mask: WeightMask, training: Training, team: Team) -> T
 
 
 def _references(
-    term: Retain, model: Model, deltas: Trained, team: Team, base: Mapping[str, str]
+    term: Retain, model: Model, deltas: Trained, processes: Processes, base: Mapping[str, str]
 ) -> References | None:
-    """Where what the base, of these digests, says is kept, if it is to be kept.
+    """The store of the base's states, or None where the base is asked at every step.
 
-    A sharded base is asked every time: what one process has kept, another would still have to ask all for.
+    A sharded base is asked every time: a state that one process has stored, the others would still have to compute
+    together.
+
+    Args:
+        term: The retain term.
+        model: The base.
+        deltas: The trained values, to be silenced while the base is asked.
+        processes: The processes of the run.
+        base: Digests of the base's tensors.
     """
-    if term.reference == "live" or team.in_step:
+    if term.reference == "live" or processes.sharded:
         return None
     if term.reference == "disk":
         return References(model, deltas, cache_folder() / "references")
-    return References(model, deltas, known=said_before(model.module, base))
+    return References(model, deltas, known=known_states(model.module, base))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +173,13 @@ class Run:
     data: Data
     optimizer: torch.optim.Optimizer
     references: References | None = None
-    """The base's logits, where they are kept."""
-    team: Team = BY_ITSELF
-    """The processes that make each step together."""
+    """The stored states of the base; None asks the base at every step."""
+    processes: Processes = ONE_PROCESS
+    """The processes that share every step."""
 
     @property
     def identity(self) -> str:
-        """Of the run: settings, mask, data, model and dtype."""
+        """Digest of what the run is made of: settings, mask, data, model and dtype."""
         return identity(
             settings_of(self.objective),
             self.data.fingerprint(),
@@ -186,13 +196,13 @@ class Run:
         return RunState.fresh(len(self.data.forget), self.deltas.values)
 
     def take_step(self, state: RunState) -> dict[str, Any]:
-        """One optimizer step and, when one is due, a look at utility; sets `state.stopped` when the run is over.
+        """One optimizer step and, when due, a check of utility; sets `state.stopped` when the run is over.
 
         Returns:
             The step's record: `step`, `lr`, `forget_loss`, `forget_prob` (mean probability of the forget targets
             before the step), `forget_correct` (share top-1 then), `active` (share still pushed), `retain_loss`
-            (unweighted), `kl` (nats a token on this step's retain data), `grad_norm` (before clipping), `utility`
-            (share of the probe facts still right after the step, at looks). None stands for "not computed".
+            (unweighted), `kl` (nats per token on this step's retain data), `grad_norm` (before clipping), `utility`
+            (share of the probe facts still right after the step, at checks). None stands for "not computed".
         """
         training, step = self.objective.training, state.step
         for group in self.optimizer.param_groups:
@@ -201,24 +211,24 @@ class Run:
             self._estimate_hessian(self.optimizer, step)
         self.optimizer.zero_grad(set_to_none=True)
         record: dict[str, Any] = {"step": step + 1, "lr": lr_at(training, step), "utility": None}
-        deal = self.team.deal()
-        record |= self._push(state, step, deal)
-        record |= self._hold(step, deal)
+        split = self.processes.split()
+        record |= self._forget_backward(state, step, split)
+        record |= self._retain_backward(step, split)
         record["grad_norm"] = self._clip(step)
         self.optimizer.step()
         state.step += 1
         record = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in record.items()}
         state.history.append(record)
-        state.stopped = verdict(training, self.data, state)
-        looking = state.step % training.check_every == 0
-        if looking and state.step >= training.min_steps and isinstance(self.objective, Finishing):
+        state.stopped = stop_reason(training, self.data, state)
+        checking = state.step % training.check_every == 0
+        if checking and state.step >= training.min_steps and isinstance(self.objective, Finishing):
             done = self.objective.done(self.model, self.data.forget)
-            # What the first process found holds for all.
+            # The first process decides for all.
             state.stopped = state.stopped or (
-                "goal" if self.team.ranks.broadcast_object(str(done)) == "True" else ""
+                "goal" if self.processes.ranks.broadcast_object(str(done)) == "True" else ""
             )
-        if state.stopped or looking:
-            look(self.model, training, self.data, state, self.deltas, self.team)
+        if state.stopped or checking:
+            check_utility(self.model, training, self.data, state, self.deltas, self.processes)
         return record
 
     def provenance(self, state: RunState) -> dict[str, Any]:
@@ -237,12 +247,12 @@ class Run:
         }
 
     def _kept(self, encoded: Sequence[Encoded]) -> Kept | None:
-        """How the base's logits on batches of these examples are had, where they are kept."""
+        """Reads the base's logits on batches of these examples from the store, if there is one."""
         references = self.references
         return None if references is None else lambda batch: references.logits(encoded, batch)
 
-    def _push(self, state: RunState, step: int, deal: Deal) -> dict[str, Any]:
-        """Backward of the forget loss, batch by batch, and what is now known of the forget examples."""
+    def _forget_backward(self, state: RunState, step: int, split: WorkSplit) -> dict[str, Any]:
+        """Backward of the forget loss, batch by batch; updates NLL and correctness of the examples in `state`."""
         data, training = self.data, self.objective.training
         plain = list(data.forget_batches(training, step))
         other = list(data.reworded_batches(training, step))
@@ -250,18 +260,18 @@ class Run:
         n_examples = len(chosen) + sum(len(batch.examples) for batch in other)
         loss_sum, n_active = 0.0, 0.0
         seen = torch.zeros(3, len(data.forget))
-        for piece in deal.pieces(data.forget, plain, training.batch_tokens):
+        for piece in split.pieces(data.forget, plain, training.batch_tokens):
             forget = self._forget(data.plain, piece.batch, step)
-            loss, active = self._lower(data.plain, forget, n_examples, step, piece.counts)
+            loss, active = self._backward(data.plain, forget, n_examples, step, piece.counts)
             loss_sum, n_active = loss_sum + loss, n_active + active
-            now = self._seen(forget, step)
+            now = self._measured(forget, step)
             if now is not None and piece.counts:
                 seen[:, list(piece.batch.examples)] = now
-        for piece in deal.pieces(data.reworded.encoded, other, training.batch_tokens):
+        for piece in split.pieces(data.reworded.encoded, other, training.batch_tokens):
             forget = self._forget(data.reworded, piece.batch, step)
-            loss_sum += self._lower(data.reworded, forget, n_examples, step, piece.counts)[0]
-        loss_sum, n_active = self.team.total(loss_sum, n_active)
-        self.team.ranks.all_reduce([seen])
+            loss_sum += self._backward(data.reworded, forget, n_examples, step, piece.counts)[0]
+        loss_sum, n_active = self.processes.all_reduce_sum(loss_sum, n_active)
+        self.processes.ranks.all_reduce([seen])
         looked_at = seen[2] > 0
         state.nll[looked_at], state.correct[looked_at] = seen[0, looked_at], seen[1, looked_at]
         return {
@@ -271,8 +281,8 @@ class Run:
             "active": n_active / len(chosen),
         }
 
-    def _seen(self, forget: Prediction, step: int) -> Float[Tensor, "3 example"] | None:
-        """NLL and correctness of a batch's examples, and a 1 each; None where they are not known at this step."""
+    def _measured(self, forget: Prediction, step: int) -> Float[Tensor, "3 example"] | None:
+        """NLL, correctness and a 1 for each example of a batch; None at steps that do not compute them."""
         if forget.has_run:
             nll, correct = forget.nll.detach().float().cpu(), forget.correct.float().cpu()
         elif step % self.objective.training.check_every == 0:
@@ -283,28 +293,38 @@ class Run:
             return None
         return torch.stack([nll, correct, torch.ones_like(nll)])
 
-    def _lower(
-        self, asked: Asked, forget: Prediction, n_examples: int, step: int, counts: bool
+    def _backward(
+        self, asked: ForgetExamples, forget: Prediction, n_examples: int, step: int, counts: bool
     ) -> tuple[float, int]:
-        """Backward of the loss of one of a step's batches; its share of the step's loss, and how many were pushed.
+        """Backward of the forget loss of one of a step's batches.
 
-        Examples that are gone already get no push, and a batch that does not count none of any weight.
+        Examples that are forgotten already get no push. A batch that does not count has weight 0.
+
+        Args:
+            asked: The examples that `forget` numbers.
+            forget: The batch under the edited model.
+            n_examples: Forget examples in the whole step, on all processes.
+            step: Counted from 0.
+            counts: False where the batch is run only because other processes run one.
+
+        Returns:
+            The batch's share of the step's loss, and how many of its examples were pushed.
         """
         training = self.objective.training
         active = self._active(forget)
         counts = counts and bool(active.any())
-        if not self.team.any(counts):
+        if not self.processes.any(counts):
             return 0.0, 0
         pushed = forget if not counts or active.all() else forget.only(active)
         if training.attack.steps:
-            pushed = pushed.under(training.attack.found(self.model, pushed.batch))
+            pushed = pushed.under(training.attack.worst_perturbation(self.model, pushed.batch))
         loss = self.objective.forget_loss(pushed) * (counts * pushed.n_examples / n_examples)
         named = ((asked.facts[i].id, asked.encoded[i]) for i in pushed.batch.examples)
         number = self._finite("forget loss", step, loss, named)
         loss.backward()
         return number, int(active.sum()) if counts else 0
 
-    def _forget(self, asked: Asked, batch: Batch, step: int) -> Prediction:
+    def _forget(self, asked: ForgetExamples, batch: Batch, step: int) -> Prediction:
         """A batch of forget examples, with another answer to the same prompts where the objective has one."""
         objective, pool = self.objective, [*self.data.facts, *self.data.kept_facts]
 
@@ -328,7 +348,7 @@ class Run:
         risen = nll - forget.ref_nll.to(nll.device) >= RISE * forget.n_tokens
         return ~((nll > -math.log(floor)) & risen)
 
-    def _hold(self, step: int, deal: Deal) -> dict[str, Any]:
+    def _retain_backward(self, step: int, split: WorkSplit) -> dict[str, Any]:
         """Backward of the retain term on this step's facts and texts, each a mean over its tokens."""
         term, training = self.objective.retain, self.objective.training
         if not term.active:
@@ -338,7 +358,7 @@ class Run:
         for encoded, source in ((data.retain, data.retain_batches), (data.texts, data.text_batches)):
             batches = list(source(term, training, step))
             n = sum(len(batch.labels) for batch in batches)
-            for piece in deal.pieces(encoded, batches, training.batch_tokens):
+            for piece in split.pieces(encoded, batches, training.batch_tokens):
                 kept = Prediction(self.model, self.deltas, piece.batch, kept=self._kept(encoded))
                 n_own = len(piece.batch.labels) if piece.counts else 0
                 loss = term.loss(kept) * (n_own / n)
@@ -347,29 +367,29 @@ class Run:
                 (term.weight * loss).backward()
                 kl_sum += mean_kl(kept) * n_own
             n_labels += n
-        loss_sum, kl_sum = self.team.total(loss_sum, kl_sum)
+        loss_sum, kl_sum = self.processes.all_reduce_sum(loss_sum, kl_sum)
         return {"retain_loss": loss_sum, "kl": kl_sum / n_labels}
 
     def _clip(self, step: int) -> float:
         """Clip the gradient of all deltas together; its norm before that."""
         most = self.objective.training.clip or math.inf
-        with_gradient = self.team.summed(self.deltas.parameters)
+        with_gradient = self.processes.all_reduce_gradients(self.deltas.parameters)
         if step == 0 and not with_gradient:
             raise InputError(
                 "no located weight influences the loss: the mask lies above the layers this objective runs, or in "
                 "parameters the model does not use"
             )
-        return self._finite("gradient norm", step, self.team.clip_(with_gradient, most))
+        return self._finite("gradient norm", step, self.processes.clip_(with_gradient, most))
 
     def _finite(
         self, what: str, step: int, value: Tensor, examples: Iterable[tuple[str, Encoded]] = ()
     ) -> float:
-        """The value as a number, if it is one; else the error, with the example and the layer that it comes from."""
+        """The value as a finite number; otherwise an error with the example and the layer where it arises."""
         number = float(value.detach())
         if math.isfinite(number):
             return number
-        # Of a sharded model no process can run anything by itself.
-        found = None if self.team.in_step else first_at_fault(self.model, examples)
+        # No process can run a sharded model alone.
+        found = None if self.processes.sharded else first_at_fault(self.model, examples)
         where = "" if found is None else f"; it arises in {found[1]}, of fact {found[0]!r} first"
         raise InputError(
             f"step {step + 1}: the {what} is {number}; lower the learning rate (now "
@@ -387,4 +407,4 @@ class Run:
         asked = {"forget": (data.forget, list(data.forget_batches(training, step)))}
         if term.active:
             asked["retain"] = (data.retain, list(data.retain_batches(term, training, step)))
-        estimate_hessian(optimizer, self.model, self.deltas, self.team, asked, training, step)
+        estimate_hessian(optimizer, self.model, self.deltas, self.processes, asked, training, step)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from editors.training.parametrize import Trained
 from editors.training.prediction import Prediction
-from editors.training.processes import Team
+from editors.training.processes import Processes
 from editors.training.settings import Training
 from editors.training.sophia import SophiaG
 from locus.forward import Batch
@@ -31,7 +31,7 @@ def estimate_hessian(
     optimizer: SophiaG,
     model: Model,
     deltas: Trained,
-    team: Team,
+    processes: Processes,
     asked: Mapping[str, tuple[Sequence[Encoded], Sequence[Batch]]],
     training: Training,
     step: int,
@@ -42,21 +42,21 @@ def estimate_hessian(
         optimizer: Sophia, over the deltas.
         model: With the deltas attached.
         deltas: Where the gradients go.
-        team: The processes of the run.
+        processes: The processes of the run.
         asked: Kind of example -> all of that kind, and the step's batches of them.
         training: The seed, and the size of a batch.
         step: Counted from 0.
     """
     n = sum(len(batch.labels) for _, batches in asked.values() for batch in batches)
     optimizer.zero_grad(set_to_none=True)
-    deal = team.deal()
+    split = processes.split()
     for kind, (encoded, batches) in asked.items():
-        for piece in deal.pieces(encoded, batches, training.batch_tokens):
+        for piece in split.pieces(encoded, batches, training.batch_tokens):
             logits = Prediction(model, deltas, piece.batch).logits
             drawn = _drawn(logits.detach().softmax(-1).cpu(), piece.batch, training.seed, kind, step)
             loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             (piece.counts * loss / n).backward()
-    team.summed(deltas.parameters)
+    processes.all_reduce_gradients(deltas.parameters)
     optimizer.update_hessian(n)
 
 

@@ -1,4 +1,4 @@
-"""A latent adversary inside each step: forget even when a hidden state is pushed back towards the answer."""
+"""Latent adversarial training: forget even when a hidden state is pushed back towards the answer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class LatentAttack:
     """Targeted latent adversarial training (Sheshadri et al. 2024, arXiv:2407.15549), for any objective."""
 
     steps: int = 0
-    """Steps of the inner attack; 0 for none, 16 in the paper."""
+    """Steps of the inner attack; 0 for no attack, 16 in the paper."""
     epsilon: float = 2.0
-    """Largest norm of the perturbation at each position."""
+    """Maximum norm of the perturbation at each position."""
     lr: float = 0.05
-    """Step of the inner attack, in the same units."""
+    """Step size of the inner attack, in the units of epsilon."""
     layer: int = -1
     """Block whose output is perturbed; -1 for the one at a third of the depth."""
 
@@ -33,7 +33,7 @@ class LatentAttack:
         if self.steps < 0 or self.epsilon <= 0 or self.lr <= 0:
             raise InputError("attack: steps must not be negative, epsilon and lr must be positive")
 
-    def found(self, model: Model, batch: Batch) -> Perturbation:
+    def worst_perturbation(self, model: Model, batch: Batch) -> Perturbation:
         """The perturbation that makes the targets of a batch likeliest.
 
         Raises:

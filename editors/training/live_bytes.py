@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Inside the context, counts the storages that operators make, until they die.
 
-    What a kernel takes and gives back within itself is not seen; tensors made before are counted where they are
-    named (`hold`).
+    Memory that a kernel allocates and frees internally is not counted. Tensors made before the context are counted once
+    passed to `count`.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         """Bytes alive."""
         self.peak = 0
-        """Most bytes alive at once since the beginning, or since `forget_peak`."""
+        """Maximum of bytes alive since the beginning, or since `reset_peak`."""
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -34,11 +34,11 @@ class LiveBytes(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        self.count(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 
-    def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that are not counted yet, each storage once; returns what that added."""
+    def count(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that are not counted yet, each storage once; returns the bytes added."""
         before = self.now
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -51,8 +51,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return added
 
-    def forget_peak(self) -> None:
-        """Let the peak begin anew."""
+    def reset_peak(self) -> None:
+        """Restart the peak at the bytes alive now."""
         self.peak = self.now
 
     def _gone(self, key: int) -> None:

@@ -65,7 +65,7 @@ class LoraDeltas:
 
     @property
     def n_weights(self) -> int:
-        """How many weights can move."""
+        """Number of weights that can move."""
         return sum(selection.n for selection in self.selections.values())
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How much of a text is still extracted: the two measures that Jang et al. stop by."""
+"""Memorization accuracy and extraction likelihood: Jang et al.'s two stopping measures."""
 
 from __future__ import annotations
 

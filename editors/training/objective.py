@@ -1,4 +1,4 @@
-"""What the training loop needs of an editor."""
+"""Protocols of the training loop: an objective, and what else it may define."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from locus.tokens import Encoded
 
 @runtime_checkable
 class Objective(Protocol):
-    """What the loop needs of an editor: its loss on forget examples and its settings."""
+    """An editor that the training loop trains: a loss on forget examples, and settings."""
 
     @property
     def retain(self) -> Retain:
@@ -42,7 +42,7 @@ class Answering(Protocol):
 
 @runtime_checkable
 class Finishing(Protocol):
-    """An objective with a stopping rule of its own, asked at looks once `min_steps` are done."""
+    """An objective with a stopping rule of its own, asked at each check after `min_steps`."""
 
     def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
         """Whether the forget examples are forgotten by its own measure."""

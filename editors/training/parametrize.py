@@ -1,4 +1,4 @@
-"""Located weights as small parameters of their own beside a frozen base: nothing else can move.
+"""Located weights as small trainable deltas beside a frozen base: nothing else can move.
 
 For a matrix that is applied to an input (Linear, Conv1D, Embedding) the delta's own contribution is added to
 the module's output, so the gradient of the whole matrix is never formed:
@@ -42,15 +42,15 @@ class _Place:
     attribute: str
     kind: str
     index: Tensor | None
-    """The selection's, on the device that computes."""
+    """Index of the selection, on the device that computes; None for the whole parameter."""
     value: nn.Parameter
     n_rows: int
-    """Of the parameter."""
+    """Rows of the parameter."""
     saved: torch.dtype | None = None
-    """dtype whose rounding the forward shall see; None for the delta as it is."""
+    """dtype to which the forward rounds base plus delta; None for no rounding."""
 
     def effective(self, base: Tensor) -> Tensor:
-        """The whole parameter with the delta in it, in the base's dtype: what would be exported."""
+        """The whole parameter with the delta added, in the base's dtype: what would be exported."""
         entries = self._new(self._old(base)).to(base.dtype)
         if self.index is None:
             return entries
@@ -83,7 +83,7 @@ class _Place:
 
 @runtime_checkable
 class Trained(Protocol):
-    """What the loop needs of deltas, of whatever form."""
+    """Deltas of any form, as the training loop uses them."""
 
     values: dict[str, nn.Parameter]
     """The trainable tensors, by name."""
@@ -96,7 +96,7 @@ class Trained(Protocol):
 
     @property
     def n_weights(self) -> int:
-        """How many weights can move."""
+        """Number of weights that can move."""
 
     def attached(self) -> contextlib.AbstractContextManager[Any]:
         """Run the module with the deltas inside the block."""
@@ -165,7 +165,7 @@ class Deltas:
 
     @property
     def n_weights(self) -> int:
-        """How many weights can move."""
+        """Number of weights that can move."""
         return sum(value.numel() for value in self.values.values())
 
     @contextlib.contextmanager

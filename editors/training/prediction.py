@@ -1,8 +1,7 @@
-"""What the edited model says about one batch: the quantities that objectives are made of.
+"""What the edited model predicts for one batch: the quantities that objectives are made of.
 
-Everything is computed when it is first asked for, so that an objective pays only for what it reads: RMU never
-runs the layers above its own, NPO never asks the reference for logits. The reference model is the same module
-with its deltas silenced.
+Each is computed on first access, so an objective pays only for what it reads: RMU never runs the layers above its
+own, NPO never computes reference logits. The reference model is the same module with its deltas silenced.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""One step made by several processes: who computes what of it, and how their parts become one.
+"""Several processes share every optimizer step: which examples each computes, and how gradients are reduced.
 
-Every process takes a part of a step's examples. Losses are means over the whole step, so the parts' gradients add up
-to the step's, and all processes make the same optimizer step. Of the model each holds either all or, sharded
-(`locus.fsdp_loader`), a part:
+Every process computes some of a step's examples. Losses are means over the whole step, so the processes' gradients add
+up to the step's gradient, and every process takes the same optimizer step. There are two ways to hold the model:
 
-- all of it, and all of the deltas: the gradients are summed once a step;
-- a part: the deltas are sharded along, put together where they are used, and their gradients are summed and parted on
-  the way back. Then all must make the same calls in the same order, so a process with fewer batches than another runs a
-  short one for nothing.
+- replicated: each process holds the whole model and all deltas; gradients are all-reduced once per step;
+- sharded (FSDP2, `locus.fsdp_loader`): the deltas are sharded as the model is, unsharded where they are used, and their
+  gradients are reduce-scattered in the backward pass. All processes must then make the same calls in the same order, so
+  a process with fewer batches than another runs a short batch whose loss has weight 0.
 """
 
 from __future__ import annotations
@@ -34,48 +33,49 @@ class Piece:
 
     batch: Batch
     counts: bool = True
-    """False for one that is run only because the others run one."""
+    """False for a batch that is run only because other processes run one."""
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes of one training run, as one of them sees them."""
+class Processes:
+    """The processes of one training run, seen from one of them."""
 
     ranks: Ranks = ALONE
-    in_step: bool = False
-    """Whether all must make the same calls in the same order: the model is sharded."""
+    """This process's rank, and its collectives."""
+    sharded: bool = False
+    """Whether the model is sharded: all processes must then make the same calls in the same order."""
 
     @classmethod
-    def of(cls, ranks: Ranks, model: Model) -> Team:
+    def of(cls, ranks: Ranks, model: Model) -> Processes:
         """The processes `ranks`, which hold `model`.
 
         Raises:
-            InputError: the model is spread over processes that were not named, or was not read so from a checkpoint.
+            InputError: the model is sharded and `ranks` is a single process, or was not loaded from a checkpoint.
         """
         sharded = is_sharded(model.module)
         if sharded and model.folder is None:
             raise InputError(
-                f"{model.name}: a sharded model is read from its checkpoint, by load_model with shard"
+                f"{model.name}: a sharded model must be loaded from a checkpoint: load_model(..., shard=True)"
             )
-        if sharded and ranks is ALONE:
-            raise InputError(f"{model.name} is spread over several processes: give them as ranks")
+        if sharded and ranks.size == 1:
+            raise InputError(f"{model.name} is sharded over several processes: pass them as `ranks`")
         if sharded:
             reshard(model.module)
         return cls(ranks, sharded)
 
-    def deal(self) -> Deal:
-        """Begin to deal out what is to be computed."""
-        return Deal(self)
+    def split(self) -> WorkSplit:
+        """A new division of one step's examples among the processes."""
+        return WorkSplit(self)
 
     def any(self, here: bool) -> bool:
-        """Whether this holds on any process, where all must do the same; else whether it holds here."""
-        if not self.in_step:
+        """Whether this holds on any process of a sharded model; of a replicated one, whether it holds here."""
+        if not self.sharded:
             return here
         found = torch.tensor([float(here)])
         self.ranks.all_reduce([found])
         return bool(found)
 
-    def total(self, *numbers: float) -> list[float]:
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Each number's sum over the processes; all of them call it."""
         if self.ranks.size == 1:
             return list(numbers)
@@ -83,9 +83,9 @@ class Team:
         self.ranks.all_reduce([sums])
         return [float(one) for one in sums]
 
-    def summed(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Give each parameter the sum of the processes' gradients; those that have one anywhere."""
-        if self.ranks.size > 1 and not self.in_step:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Sum each parameter's gradient over the processes; returns the parameters that have a gradient on any."""
+        if self.ranks.size > 1 and not self.sharded:
             have = torch.tensor([float(p.grad is not None) for p in parameters])
             self.ranks.all_reduce([have])
             for parameter, count in zip(parameters, have.tolist(), strict=True):
@@ -95,15 +95,15 @@ class Team:
         return [p for p in parameters if p.grad is not None]
 
     def clip_(self, parameters: Sequence[nn.Parameter], most: float) -> Float[Tensor, ""]:
-        """Shorten the gradient of all parameters together to at most this norm; its norm before that."""
+        """Clip the norm of the gradient of all parameters together; returns the norm before."""
         return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, most))
 
     def measure(self, model: Model, encoded: Sequence[Encoded], max_tokens: int) -> TargetScores:
-        """`locus.forward.measure`, each process some of the examples; the same numbers on all of them."""
+        """`locus.forward.measure`, divided among the processes; every process gets all the scores."""
         if self.ranks.size == 1:
             return measure(model, encoded, max_tokens)
         found = torch.zeros(3, len(encoded))
-        for piece in self.deal().pieces(encoded, batches(encoded, max_tokens), max_tokens):
+        for piece in self.split().pieces(encoded, batches(encoded, max_tokens), max_tokens):
             numbers = list(piece.batch.examples)
             scores = measure(model, [encoded[i] for i in numbers], max_tokens)
             if piece.counts:
@@ -112,8 +112,8 @@ class Team:
         n_tokens = torch.tensor([one.n_target for one in encoded], dtype=torch.long)
         return TargetScores(found[0], n_tokens, found[1] > 0, found[2])
 
-    def settle(self, data: Data, run: str) -> None:
-        """Make sure that all were given the same run, and take the first one's numbers for the reference's."""
+    def agree(self, data: Data, run: str) -> None:
+        """Check that all processes were given the same run; all take the first one's reference scores."""
         probed = [list(one.ids) for one in data.probe]
         self.ranks.agree("facts, mask, model or settings", f"{run} {probed}")
         if self.ranks.size > 1:
@@ -123,26 +123,32 @@ class Team:
                 self.ranks.all_reduce([scores.nll])
 
 
-BY_ITSELF = Team()
-"""One process."""
+ONE_PROCESS = Processes()
+"""A run in a single process."""
 
 
-class Deal:
-    """What of a step falls to each process: whoever has the fewest tokens so far takes the next, longest first."""
+class WorkSplit:
+    """Divides a step's examples: the process with the fewest tokens so far takes the next one, longest first."""
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
-        self.loads = [0] * team.ranks.size
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.loads = [0] * processes.ranks.size
 
     def pieces(self, encoded: Sequence[Encoded], whole_step: Sequence[Batch], max_tokens: int) -> list[Piece]:
-        """This process's part of some batches, in batches of its own."""
-        ranks = self.team.ranks
+        """This process's part of a step.
+
+        Args:
+            encoded: All examples.
+            whole_step: The step's batches; `Batch.examples` are numbers in `encoded`.
+            max_tokens: Padded tokens that one of this process's own batches may hold.
+        """
+        ranks = self.processes.ranks
         if ranks.size == 1:
             return [Piece(batch) for batch in whole_step]
         numbers = [number for batch in whole_step for number in batch.examples]
         parts = [list(batched(encoded, part, max_tokens)) for part in self._parts(encoded, numbers)]
         mine = [Piece(batch) for batch in parts[ranks.rank]]
-        if self.team.in_step and (fewer := max(map(len, parts)) - len(mine)):
+        if self.processes.sharded and (fewer := max(map(len, parts)) - len(mine)):
             shortest = min(numbers, key=lambda number: len(encoded[number].ids))
             mine += [Piece(collate(encoded, [shortest]), counts=False)] * fewer
         return mine

@@ -1,9 +1,9 @@
-"""The reference model as numbers: what the base says of retain data, asked once for each example.
+"""Stored states of the reference model: the base runs once per retain example, not once per step.
 
-The base is frozen, so it can always be asked with the deltas silenced; an example that comes again, also in another
-edit of the same model (controls, sweeps), is not asked again. What is kept are the states that the base unembeds,
-d_model numbers a target token; the logits are made of them when they are needed, by the model's own way from there.
-States are computed for one example at a time, so that they never depend on what else was in the batch.
+The reference model is the frozen base with the deltas silenced. Its state before the unembedding (d_model numbers per
+target token) is stored, and reused when the example comes again, also in another edit of the same model (controls,
+sweeps). Logits are computed from the stored state when they are needed. Each state is computed for one example alone,
+so it does not depend on the rest of a batch.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from locus.tokens import Encoded
 
 KIND = "reference"
 MOST_BYTES = 1 << 29
-"""States that are kept in memory; beyond that the base is asked every time."""
+"""Bytes of states that are stored in memory; beyond that the base is asked every time."""
 
 
 _SAID: WeakKeyDictionary[nn.Module, tuple[Mapping[str, str], dict[str, Tensor]]] = WeakKeyDictionary()
 
 
-def said_before(module: nn.Module, base: Mapping[str, str]) -> dict[str, Float[Tensor, "label d_model"]]:
-    """What earlier edits have asked of a model in memory, by key, to be added to; nothing where its weights are others.
+def known_states(module: nn.Module, base: Mapping[str, str]) -> dict[str, Float[Tensor, "label d_model"]]:
+    """States stored by earlier edits of a model in memory, by key; empty where its weights have changed since.
 
     Args:
-        module: The model; with it goes what it said.
+        module: The model; its states are freed with it.
         base: Digests of its tensors (`editors.training.unchanged.every_digest`).
     """
     digests, said = _SAID.get(module, (None, {}))
@@ -50,15 +50,16 @@ def said_before(module: nn.Module, base: Mapping[str, str]) -> dict[str, Float[T
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """States of the base that were asked before, in memory or, with a folder, on the disk."""
+    """States of the base, stored in memory or, with a folder, on disk."""
 
     model: Model
     deltas: Trained
     folder: Path | None = None
-    """Where they are kept, one file an example, keyed by model, dtype and tokens; None keeps them in memory."""
+    """Folder of one file per example, named by its key; None stores in memory."""
     most_bytes: int = MOST_BYTES
-    """Of the memory."""
+    """Bytes of states that may be stored in memory."""
     known: dict[str, Float[Tensor, "label d_model"]] = field(default_factory=dict)
+    """Key -> states stored in memory."""
 
     @torch.no_grad()
     def logits(self, encoded: Sequence[Encoded], batch: Batch) -> Float[Tensor, "label d_vocab"]:
@@ -69,7 +70,7 @@ class References:
 
     @cached_property
     def logits_of(self) -> Callable[[Model, Tensor], Tensor]:
-        """How states become logits: by the unembedding alone, if a random state shows that nothing comes behind it."""
+        """How states become logits: by the unembedding alone, if a random state shows that nothing follows it."""
         probe = torch.randn(1, self.model.atlas.d_model, generator=torch.Generator().manual_seed(0))
         alone, whole = (way(self.model, probe.to(self.model.dtype)) for way in (head_logits, unembedded))
         return head_logits if torch.equal(alone, whole) else unembedded

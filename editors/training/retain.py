@@ -1,4 +1,4 @@
-"""What keeps the rest of the model as it was: the retain term of every trained edit."""
+"""The retain term of every trained edit: it holds the edited model to the base on what must stay."""
 
 from __future__ import annotations
 
@@ -67,23 +67,24 @@ def hidden_mse(
 
 @dataclass(frozen=True)
 class Retain:
-    """The retain term: which distance, how heavy, and how much retain data a step sees."""
+    """The retain term: its distance, its weight, and the retain data per step."""
 
     term: Literal["none", "nll", "kl", "hidden"] = "kl"
-    """NLL of the retain targets, KL(reference || edited) where they are predicted, or hidden-state MSE."""
+    """Distance: NLL of the retain targets, KL(reference || edited) at the target positions, or hidden-state MSE."""
     weight: float = 5.0
-    """Weight of the term against the forget loss."""
+    """Weight of the term relative to the forget loss."""
     facts: int = 16
-    """Retain facts a step."""
+    """Retain facts per step."""
     near: float = 0.75
-    """Share of those facts that are drawn from the relations of the forgotten facts, as far as there are such."""
+    """Share of them drawn from the relations of the forget facts, as far as there are any."""
     texts: int = 1
-    """Neutral paragraphs a step."""
+    """Neutral paragraphs per step."""
     reference: Literal["live", "memory", "disk"] = "memory"
-    """Ask the base at every step, or once for each example and keep what it unembeds, d_model numbers a token: in
-    memory for as long as the model is there (at most half a gigabyte), or on the disk, in the user's cache."""
+    """live runs the base at every step. memory and disk run it once per example and store its state before the
+    unembedding, d_model numbers per token: in memory while the model is loaded (at most 0.5 GB), or on disk, in the
+    user's cache."""
     layers: tuple[int, ...] = ()
-    """Blocks whose outputs the hidden-state term holds, negative from the end; none for the one that RMU steers."""
+    """Blocks whose outputs the hidden-state term holds, negative from the end; empty for the block that RMU steers."""
 
     def __post_init__(self) -> None:
         if self.term not in TERMS:
@@ -101,7 +102,7 @@ class Retain:
         return self.term != "none" and self.weight > 0 and (self.facts > 0 or self.texts > 0)
 
     def loss(self, kept: Prediction) -> Float[Tensor, ""]:
-        """The term on one batch of facts or of text: a mean over its target tokens."""
+        """The term on one batch of facts or text: mean over its target tokens."""
         if self.term == "nll":
             return kept.token_nll.mean()
         if self.term == "kl":
@@ -116,7 +117,7 @@ REFERENCES = ("live", "memory", "disk")
 
 
 def mean_kl(kept: Prediction) -> float:
-    """KL of a batch in nats a token, as a number, when both sides' logits are already there; else NaN."""
+    """KL of a batch in nats per token, as a number, when the logits of both models are already computed; else NaN."""
     if not {"logits", "ref_logits"} <= kept.__dict__.keys():
         return float("nan")
     return float(kl_per_token(kept.logits.detach(), kept.ref_logits).mean()) if len(kept.labels) else 0.0

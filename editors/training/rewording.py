@@ -1,8 +1,8 @@
-"""The forget facts asked in other words: what one wording forgets, another often still answers.
+"""The forget facts in other words: a fact forgotten in one wording is often still answered in another.
 
-Made without a language model, from the fact alone: its prompt behind the opening of a sentence (as ROME samples
-prefixes; Meng et al. 2022, arXiv:2202.05262), and its subject alone in a short frame. They know nothing of a fact's
-own `paraphrases`, which only judge.
+Rewordings are made from the fact alone, without a language model: a context prefix before its prompt (as ROME samples
+prefixes; Meng et al. 2022, arXiv:2202.05262), and its subject in a short frame. A fact's own `paraphrases` are never
+used: they are for the audit only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from locus.fact import Fact
 from locus.model import Model
 from locus.tokens import Encoded, encode
 
-OPENINGS = (
+CONTEXT_PREFIXES = (
     "As we know, ",
     "Note: ",
     "In the report we read: ",
@@ -23,14 +23,14 @@ OPENINGS = (
     "The teacher said: ",
     "Yesterday. ",
 )
-"""What may stand before a prompt."""
+"""Context prefixes: each is written before a prompt."""
 FRAMES = ("{}:", "{} -", "About {}:", "When I hear {}, I think of", "{}, in short:", "{}? The answer is")
-"""What may stand around a subject in place of the prompt."""
+"""Frames around a subject, in place of the prompt."""
 
 
 def rewordings(fact: Fact) -> list[Fact]:
-    """The fact behind every opening and, where it has a subject, in every frame; without a subject of their own."""
-    prompts = [opening + fact.prompt for opening in OPENINGS]
+    """The fact after every context prefix and, where it has a subject, in every frame; `subject` is None in all."""
+    prompts = [prefix + fact.prompt for prefix in CONTEXT_PREFIXES]
     if fact.subject is not None:
         prompts += [frame.format(fact.subject) for frame in FRAMES]
     return [

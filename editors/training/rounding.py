@@ -1,11 +1,10 @@
-"""From float32 values to the checkpoint's dtype: what rounding would lose of a small update, and how it is kept.
+"""Rounding of trained float32 values to the checkpoint's dtype, which can lose small updates.
 
-- `nearest`: an update smaller than half the spacing of the numbers around its weight is lost; how much was, every
-  delta says (`WeightDelta.rounding`).
+- `nearest`: an update smaller than half the spacing of the numbers around its weight is lost. `WeightDelta.rounding`
+  says how much was lost.
 - `stochastic`: rounded up or down at random, so that such updates survive on average.
-- `compensated`: the forward runs with the weights as they will be saved, while the float32 delta keeps what rounding
-  left over, so that later steps add to it (error feedback; Seide et al. 2014, "1-bit SGD") and the edit is trained
-  against the very weights it is saved as.
+- `compensated`: the forward uses the rounded weights, and the float32 delta keeps the rounding error for later steps
+  (error feedback; Seide et al. 2014, "1-bit SGD"). The edit is trained on the weights that will be saved.
 """
 
 from __future__ import annotations

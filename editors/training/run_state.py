@@ -1,4 +1,4 @@
-"""Where a training run stands, kept on disk so that a killed run goes on to the same bits."""
+"""The state of a training run, saved so that a resumed run gives the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ FILE = "state.safetensors"
 
 @dataclass
 class RunState:
-    """Everything that the next step depends on, besides the settings, the deltas and the optimizer."""
+    """Everything that the next step depends on, except the settings, the deltas and the optimizer."""
 
     nll: Tensor
     """NLL of each forget example when it was last seen, in nats; NaN before that. [example]"""
     correct: Tensor
     """1 where it was top-1 then, else 0. [example]"""
     good: dict[str, Tensor]
-    """Deltas at the last look where utility was above its floor."""
+    """Deltas at the last check with utility above its floor."""
     good_step: int = 0
-    """Steps taken then."""
+    """Steps taken at that check."""
     bad_looks: int = 0
-    """Looks in a row with utility below its floor."""
+    """Consecutive checks with utility below its floor."""
     step: int = 0
     """Steps taken."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One record a step taken."""
+    """One record per step taken."""
     stopped: str = ""
     """Why the run ended ("steps", "goal", "utility floor"); empty while it goes on."""
 
@@ -63,7 +63,16 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     write: bool = True,
 ) -> None:
-    """Write the state of the run with identity `run`, atomically; of several processes all call it, one writes."""
+    """Write the state atomically. Every process of a run calls this; one of them writes.
+
+    Args:
+        folder: Where the file goes.
+        run: Identity of the run.
+        state: What is written.
+        deltas: The trained values.
+        optimizer: Its state is written too.
+        write: Whether this process writes.
+    """
     tensors = {f"delta/{name}": full_tensor(value.detach()) for name, value in deltas.items()}
     tensors |= {f"good/{name}": full_tensor(value) for name, value in state.good.items()}
     tensors |= {"nll": state.nll, "correct": state.correct}
@@ -91,7 +100,13 @@ def save_state(
 def load_state(
     folder: Path, run: str, deltas: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> RunState | None:
-    """Put back what `save_state` wrote; None when there is nothing to resume.
+    """Restore what `save_state` wrote; None when there is nothing to resume.
+
+    Args:
+        folder: Where the file is.
+        run: Identity of the run that resumes.
+        deltas: The trained values; set in place.
+        optimizer: Its state is set.
 
     Raises:
         InputError: the state belongs to a run with other settings, mask, facts or model.

@@ -1,4 +1,4 @@
-"""The settings that every trained edit shares: optimizer, steps, batches, and when to stop."""
+"""The settings shared by all trained edits: optimizer, steps, batches, stopping rules."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ from locus.random_streams import generator
 
 @dataclass(frozen=True)
 class Training:
-    """How the located weights are trained. Decay pulls a delta to zero, that is, the weight to its old value."""
+    """How the located weights are trained. Weight decay pulls each delta to 0: the weight back to its old value."""
 
     steps: int = 30
-    """Most optimizer steps."""
+    """Maximum number of optimizer steps."""
     min_steps: int = 20
-    """Fewest steps before `goal` may stop the run: the steps after forgetting repair the other facts."""
+    """Minimum number of steps before `goal` may stop the run: steps after forgetting repair the other facts."""
     optimizer: Literal["adamw", "sgd", "sophia"] = "adamw"
     """AdamW, plain SGD, or Sophia-G (second order; Jia et al. 2024, SOUL)."""
     lr: float = 1e-3
     """Peak learning rate of the deltas; 10 to 100 times what would suit the full model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
+    """Schedule of the learning rate after the warm-up; linear and cosine end at 0."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     weight_decay: float = 0.0
-    """Decay of the deltas, decoupled from the gradient; in SGD it passes through the momentum."""
+    """Weight decay of the deltas, decoupled from the gradient; SGD applies it through the momentum."""
     momentum: float = 0.0
     """Momentum of SGD."""
     clip: float = 1.0
-    """Largest norm of the gradient of all deltas together; 0 for no clipping."""
+    """Norm to which the gradient of all deltas together is clipped; 0 for no clipping."""
     forget_per_step: int = 16
-    """Forget examples a step."""
+    """Forget examples per step."""
     reworded: int = 0
-    """Forget examples a step that are asked in other words besides: behind an opening, or by their subject alone."""
+    """Additional forget examples per step in other words: after a context prefix, or the subject in a short frame."""
     batch_tokens: int = 4096
-    """Padded tokens in one forward; a step with more accumulates its gradient over several."""
+    """Padded tokens per forward; a step with more accumulates its gradient over several forwards."""
     floor: float = 0.005
-    """A forget example whose probability is below this is not pushed further; 0 pushes always."""
+    """Probability below which a forget example is no longer pushed; 0 pushes always."""
     goal: float = 0.01
     """Stop after `min_steps` when the forget examples' mean probability is below this and none is top-1."""
     utility: float = 0.5
-    """Stop when fewer than this share of the retain facts that were right at first still are; 0 never stops."""
+    """Stop when less than this share of the retain facts that the base has right is still right; 0 never stops."""
     max_kl: float = 2.0
-    """Stop when the KL from the reference on retain data exceeds this, in nats a token; 0 never stops."""
+    """Stop when the KL from the reference on retain data exceeds this, in nats per token; 0 never stops."""
     check_every: int = 10
-    """Steps between two looks at utility."""
+    """Steps between two checks of utility."""
     save_every: int = 10
-    """Steps between two resumable states, when a folder is given."""
+    """Steps between two saved states, when a folder is given."""
     lora_rank: int = 0
-    """Train low-rank deltas of this rank through peft, of whole matrices; 0 trains the located weights themselves."""
+    """Rank of LoRA deltas of whole matrices, through peft; 0 trains the located weights themselves."""
     attack: LatentAttack = LatentAttack()
-    """A latent adversary inside each step."""
+    """Latent adversary inside each step."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
-    """How trained float32 values become the checkpoint's dtype: to the nearest, at random so that small updates
-    survive on average, or compensated: trained with the weights as they will be saved, what rounding leaves over is
-    carried on to later steps."""
+    """How trained float32 values are rounded to the checkpoint's dtype. nearest: to the nearest value. stochastic: up
+    or down at random, so that small updates survive on average. compensated: the forward uses the rounded weights, and
+    the rounding error is carried to later steps."""
     seed: int = 0
-    """Fixes every draw; a resumed run draws what the undisturbed run would have drawn."""
+    """Seed of every random draw; a resumed run draws the same as an uninterrupted one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "forget_per_step", "batch_tokens", "check_every", "save_every"):
@@ -108,7 +108,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 BOUNDED = Training(lr=2e-3, forget_per_step=8, reworded=8, floor=0.0, goal=0.005)
-"""For objectives that rest at a goal of their own: pushed to the end, and in several wordings."""
+"""For objectives that converge to a target of their own: no floor, several wordings."""
 
 
 def make_optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -133,10 +133,19 @@ def lr_at(training: Training, step: int) -> float:
 
 
 def draw(seed: int, stream: str, step: int, n: int, size: int) -> list[int]:
-    """Which `size` of `n` things step `step` sees: shuffled passes over all, nothing remembered between calls.
+    """Which `size` of `n` items step `step` sees: shuffled passes over all items, computed without state.
 
-    At most all `n` are drawn, each once. A step that spans two passes may hold fewer than `size` things,
-    when the second pass begins with one that the first ended with.
+    An item is drawn at most once per step, so a step that spans two passes can hold fewer than `size` items.
+
+    Args:
+        seed: Seed of the run.
+        stream: Name of the draw; other names draw independently.
+        step: Counted from 0.
+        n: Number of items.
+        size: Items per step.
+
+    Returns:
+        Item numbers, sorted.
     """
     size = min(n, size)
     if size == n:

@@ -1,4 +1,4 @@
-"""The mask contract, proven: nothing in the module differs by a bit from what it was before the edit."""
+"""The mask contract, checked: every tensor of the module has the same bits as before the edit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from locus.parallel.sharding import is_sharded, reshard, to_local
 
 
 class MaskLeak(RuntimeError):
-    """A weight that must not move did. A defect of an editor, never of the input."""
+    """A weight outside the mask moved. A defect of an editor, never of the input."""
 
 
 def every_digest(module: nn.Module) -> dict[str, str]:
@@ -28,7 +28,7 @@ def every_digest(module: nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def unmoved(module: nn.Module) -> Iterator[dict[str, str]]:
+def weights_unchanged(module: nn.Module) -> Iterator[dict[str, str]]:
     """Check on leaving that every tensor of the module is bit for bit what it was on entering; gives their digests.
 
     Raises:

@@ -22,13 +22,16 @@ def execute(argv: Sequence[str]) -> int:
     from cyclopts import CycloptsError
 
     from locus.cli.app import app
+    from locus.cli.renamed_options import current_options
     from locus.errors import AlreadySaid, InputError, Stopped
 
     debug = "--debug" in argv
     try:
         _refuse_ranks(argv)
         with _plain_warnings():
-            code = app(list(argv), exit_on_error=False, print_error=False, result_action="return_value")
+            code = app(
+                current_options(argv), exit_on_error=False, print_error=False, result_action="return_value"
+            )
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (InputError, CycloptsError) as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
+from locus.cli.renamed_options import current_options
 from locus.errors import InputError
 
 if TYPE_CHECKING:
@@ -272,6 +273,6 @@ def settings_from(
         else:
             tokens += [flag, str(value)]
     try:
-        return settings_of(where, cls, tokens, shared)
+        return settings_of(where, cls, current_options(tokens), shared)
     except CycloptsError as error:
         raise InputError(f"{where}: {error}") from error

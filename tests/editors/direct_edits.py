@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from editors.key_value.target_value import Aim
-from editors.training.unchanged import unmoved
+from editors.training.unchanged import weights_unchanged
 from locus.fact import Fact
 from locus.mask import WeightMask, shapes_of
 from locus.model import Model
@@ -40,5 +40,5 @@ def down(model: Model, *layers: int) -> WeightMask:
 @contextlib.contextmanager
 def untouched(model: Model) -> Iterator[None]:
     """The model in memory is bit for bit the same afterwards."""
-    with unmoved(model.module):
+    with weights_unchanged(model.module):
         yield

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from locus.cli.edit.edit_data import GENERATED, material
 from locus.cli.edit.edit_folder import ABOUT, DELTA, control_folder, control_mask, edit_into
-from locus.cli.edit.memory_estimate import say_account
+from locus.cli.edit.memory_estimate import print_estimate
 from locus.cli.edit.sweep import Sweeping, as_json, sweep_into
 from locus.cli.edit.tensorboard import check_board
 from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
@@ -43,7 +43,7 @@ def edit(
     retain: str | None = None,
     text: Path | None = None,
     controls: int = 0,
-    account: Annotated[bool, Parameter(negative="")] = False,
+    estimate_memory: Annotated[bool, Parameter(negative="")] = False,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
     shard: Annotated[bool, Parameter(negative="")] = False,
     offload: Annotated[bool, Parameter(negative="")] = False,
@@ -74,7 +74,8 @@ def edit(
         text: Neutral paragraphs for the retain term: a text file, or generated for what the model writes itself
             (kept beside the delta); the default is a text that comes with locus. Every third is left for the audit.
         controls: Make the same edit with this many random masks of the same size besides, for the audit.
-        account: Say what memory the edit will take, and stop; no weight is read.
+        estimate_memory: Print the peak memory of the edit, from the config, the mask and the facts, and stop. No
+            weights are read, so it also runs on a machine too small for the model.
         tensorboard: Write the history as TensorBoard scalars besides (pip install "locus-unlearn[tensorboard]").
         shard: Spread the model over the processes that torchrun started, each of which holds a part (FSDP2): for
             models that no device holds whole. Without it each holds all of it, and takes part of every step's examples.
@@ -89,17 +90,19 @@ def edit(
     with joined() as ranks:
         talking = talking.of(ranks)
         if method is None:
-            method = WITHOUT_MASK if mask is None and sweeping.sweep is None and not account else WITH_MASK
+            method = (
+                WITHOUT_MASK if mask is None and sweeping.sweep is None and not estimate_memory else WITH_MASK
+            )
         editor = _editor(method, tokens, running, target_new)
         if ranks.size > 1:
-            _refuse_alone(method, sweeping, text, account)
+            _refuse_alone(method, sweeping, text, estimate_memory)
         if mask is not None and sweeping.sweep is not None:
             raise InputError("locus edit: give --mask for one edit, or --sweep with neuron scores for many")
         if tensorboard:
             check_board()
         given = None if mask is None else WeightMask.load(mask)
-        if account:
-            say_account(loading.shape(model), method, editor, given, running, facts, retain, text, talking)
+        if estimate_memory:
+            print_estimate(loading.shape(model), method, editor, given, running, facts, retain, text, talking)
             return
         if out is None:
             raise InputError("locus edit: say where to write with -o FOLDER")
@@ -138,14 +141,14 @@ def _editor(method: str, tokens: Sequence[str], running: Running, target_new: st
     return editor if target_new is None else rewriting(editor, method, target_new)
 
 
-def _refuse_alone(method: str, sweeping: Sweeping, text: Path | None, account: bool) -> None:
+def _refuse_alone(method: str, sweeping: Sweeping, text: Path | None, estimate_memory: bool) -> None:
     """Several processes make the steps of a training together; nothing else is shared."""
     from editors import OBJECTIVES
     from locus.errors import InputError
 
     asked = {
         "--sweep": sweeping.sweep is not None,
-        "--account": account,
+        "--estimate-memory": estimate_memory,
         "--text generated": text == Path(GENERATED),
         f"--method {method}": method not in OBJECTIVES,
     }

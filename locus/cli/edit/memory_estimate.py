@@ -1,4 +1,4 @@
-"""`locus edit --account`: the memory an edit will take, before any weight is read."""
+"""`locus edit --estimate-memory`: peak memory of an edit, from config, mask and facts; no weights are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from editors.memory_estimate import Account
+    from editors.memory_estimate import MemoryEstimate
     from locus.cli.options import Running, Talking
     from locus.fact import Fact
     from locus.mask import WeightMask
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 _WHAT = {
     "weights": "weights, frozen",
-    "deltas": "deltas, and the copy that held last",
+    "deltas": "deltas, and the copy of the last good check",
     "gradients": "gradients of the deltas",
     "optimizer": "optimizer state",
     "activations": "activations kept for the backward pass",
-    "transient": "logits, losses and gradients at the worst moment",
+    "transient": "logits, losses and gradients at the peak",
     "peak": "peak on the device",
-    "references": "kept states of the base, in the host's memory",
+    "references": "stored states of the base, in host memory",
 }
 
 
-def say_account(
+def print_estimate(
     shape: Model,
     method: str,
     editor: Any,
@@ -37,7 +37,7 @@ def say_account(
     text: Path | None,
     talking: Talking,
 ) -> None:
-    """End `locus edit --account`.
+    """Print the estimate.
 
     Raises:
         InputError: no mask, or a method that trains nothing.
@@ -46,43 +46,45 @@ def say_account(
     from locus.errors import InputError
 
     if mask is None:
-        raise InputError("locus edit --account needs --mask: how much is located decides what an edit takes")
+        raise InputError(
+            "locus edit --estimate-memory needs --mask: the memory depends on how many weights are located"
+        )
     if not hasattr(editor, "training"):
         raise InputError(
-            f"locus edit --account: {method} trains nothing; an account is given of trained edits"
+            f"locus edit --estimate-memory: {method} trains nothing; only trained edits have an estimate"
         )
     forget, kept, (neutral, _) = material(shape, running.facts(facts), retain, text, None, running.seed)
-    found = accounts(shape, mask, editor, forget, kept, neutral)
-    result = {name: account.to_json() for name, account in found.items()}
-    talking.finish(result, account_table(found, shape, mask))
+    found = estimates(shape, mask, editor, forget, kept, neutral)
+    result = {name: estimate.to_json() for name, estimate in found.items()}
+    talking.finish(result, estimate_table(found, shape, mask))
 
 
-def accounts(
+def estimates(
     model: Model,
     mask: WeightMask,
     editor: Any,
     forget: Sequence[Fact],
     retain: Sequence[Fact],
     text: Sequence[str],
-) -> dict[str, Account]:
-    """The account with activations kept, and with activations computed again."""
-    from editors.memory_estimate import Account, Loads
+) -> dict[str, MemoryEstimate]:
+    """The estimate with activations kept, and with activations recomputed."""
+    from editors.memory_estimate import LargestForwards, MemoryEstimate
 
     found = {}
-    loads = Loads.of(model, editor, forget, retain, text)
+    loads = LargestForwards.of(model, editor, forget, retain, text)
     for name, checkpointing in (("kept", False), ("recomputed", True)):
         training = dataclasses.replace(editor.training, checkpointing=checkpointing)
-        found[name] = Account.of(model, mask, dataclasses.replace(editor, training=training), loads)
+        found[name] = MemoryEstimate.of(model, mask, dataclasses.replace(editor, training=training), loads)
     return found
 
 
-def account_table(found: Mapping[str, Account], model: Model, mask: WeightMask) -> Any:
-    """One row a kind of memory, one column a way."""
+def estimate_table(found: Mapping[str, MemoryEstimate], model: Model, mask: WeightMask) -> Any:
+    """One row per kind of memory; one column with activations kept, one with checkpointing."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("MB")
-    table.add_column("as it is", justify="right")
+    table.add_column("default", justify="right")
     table.add_column("--checkpointing", justify="right")
     for name, what in _WHAT.items():
         n_bytes = [found[way].to_json()[name] for way in ("kept", "recomputed")]

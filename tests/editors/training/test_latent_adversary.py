@@ -35,7 +35,9 @@ def test_makes_the_targets_likelier_the_further_it_may_go() -> None:
 
     found = [nll()]
     for epsilon in (0.2, 2.0):
-        with LatentAttack(steps=12, epsilon=epsilon, lr=epsilon / 4).found(model, batch).on(model):
+        with (
+            LatentAttack(steps=12, epsilon=epsilon, lr=epsilon / 4).worst_perturbation(model, batch).on(model)
+        ):
             found.append(nll())
     assert found[0] > found[1] > found[2]
     assert nll() == found[0]
@@ -45,7 +47,7 @@ def test_a_layer_the_model_has_not_is_refused() -> None:
     model = tiny_model("smollm")
     (batch,) = batches([encode(model, fact) for fact in tiny_facts()])
     with pytest.raises(InputError, match="attack layer 9: the model has layers 0 to 2"):
-        LatentAttack(steps=1, layer=9).found(model, batch)
+        LatentAttack(steps=1, layer=9).worst_perturbation(model, batch)
 
 
 def test_a_layer_that_the_objective_never_runs_is_refused() -> None:
@@ -81,7 +83,7 @@ def test_the_reference_never_sees_the_adversary() -> None:
     model = tiny_model("smollm")
     (batch,) = batches([encode(model, fact) for fact in tiny_facts()])
     plain = Prediction(model, Deltas(model.module, WeightMask({})), batch)
-    found = LatentAttack(steps=2, epsilon=1.0, lr=0.5).found(model, batch)
+    found = LatentAttack(steps=2, epsilon=1.0, lr=0.5).worst_perturbation(model, batch)
     attacked = plain.under(found)
     assert (attacked.logits - plain.logits).abs().max() > 0.01
     assert torch.equal(attacked.ref_logits, plain.ref_logits)
@@ -102,5 +104,5 @@ def test_the_prompt_ends_where_the_target_begins() -> None:
     model = tiny_model("smollm")
     encoded = [encode(model, fact) for fact in tiny_facts()]
     (batch,) = batches(encoded)
-    found = LatentAttack(steps=1).found(model, batch)
+    found = LatentAttack(steps=1).worst_perturbation(model, batch)
     assert found.prompt_lengths.tolist() == [encoded[i].target_start for i in batch.examples]

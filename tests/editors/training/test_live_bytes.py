@@ -20,8 +20,8 @@ def test_what_is_made_counts_until_it_dies_and_views_count_once() -> None:
         del view
         assert (counted.now, counted.peak) == (400, 800)
         b.add_(1)
-        assert counted.hold([before]) == 400 and counted.hold([before[:3]]) == 0
-        counted.forget_peak()
+        assert counted.count([before]) == 400 and counted.count([before[:3]]) == 0
+        counted.reset_peak()
         assert counted.peak == counted.now == 800
 
 

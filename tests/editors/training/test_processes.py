@@ -17,7 +17,7 @@ import torch.distributed as dist
 from editors import NPO, OBJECTIVES, RMU
 from editors.training.finetune import Run
 from editors.training.latent_adversary import LatentAttack
-from editors.training.processes import Piece, Team
+from editors.training.processes import Piece, Processes
 from editors.training.settings import Training
 from editors.training.unchanged import MaskLeak
 from locus.delta import WeightDelta
@@ -54,7 +54,7 @@ COMPOSED: Edits = {
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of an architecture's tiny model."""
-    place = tmp_path_factory.mktemp("team")
+    place = tmp_path_factory.mktemp("processes")
 
     def folder(arch: str) -> Path:
         if not (place / arch).exists():
@@ -156,7 +156,7 @@ def test_a_part_each_of_a_tied_model_a_kill_and_a_leak(
     def take_step(run: Run, state: Any) -> dict[str, Any]:
         if lose and state.step == 2:
             raise KeyboardInterrupt
-        if leak and not run.team.ranks.first:
+        if leak and not run.processes.ranks.first:
             to_local(run.model.module.get_parameter("model.layers.1.self_attn.q_proj.weight"))[0, 0] += 1e-3
         return honest(run, state)
 
@@ -205,18 +205,18 @@ def _texts(lengths: list[int]) -> list[Encoded]:
     return [Encoded(tuple(range(n)), 1, None, ("x",) * n) for n in lengths]
 
 
-@pytest.mark.parametrize("in_step", [False, True])
-def test_every_example_of_a_step_falls_to_one_process_and_the_tokens_are_even(in_step: bool) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_example_of_a_step_falls_to_one_process_and_the_tokens_are_even(sharded: bool) -> None:
     encoded, store = _texts([40, 3, 9, 9, 12, 5, 30, 2]), dist.HashStore()
     whole_step = batches(encoded, 24)
     dealt: list[list[Piece]] = [
-        Team(Ranks(rank, 3, store), in_step).deal().pieces(encoded, whole_step, 24) for rank in range(3)
+        Processes(Ranks(rank, 3, store), sharded).split().pieces(encoded, whole_step, 24) for rank in range(3)
     ]
     counted = [[n for piece in own if piece.counts for n in piece.batch.examples] for own in dealt]
     assert sorted(n for own in counted for n in own) == list(range(8))
     tokens = [sum(len(encoded[n].ids) for n in own) for own in counted]
     assert max(tokens) <= 40 and min(tokens) >= 30
-    if in_step:  # all run as many batches; the additional ones are short and count for nothing
+    if sharded:  # all run as many batches; the additional ones are short and count for nothing
         assert len({len(own) for own in dealt}) == 1
         assert all(p.batch.examples == (7,) for own in dealt for p in own if not p.counts)
     else:
@@ -227,7 +227,7 @@ def test_what_comes_next_in_a_step_goes_to_whoever_had_less() -> None:
     facts, texts = _texts([5, 5, 4]), _texts([50])
     counted = []
     for rank in range(2):
-        deal = Team(Ranks(rank, 2, dist.HashStore())).deal()
-        deal.pieces(facts, batches(facts), 4096)
-        counted.append([piece.batch.examples for piece in deal.pieces(texts, batches(texts), 4096)])
+        split = Processes(Ranks(rank, 2, dist.HashStore())).split()
+        split.pieces(facts, batches(facts), 4096)
+        counted.append([piece.batch.examples for piece in split.pieces(texts, batches(texts), 4096)])
     assert counted == [[], [(0,)]]

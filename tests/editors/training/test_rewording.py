@@ -9,7 +9,7 @@ import pytest
 from editors.objectives.ga import GA
 from editors.training.data import Data
 from editors.training.retain import Retain
-from editors.training.rewording import FRAMES, OPENINGS, encoded_rewordings, rewordings
+from editors.training.rewording import CONTEXT_PREFIXES, FRAMES, encoded_rewordings, rewordings
 from editors.training.settings import Training
 from editors.two_stage.whp import WHP
 from locus.errors import InputError
@@ -28,9 +28,9 @@ FACT = Fact(
 )
 
 
-def test_every_opening_and_every_frame_once() -> None:
+def test_every_prefix_and_every_frame_once() -> None:
     reworded = rewordings(FACT)
-    assert len(reworded) == len(OPENINGS) + len(FRAMES)
+    assert len(reworded) == len(CONTEXT_PREFIXES) + len(FRAMES)
     assert len({fact.id for fact in reworded}) == len({fact.prompt for fact in reworded}) == len(reworded)
     assert reworded[0].prompt == "As we know, The Eiffel Tower is in"
     assert "Eiffel Tower:" in {fact.prompt for fact in reworded}
@@ -38,15 +38,17 @@ def test_every_opening_and_every_frame_once() -> None:
     assert not any(fact.paraphrases or fact.neighbours for fact in reworded)
 
 
-def test_a_fact_without_a_subject_has_openings_only() -> None:
-    assert len(rewordings(dataclasses.replace(FACT, subject=None, subject_start=None))) == len(OPENINGS)
+def test_a_fact_without_a_subject_has_prefixs_only() -> None:
+    assert len(rewordings(dataclasses.replace(FACT, subject=None, subject_start=None))) == len(
+        CONTEXT_PREFIXES
+    )
 
 
 def test_the_audits_own_prompts_are_not_among_them() -> None:
     from locus.audit.attacks.prompts import JAILBREAKS, TEMPLATES
 
-    assert not {opening.strip() for opening in OPENINGS} & {prompt.strip() for prompt in JAILBREAKS}
-    assert not {opening + "{}" for opening in OPENINGS} & set(TEMPLATES)
+    assert not {prefix.strip() for prefix in CONTEXT_PREFIXES} & {prompt.strip() for prompt in JAILBREAKS}
+    assert not {prefix + "{}" for prefix in CONTEXT_PREFIXES} & set(TEMPLATES)
     assert not {fact.prompt for fact in rewordings(FACT)} & {FACT.prompt, *FACT.paraphrases}
 
 

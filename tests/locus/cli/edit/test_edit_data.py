@@ -1,4 +1,4 @@
-"""What an edit can be given on the command line: plain text, conversations, neighbours, generated text, an account."""
+"""What an edit can be given on the command line: plain text, conversations, neighbours, generated text, an estimate."""
 
 from __future__ import annotations
 
@@ -135,12 +135,12 @@ def test_without_tensorboard_one_line_says_what_to_install(
     assert not (place / "missing").exists()
 
 
-def test_an_account_reads_no_weight_and_writes_nothing(place: Path, capsys: Any) -> None:
+def test_a_memory_estimate_reads_no_weight_and_writes_nothing(place: Path, capsys: Any) -> None:
     (weights,) = (place / "model").glob("*.safetensors")
     hidden = weights.rename(weights.with_suffix(".hidden"))
     before = set(place.rglob("*"))
     try:
-        command = ["edit", str(place / "model"), str(place / "facts.jsonl"), "--account", "--json"]
+        command = ["edit", str(place / "model"), str(place / "facts.jsonl"), "--estimate-memory", "--json"]
         assert execute([*command, "--mask", str(place / "mask.safetensors")]) == 0
     finally:
         hidden.rename(weights)

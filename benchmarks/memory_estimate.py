@@ -1,10 +1,10 @@
-"""How far the memory account of an edit is off, where the truth can be measured; and what it says of 7B shapes.
+"""Error of the memory estimate of an edit where the truth can be measured, and estimates for 7B shapes.
 
-    python -m benchmarks.memory_account            SmolLM2 in float32 and bfloat16, a wide random model, all on the CPU
-    python -m benchmarks.memory_account --shapes   Llama-2-7B and Llama-3.1-8B in bfloat16, from their configurations
+    python -m benchmarks.memory_estimate            SmolLM2 in float32 and bfloat16, a wide random model, all on the CPU
+    python -m benchmarks.memory_estimate --shapes   Llama-2-7B and Llama-3.1-8B in bfloat16, from their configurations
 
 Each measured row is two steps of NPO with 1 % of the neurons in a process of its own, on the longest examples that a
-step could draw: those the account is of. The truth is the allocator's: torch's profiler reports every allocation and
+step could draw, which the estimate assumes. The truth is the allocator's: torch's profiler reports every allocation and
 release of the process, those inside kernels too, and their running sum is followed from before the deltas exist; the
 weights, which were there before, are added by their size. Beside it stands the growth of the resident set, which also
 sees what the C library keeps back. Nothing of this needs a GPU, and nothing of it has been checked on one.
@@ -23,9 +23,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.edit_cost import forget_the_peak, neuron_mask, resident_mb
-from editors.memory_estimate import Account, Loads
+from editors.memory_estimate import LargestForwards, MemoryEstimate
 from editors.objectives.npo import NPO
-from editors.training.activation_checkpointing import recomputed
+from editors.training.activation_checkpointing import activation_checkpointing
 from editors.training.data import Data
 from editors.training.finetune import Run
 from editors.training.parametrize import Deltas
@@ -105,7 +105,7 @@ def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     model = load_model("smollm2", dtype=dtype) if name == "smollm2" else llama("wide", WIDE, "cpu", dtype)
     editor, mask = edit_of(checkpointing), neuron_mask(model, 0.01)
     facts, kept, text = longest_draw(model, editor)
-    account = Account.of(model, mask, editor, Loads.of(model, editor, facts, kept, text))
+    estimate = MemoryEstimate.of(model, mask, editor, LargestForwards.of(model, editor, facts, kept, text))
     data = Data.read(model, facts, kept, text, editor.retain, editor.training)
     forget_the_peak()
     resident = resident_mb()
@@ -115,7 +115,7 @@ def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
         optimizer = make_optimizer(editor.training, deltas.parameters)
         run = Run(editor, model, deltas, data, optimizer, references)
         state = RunState.fresh(len(data.forget), deltas.values)
-        with deltas.attached(), recomputed(model, checkpointing):
+        with deltas.attached(), activation_checkpointing(model, checkpointing):
             for _ in range(editor.training.steps):
                 run.take_step(state)
     grown = resident_mb("VmHWM") - resident
@@ -127,14 +127,14 @@ def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
             alive += event.nbytes()
             peak = max(peak, alive)
     assert peak > 0, "the profiler saw no allocation"
-    said = (account.peak - account.weights) / 1e6
+    said = (estimate.peak - estimate.weights) / 1e6
     return {
-        "weights": account.weights / 1e6,
-        "account": said,
+        "weights": estimate.weights / 1e6,
+        "estimate": said,
         "allocator": peak / 1e6 - kept_mb,
         "resident": grown - kept_mb,
         "of_allocator": said / (peak / 1e6 - kept_mb),
-        "total_of_truth": account.peak / 1e6 / (account.weights / 1e6 + peak / 1e6 - kept_mb),
+        "total_of_truth": estimate.peak / 1e6 / (estimate.weights / 1e6 + peak / 1e6 - kept_mb),
     }
 
 
@@ -144,13 +144,17 @@ def shapes() -> None:
         model = llama(name, settings, "meta", "bfloat16")
         mask = neuron_mask(model, 0.01)
         for checkpointing in (False, True):
-            account = Account.of(model, mask, edit_of(checkpointing), Loads(kept_labels=30 * 16 * 3))
-            print(f"\n{name}, bfloat16, {mask.n_weights:,} weights, checkpointing {checkpointing}\n{account}")
-            assert account.peak < 24e9, "does not fit a card of 24 GB"
+            estimate = MemoryEstimate.of(
+                model, mask, edit_of(checkpointing), LargestForwards(kept_labels=30 * 16 * 3)
+            )
+            print(
+                f"\n{name}, bfloat16, {mask.n_weights:,} weights, checkpointing {checkpointing}\n{estimate}"
+            )
+            assert estimate.peak < 24e9, "does not fit a card of 24 GB"
 
 
 def main() -> None:
-    """Measure, or print accounts."""
+    """Measure, or print estimates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,10 +167,10 @@ def main() -> None:
     if args.row is not None:
         print(json.dumps(measure_row(*ROWS[args.row])))
         return
-    titles = ("weights", "account", "allocator", "resident", "of_allocator", "total_of_truth")
+    titles = ("weights", "estimate", "allocator", "resident", "of_allocator", "total_of_truth")
     print(f"{'':32}" + "".join(f"{title:>15}" for title in titles))
     for number, (name, dtype, checkpointing) in enumerate(ROWS):
-        command = [sys.executable, "-m", "benchmarks.memory_account", "--row", str(number)]
+        command = [sys.executable, "-m", "benchmarks.memory_estimate", "--row", str(number)]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )

@@ -1,0 +1,41 @@
+"""Option names of the release before: still read, with a note on stderr that names the new one.
+
+A new entry goes into `RENAMED`; it is dropped one release later. It holds for every command, for the options of every
+method and for the same names in the TOML files of `locus run`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+RENAMED: dict[str, str] = {
+    "--account": "--estimate-memory",
+}
+"""Old option -> the option that does the same now."""
+
+
+def current_options(argv: Sequence[str]) -> list[str]:
+    """The command line with every old option name replaced; one note for each name that was old."""
+    known = dict(RENAMED) | {_negated(old): _negated(new) for old, new in RENAMED.items()}
+    current: list[str] = []
+    noted: set[str] = set()
+    for position, word in enumerate(argv):
+        if word == "--":
+            return [*current, *argv[position:]]
+        option, equals, value = word.partition("=")
+        if option not in known:
+            current.append(word)
+            continue
+        if option not in noted:
+            warnings.warn(
+                f"{option} is now called {known[option]}; the old name goes with the next release",
+                stacklevel=2,
+            )
+            noted.add(option)
+        current.append(f"{known[option]}{equals}{value}")
+    return current
+
+
+def _negated(option: str) -> str:
+    return f"--no-{option[2:]}"
