@@ -5,9 +5,9 @@
 
 removal: ROME, MEMIT, AlphaEdit, LaW and projection with their defaults, each from the base; largest_rise is how
 much a fact's probability rose at most between its own edit and the end, for ROME fact by fact, for MEMIT also in
-batches of four. neurons: dose curves of neuron edits, with the smallest dose that brings the facts' mean probability
-to 0.05. cost: an edit of 100 neurons, and second moments over `--tokens` tokens of Python's own documentation
-(`pydoc_data.topics`).
+batches of four. neurons: strength curves of neuron edits, with the smallest strength that brings the facts' mean
+probability to 0.05. cost: an edit of 100 neurons, and second moments over `--tokens` tokens of Python's own
+documentation (`pydoc_data.topics`).
 
 Judged by probability and accuracy of the 16 facts of `demo-forget` and of three paraphrases each, the share that
 stays right of their neighbours and of the held-out facts of `demo-retain`, and KL(base || edited) on neutral text
@@ -37,7 +37,6 @@ from editors.key_value.second_moments import second_moments
 from editors.neurons.neuron_descent import NeuronDescent
 from editors.neurons.neuron_edits import NeuronMean, NeuronZero
 from editors.neurons.neuron_selective import NeuronSelective
-from editors.strength import Dose
 from locus.delta import WeightDelta
 from locus.fact import Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
@@ -107,16 +106,16 @@ class Bench:
 
 
 def removal(bench: Bench) -> Rows:
-    """Every least-squares editor, aimed at a refusal, and the projection; else with their defaults.
+    """Every least-squares editor, with a refusal for the target, and the projection; else with their defaults.
 
-    What MEMIT and AlphaEdit aim at by default is judged in `fresh_facts` and `frontier`.
+    Their default target is judged in `fresh_facts` and `frontier`.
     """
     yield "base", lambda: kept_row(bench.folder / "base.json", lambda: bench.yardstick.read())
     for name in LEAST_SQUARES:
         editor = EDITORS[name]()
-        editor = replace(editor, aim=replace(editor.aim, to="refusal"))
+        editor = replace(editor, target=replace(editor.target, to="refusal"))
         yield name, partial(bench.edit, name, editor, editor.own_mask(bench.model))
-    fours = MEMIT(batch=4, aim=replace(MEMIT().aim, to="refusal"))
+    fours = MEMIT(batch=4, target=replace(MEMIT().target, to="refusal"))
     yield "memit in fours", partial(bench.edit, "memit in fours", fours, fours.own_mask(bench.model))
     yield "projection", lambda: bench.edit("projection", EraseSubspace(), located(bench, "1%"))
 
@@ -127,22 +126,21 @@ def _at(bench: Bench, name: str, editor: Any, budget: str) -> Row:
 
 
 def neurons(bench: Bench) -> Rows:
-    """Dose curves of neuron edits, on located neurons and on as many random ones."""
-    dose = Dose(goal=GOAL)
+    """Strength curves of neuron edits, on located neurons and on as many random ones."""
     n_layers = bench.model.atlas.n_layers
-    descent = NeuronDescent(layers=tuple(range(0, n_layers, 3)), dose=dose)
+    descent = NeuronDescent(layers=tuple(range(0, n_layers, 3)), strength_goal=GOAL)
     yield "descent layers", lambda: bench.edit("descent layers", descent, descent.own_mask(bench.model))
     for name, editor, budget in (
-        ("zero 0.1%", NeuronZero(dose=dose), "0.1%"),
-        ("mean 0.1%", NeuronMean(dose=dose), "0.1%"),
-        ("selective 10%", NeuronSelective(strength=4.0, dose=dose), "10%"),
-        ("descent 0.1%", NeuronDescent(dose=dose), "0.1%"),
-        ("descent 10%", NeuronDescent(dose=dose), "10%"),
+        ("zero 0.1%", NeuronZero(strength_goal=GOAL), "0.1%"),
+        ("mean 0.1%", NeuronMean(strength_goal=GOAL), "0.1%"),
+        ("selective 10%", NeuronSelective(strength=4.0, strength_goal=GOAL), "10%"),
+        ("descent 0.1%", NeuronDescent(strength_goal=GOAL), "0.1%"),
+        ("descent 10%", NeuronDescent(strength_goal=GOAL), "10%"),
     ):
         yield name, partial(_at, bench, name, editor, budget)
     for name, editor, budget in (
-        ("zero random 1%", NeuronZero(dose=dose), "1%"),
-        ("descent random 10%", NeuronDescent(dose=dose), "10%"),
+        ("zero random 1%", NeuronZero(strength_goal=GOAL), "1%"),
+        ("descent random 10%", NeuronDescent(strength_goal=GOAL), "10%"),
     ):
         mask = RandomNeurons(seed=0).run(bench.model).top(budget, parts=("down",))
         yield name, partial(bench.edit, name, editor, mask)

@@ -3,11 +3,11 @@
     python -m benchmarks.rewriting counterfact.json -o FOLDER [--skip 0] [-n 32]
 
 Of the records whose true target the embedded model has right, in the file's order, `--skip` are passed over and `-n`
-are edited, each from the base and with ROME's defaults but for the aim (`--aim-to rewrite`). A rewrite succeeds when
-the new target is more probable than the true one (CounterFact's efficacy score); "first" counts those where it is the
-model's first choice. Paraphrases: the same for the two paraphrase prompts. Neighbours: the share of neighbourhood
-prompts the base has right that stay right, and of all of them where the true target stays more probable than the new
-one (the neighbourhood score). KL(base || edited) is over neutral text that no edit has read.
+are edited, each from the base and with ROME's defaults but for the edit target (`--target-to rewrite`). A rewrite
+succeeds when the new target is more probable than the true one (CounterFact's efficacy score); "first" counts those
+where it is the model's first choice. Paraphrases: the same for the two paraphrase prompts. Neighbours: the share of
+neighbourhood prompts the base has right that stay right, and of all of them where the true target stays more
+probable than the new one (the neighbourhood score). KL(base || edited) is over neutral text that no edit has read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.lib.yardstick import Yardstick, kept_row, right
 from editors import ROME
-from editors.key_value.target_value import Aim
+from editors.key_value.target_value import EditTarget
 from locus.fact import Example, Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.model import Model, load_model
@@ -58,7 +58,7 @@ def rewrite(base: Yardstick, fact: Fact, retain: Sequence[Fact], text: Sequence[
     """Edit one fact from the base and score it."""
     model = base.model
     new = fact.alternatives[0]
-    editor = ROME(aim=Aim(to="rewrite"))
+    editor = ROME(target=EditTarget(to="rewrite"))
     mask = editor.own_mask(model)
     yardstick = replace(base, forget=[fact], neighbours=right(model, fact.neighbours))
     scores: dict[str, Any] = {}

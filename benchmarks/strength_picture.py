@@ -1,6 +1,6 @@
-"""The dose curves of `direct_edits` in one picture: what is forgotten against what is lost.
+"""The strength curves of `direct_edits` in one picture: what is forgotten against what is lost.
 
-python -m benchmarks.strength_picture FOLDER -o dose.png
+python -m benchmarks.strength_picture FOLDER -o strength.png
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ COLOURS = ("#1d4ed8", "#b91c1c", "#15803d", "#a16207", "#7e22ce", "#0e7490", "#4
 
 
 def curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Points with everything measured of every row that has a dose curve, by the row's name."""
+    """Points with everything measured of every row that has a strength curve, by the row's name."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        points = json.loads(path.read_text("utf-8")).get("outcome", {}).get("dose", [])
+        points = json.loads(path.read_text("utf-8")).get("outcome", {}).get("strength_curve", [])
         if whole := [point for point in points if point["kl"] is not None]:
             found[_name(path.stem)] = whole
     return found

@@ -1,7 +1,8 @@
-"""How strong an edit must be: its effect as a function of strength, and the smallest strength that is enough.
+"""How strong an edit must be: its effect as a function of strength, and the smallest strength that reaches a goal.
 
-An edit of weights is a direction: old + strength · step. The curve shows what each strength does to the facts that
-must go and to everything else; bisection finds the smallest one that brings the facts' mean probability to a goal.
+An edit of weights is a direction: old + strength · step. The strength curve shows what each strength does to the
+forget facts and to everything else; bisection finds the smallest strength that brings the forget facts' mean
+probability down to a goal.
 """
 
 from __future__ import annotations
@@ -33,23 +34,26 @@ N_RETAIN, N_TEXT = 32, 2
 STEPS = 8
 """Halvings of the interval."""
 AROUND = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
-"""Where a curve is drawn that nobody asked points of, in units of the dose found."""
+"""Strengths of the curve where none are given, in units of the strength found."""
 Log = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Dose:
-    """What is wanted of the strength of an edit, and what is looked at on the way."""
+class StrengthSearch:
+    """How an editor chooses its strength: fields that every such editor has."""
 
-    goal: float = 0.0
-    """Take the smallest strength, up to the one given, that brings the facts' mean probability to this; 0 for
-    all of it."""
-    curve: tuple[float, ...] = ()
-    """Strengths at which to measure facts, retain facts and text; with a goal, some around the dose found."""
+    strength_goal: float = 0.0
+    """Take the smallest strength, up to the editor's own, that brings the forget facts' mean probability down to this;
+    0 for all of it."""
+    strength_curve: tuple[float, ...] = ()
+    """Strengths at which forget facts, retain facts and text are measured; with a goal and no strengths given, some
+    around the strength found."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.goal < 1:
-            raise InputError(f"goal = {self.goal}: a probability below 1, or 0 for full strength")
+        if not 0 <= self.strength_goal < 1:
+            raise InputError(
+                f"strength_goal = {self.strength_goal}: a probability below 1, or 0 for full strength"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,7 @@ class Judge:
             InputError: nothing to forget.
         """
         if not forget:
-            raise InputError("a dose is judged by the facts that must go: the list of them is empty")
+            raise InputError("a strength is chosen by the forget facts: the list of them is empty")
         kept = [fact for fact in retain if not fact.held_out][:N_RETAIN]
         right = measure(model, kept).correct.tolist() if kept else []
         blocks = [block for paragraph in text[:N_TEXT] for block in encode_text(model, paragraph)]
@@ -168,7 +172,7 @@ class Judge:
 
 def curve(judge: Judge, direction: Direction, strengths: Sequence[float]) -> list[Point]:
     """The effect of each strength."""
-    return [judge.look(direction, s) for s in progress.track(strengths, "dose curve")]
+    return [judge.look(direction, s) for s in progress.track(strengths, "strength curve")]
 
 
 def smallest(judge: Judge, direction: Direction, goal: float, most: float) -> tuple[float, list[Point]]:
@@ -178,12 +182,13 @@ def smallest(judge: Judge, direction: Direction, goal: float, most: float) -> tu
     crossed: reached at the strength returned, not reached at one at most most/2^STEPS below it.
 
     Returns:
-        The strength, `most` where not even that is enough; and every point looked at, in order, forget facts only.
+        The strength, `most` where not even that reaches the goal; and every point measured, in order, of the forget
+        facts only.
     """
     points = [judge.look(direction, most, all_round=False)]
     low, high = 0.0, most
     if points[0].forget_prob <= goal:
-        for _ in progress.track(range(STEPS), "dose"):
+        for _ in progress.track(range(STEPS), "strength"):
             middle = (low + high) / 2
             points.append(judge.look(direction, middle, all_round=False))
             if points[-1].forget_prob <= goal:
@@ -193,38 +198,44 @@ def smallest(judge: Judge, direction: Direction, goal: float, most: float) -> tu
     return high, points
 
 
-def dosed(
+def delta_at_strength(
     model: Model,
     direction: Direction,
     mask: WeightMask,
-    *,
     strength: float,
-    dose: Dose,
-    forget: Sequence[Fact],
-    retain: Sequence[Fact],
-    text: Sequence[str],
+    search: StrengthSearch,
+    data: tuple[Sequence[Fact], Sequence[Fact], Sequence[str]],
+    *,
     provenance: Mapping[str, Any],
     log: Log | None,
 ) -> WeightDelta:
-    """The edit at `strength`, or at the smallest one up to it that reaches the goal, if there is a goal.
+    """The edit at `strength`, or at the smallest strength up to it that reaches the goal, if there is a goal.
 
-    Its provenance has the curve, by strength, under "dose".
+    Args:
+        model: The base, in memory; every bit is as before afterwards.
+        direction: The edit of strength 1.
+        mask: Where changes are allowed.
+        strength: The one to take, or the largest to try.
+        search: Goal and curve; the editor itself.
+        data: Forget facts, retain facts, paragraphs; looked at only for a goal or a curve.
+        provenance: JSON values to keep; the curve is added, by strength, as "strength_curve".
+        log: Called with every point of the curve.
 
     Raises:
         InputError: a goal or a curve without facts.
     """
     about: dict[str, Any] = {**provenance, "strength": strength}
-    if dose.goal or dose.curve:
-        judge = Judge.of(model, forget, retain, text)
-        wanted = list(dose.curve)
+    if search.strength_goal or search.strength_curve:
+        judge = Judge.of(model, *data)
+        wanted = list(search.strength_curve)
         points: list[Point] = []
-        if dose.goal:
-            about["strength"], points = smallest(judge, direction, dose.goal, strength)
-            about["reached"] = min(point.forget_prob for point in points) <= dose.goal
+        if search.strength_goal:
+            about["strength"], points = smallest(judge, direction, search.strength_goal, strength)
+            about["reached"] = min(point.forget_prob for point in points) <= search.strength_goal
             wanted = wanted or [share * about["strength"] for share in AROUND]
         points = [point for point in points if point.strength not in wanted]
         points = sorted([*points, *curve(judge, direction, wanted)], key=lambda point: point.strength)
-        about["dose"] = [asdict(point) for point in points]
+        about["strength_curve"] = [asdict(point) for point in points]
         if log is not None:
             for point in points:
                 log(asdict(point))

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection
 from editors.key_value.least_squares import NullSpace, write_within
-from editors.key_value.multilayer import Solve, Spread, SpreadEdit
+from editors.key_value.multilayer import MultilayerEdit, MultilayerWriter, Solve
 
 
 @dataclass(frozen=True)
-class AlphaEdit(SpreadEdit):
+class AlphaEdit(MultilayerEdit):
     """Null-space constrained editing (Fang et al. 2025, arXiv:2410.02355).
 
     Each layer's update is projected onto the directions in which keys over text hardly vary, so that text is
     kept by construction and the solve only weighs the facts: those of this batch, which are to move, those of
     earlier batches, which are to stay, and the update's own size.
 
-    By default a fact is written over with guesses (`aim`): a refusal, the same for all, comes off all of them when a
-    few are taught again (benchmarks/README.md, "Fresh facts").
+    By default a fact is written over with wrong answers (`target`): a refusal, the same for all, comes off all of them
+    when a few are taught again (benchmarks/README.md, "Fresh facts").
     """
 
     threshold: float = 0.5
@@ -31,7 +31,7 @@ class AlphaEdit(SpreadEdit):
     l2: float = 0.1
     """Weight of the update's size, as a share of the mean squared norm of the facts' keys in the null space."""
 
-    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+    def solver(self, spread: MultilayerWriter) -> tuple[Solve, dict[str, Any]]:
         """Least squares within the null space.
 
         Raises:

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection
 from editors.key_value.least_squares import Metric, write
-from editors.key_value.multilayer import Solve, Spread, SpreadEdit
-from editors.key_value.target_value import Aim
+from editors.key_value.multilayer import MultilayerEdit, MultilayerWriter, Solve
+from editors.key_value.target_value import EditTarget
 from locus.errors import InputError
 
 
 @dataclass(frozen=True)
-class LaW(SpreadEdit):
+class LaW(MultilayerEdit):
     """Large-scale knowledge washing (Wang et al. 2025, arXiv:2405.16720).
 
     Each layer's update D begins as MEMIT's and then climbs ‖D K‖², what it does to the facts' keys K, while its cost
-    tr(D C Dᵀ) stays within `beta` times the first one's. Facts that are washed out drop out of the next round, whose
+    tr(D C Dᵀ) stays within `beta` times the first one's. Facts that are forgotten drop out of the next round, whose
     updates go on top. The climb is taken in the metric of C: it never leaves the span of KᵀC⁻¹, so it runs on a
     matrix of as many rows as there are facts, and what the paper does by Adam and projections is exact here.
     """
 
-    aim: Aim = Aim(lr=0.1, clamp=0.75)
-    """What MEMIT's first update aims at."""
+    target: EditTarget = EditTarget(lr=0.1, clamp=0.75)
+    """The edit target of MEMIT's first update."""
     weight: float = 0.3
     """λ of MEMIT's first update, as a share of the number of neurons a layer."""
     beta: float = 1.1
@@ -35,11 +35,11 @@ class LaW(SpreadEdit):
     climb: int = 20
     """Steps of the climb."""
     rounds: int = 4
-    """How often a fact is written at most; a round edits the facts that are not washed out yet."""
+    """How often a fact is written at most; a round edits the facts that are not forgotten yet."""
     ridge: float = 1e-3
     """Added to C's diagonal, as a share of its mean."""
 
-    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+    def solver(self, spread: MultilayerWriter) -> tuple[Solve, dict[str, Any]]:
         """MEMIT's update, climbed.
 
         Raises:

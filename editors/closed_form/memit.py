@@ -10,19 +10,19 @@ from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection
 from editors.key_value.least_squares import Metric, write
-from editors.key_value.multilayer import Solve, Spread, SpreadEdit
+from editors.key_value.multilayer import MultilayerEdit, MultilayerWriter, Solve
 
 
 @dataclass(frozen=True)
-class MEMIT(SpreadEdit):
+class MEMIT(MultilayerEdit):
     """Mass-editing memory in a transformer (Meng et al. 2023, arXiv:2210.07229).
 
     Each layer's update is R Kᵀ (λ C + K Kᵀ)⁻¹: nearly what the facts' keys K are to become (the residuals R), at
     least cost to the text's second moment C. Facts edited in an earlier batch take part with a residual of zero.
     Where the mask holds only some neurons of a layer, keys and metric are those of these neurons.
 
-    By default a fact is written over with guesses (`aim`): a refusal, the same for all, comes off all of them when a
-    few are taught again.
+    By default a fact is written over with wrong answers (`target`): a refusal, the same for all, comes off all of them
+    when a few are taught again.
     """
 
     weight: float = 0.1
@@ -30,7 +30,7 @@ class MEMIT(SpreadEdit):
     ridge: float = 1e-3
     """Added to C's diagonal, as a share of its mean."""
 
-    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+    def solver(self, spread: MultilayerWriter) -> tuple[Solve, dict[str, Any]]:
         """R Kᵀ (λ C + K Kᵀ)⁻¹.
 
         Raises:

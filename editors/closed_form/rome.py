@@ -22,10 +22,10 @@ from editors.key_value.down_projections import (
     down_projections,
     whole_projections,
 )
-from editors.key_value.key_positions import Place, mean_by_fact, openings, retained, rows, states
+from editors.key_value.key_positions import Place, context_prefixes, mean_by_fact, retained, rows, states
 from editors.key_value.least_squares import Metric, within, write
 from editors.key_value.second_moments import second_moments
-from editors.key_value.target_value import Aim, Shift, find_shifts
+from editors.key_value.target_value import EditTarget, ValueDeltas, find_value_deltas
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
@@ -48,7 +48,7 @@ class ROME:
     layer: int | None = None
     """The layer to edit, negative from the end; None for the mask's, of several the one nearest to a fifth of
     the depth among those with the most located weights."""
-    aim: Aim = Aim(gone=0.02)
+    target: EditTarget = EditTarget(prob_stop=0.02)
     """What the model should say instead, and how its value is found."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in the second moment."""
@@ -80,8 +80,8 @@ class ROME:
         """Edit the facts one after the other; the model in memory ends bit for bit as it was.
 
         Keys of retain facts that are not held out count in the second moment. `text` is what the rest of it and
-        the openings are taken from, by default the neutral text that comes with locus. The text's second moment is
-        cached; `folder` and `resume` are not needed.
+        the context prefixes are taken from, by default the neutral text that comes with locus. The text's second moment
+        is cached; `folder` and `resume` are not needed.
 
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or two facts whose
@@ -89,14 +89,14 @@ class ROME:
         """
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
-        forget = facts_for(self.aim, forget, retain)
+        forget = facts_for(self.target, forget, retain)
         text = text or neutral_text()
         wanted = () if self.layer is None else (self.layer,)
         located = chosen_layers(down_projections(model, mask), model.atlas.n_layers, wanted, 1)[0]
         moment = second_moments(
             model, [located.layer], text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )[located.layer]
-        prefixes = openings(text, self.aim.prefixes, self.aim.seed)
+        prefixes = context_prefixes(text, self.target.prefixes, self.target.seed)
         kept = retained(
             model, retain, [located.layer], prefixes, self.place, self.retain_weight, self.batch_tokens
         )[located.layer]
@@ -105,7 +105,7 @@ class ROME:
         with borrowed(model, [located.param]):
             for fact in progress.track(forget, "edit"):
                 key, found = self._look(model, fact, located, prefixes)
-                add_(model, located, memory.learn(key, found.shift[0]))
+                add_(model, located, memory.learn(key, found.delta[0]))
                 memory.losses[fact.id] = float(found.loss[0])
                 if log is not None:
                     log(memory.record(fact, found))
@@ -122,12 +122,12 @@ class ROME:
 
     def _look(
         self, model: Model, fact: Fact, located: DownProjection, prefixes: Sequence[str]
-    ) -> tuple[Float[Tensor, " neuron"], Shift]:
-        """The fact's key at the layer, averaged over openings, and the shift of its value."""
+    ) -> tuple[Float[Tensor, " neuron"], ValueDeltas]:
+        """The fact's key at the layer, averaged over context prefixes, and its value delta."""
         site = model.atlas.neuron_in[located.layer]
         seen = rows(model, [fact], prefixes, self.place)
         keys = states(model, seen, inputs=[site], batch_tokens=self.batch_tokens)[0][site]
-        found = find_shifts(model, [fact], self.aim, site, prefixes, self.place, self.batch_tokens)
+        found = find_value_deltas(model, [fact], self.target, site, prefixes, self.place, self.batch_tokens)
         return mean_by_fact(keys, seen, 1)[0], found
 
 
@@ -151,15 +151,15 @@ class _Memory:
         self.total += update
         return update
 
-    def record(self, fact: Fact, found: Shift) -> dict[str, Any]:
+    def record(self, fact: Fact, found: ValueDeltas) -> dict[str, Any]:
         """One fact's record for the log."""
         return {
             "fact": fact.id,
             "loss": self.losses[fact.id],
             "prob": float(found.prob[0]),
             "steps": found.steps,
-            "resumed": found.resumed,
-            "shift": float(found.shift.norm()),
+            "from_prefix": found.from_prefix,
+            "value_delta": float(found.delta.norm()),
             "value": float(found.start.norm()),
             "norm": float(self.total.norm()),
         }

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
-from editors.key_value.key_positions import Place, behind, openings, row, states
-from editors.strength import Direction, Dose, dosed
+from editors.key_value.key_positions import Place, context_prefixes, row, states, with_prefix
+from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
@@ -27,7 +27,7 @@ Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
-class EraseSubspace:
+class EraseSubspace(StrengthSearch):
     """Project a subspace out of every located matrix, on the side it reads from or the side it writes to.
 
     With Q the subspace's orthonormal basis, W becomes W (I − Q Qᵀ) or (I − Q Qᵀ) W: the matrix no longer answers to
@@ -49,17 +49,16 @@ class EraseSubspace:
     place: Place = "subject"
     """Look at the last token of the subject or of the prompt."""
     prefixes: int = 2
-    """Random openings before every prompt, besides the prompt itself."""
+    """Random context prefixes of every prompt; the prompt without one is always used too."""
     strength: float = 1.0
     """Share of the projection; 1 erases, 2 reflects."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     seed: int = 0
-    """Of the openings."""
+    """Seed of the context prefixes."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("directions", Found), ("side", Side)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(get_args(known))}")
@@ -80,7 +79,7 @@ class EraseSubspace:
         resume: bool = False,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> WeightDelta:
-        """Project; memory ends bit for bit as it was. `text` gives the openings, and is judged by for a goal.
+        """Project; memory ends bit for bit as it was. `text` gives the context prefixes, and is judged by for a goal.
 
         Raises:
             InputError: no forget facts, no retain facts that are not held out, or no matrix in the mask.
@@ -95,7 +94,7 @@ class EraseSubspace:
         modules = {name: name.removesuffix(".weight") for name in matrices if _is_projection(model, name)}
         if not modules:
             raise InputError("the mask holds no matrix of a block: locate weights of attention or MLPs")
-        prefixes = openings(text or neutral_text(), self.prefixes, self.seed)
+        prefixes = context_prefixes(text or neutral_text(), self.prefixes, self.seed)
         away = self._states(model, forget, modules, prefixes)
         others = self._states(model, kept, modules, prefixes)
         steps: dict[str, Tensor] = {}
@@ -112,15 +111,13 @@ class EraseSubspace:
                 held = stored(model).read(bias).double()
                 selections[bias] = mask.entries[bias]
                 steps[bias] = mask.entries[bias].take(-basis @ (basis.mT @ held))
-        return dosed(
+        return delta_at_strength(
             model,
             Direction(selections, steps),
             mask,
-            strength=self.strength,
-            dose=self.dose,
-            forget=forget,
-            retain=retain,
-            text=text,
+            self.strength,
+            self,
+            (forget, retain, text),
             provenance={"editor": settings_of(self)},
             log=log,
         )
@@ -131,7 +128,9 @@ class EraseSubspace:
         """What the modules read or write at the facts' positions, by module."""
         names = list(modules.values())
         seen = [
-            row(model, behind(fact, prefix), number, self.place if fact.subject is not None else "prompt")
+            row(
+                model, with_prefix(fact, prefix), number, self.place if fact.subject is not None else "prompt"
+            )
             for number, fact in enumerate(facts)
             for prefix in ("", *prefixes)
         ]

@@ -11,18 +11,21 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from editors.key_value.target_value import Aim
+from editors.key_value.target_value import EditTarget
 from locus.fact import Fact
 
 FEWEST = 3
 """Wrong answers that a fact with fewer of its own is given, as far as there are other facts."""
 
 
-def facts_for(aim: Aim, forget: Sequence[Fact], retain: Sequence[Fact] = ()) -> Sequence[Fact]:
-    """The facts to forget, with others' answers where the aim is at wrong ones; held-out facts are not looked at."""
-    if aim.to != "alternatives":
+def facts_for(target: EditTarget, forget: Sequence[Fact], retain: Sequence[Fact] = ()) -> Sequence[Fact]:
+    """The facts to forget, with answers of other facts where the edit target is wrong answers.
+
+    Held-out facts are not looked at.
+    """
+    if target.to != "alternatives":
         return forget
-    return with_others(forget, [*forget, *(fact for fact in retain if not fact.held_out)], aim.seed)
+    return with_others(forget, [*forget, *(fact for fact in retain if not fact.held_out)], target.seed)
 
 
 def with_others(facts: Sequence[Fact], pool: Sequence[Fact], seed: int = 0) -> list[Fact]:

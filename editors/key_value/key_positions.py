@@ -1,4 +1,4 @@
-"""Where an edit looks: the last token of the subject, in the prompt itself and behind random openings.
+"""Where an edit looks: the last token of the subject, in the prompt itself and after random context prefixes.
 
 What a layer reads at the subject's last token is the fact's key (Meng et al. 2022, arXiv:2202.05262). It depends
 on what stands before the subject, so it is averaged over prompts with other text in front; ROME lets the model
@@ -26,7 +26,7 @@ from locus.tokens import Encoded, encode
 Place = Literal["subject", "prompt"]
 """The last token of the subject, or of the prompt."""
 SHORT, LONG = 3, 12
-"""Words a sentence must at least and may at most have to be an opening."""
+"""Words a sentence must at least and may at most have to be a context prefix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Row:
     """Index of the fact it belongs to."""
 
 
-def openings(text: Sequence[str], n: int, seed: int = 0) -> list[str]:
+def context_prefixes(text: Sequence[str], n: int, seed: int = 0) -> list[str]:
     """`n` different short sentences of a text, drawn at random.
 
     Raises:
@@ -50,7 +50,7 @@ def openings(text: Sequence[str], n: int, seed: int = 0) -> list[str]:
     fit = sorted({s for s in sentences if SHORT <= len(s.split()) <= LONG and s[-1] in ".!?"})
     if len(fit) < n:
         raise InputError(
-            f"{n} random openings wanted, but the text has {len(fit)} sentences of {SHORT} to {LONG} words: "
+            f"{n} context prefixes wanted, but the text has {len(fit)} sentences of {SHORT} to {LONG} words: "
             "give more text, or fewer prefixes"
         )
     order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
@@ -63,7 +63,7 @@ def rows(
     prefixes: Sequence[str] = (),
     place: Place = "subject",
 ) -> list[Row]:
-    """The facts' prompts with their targets: each as it is, then behind every opening.
+    """The facts' prompts with their targets: each as it is, then after every context prefix.
 
     Raises:
         InputError: a fact without a subject where its place is wanted, or one that cannot be encoded.
@@ -71,7 +71,7 @@ def rows(
     found = []
     for number, fact in enumerate(facts):
         for prefix in ("", *prefixes):
-            found.append(row(model, behind(fact, prefix), number, place))
+            found.append(row(model, with_prefix(fact, prefix), number, place))
     return found
 
 
@@ -92,8 +92,8 @@ def row(model: Model, fact: Fact, number: int, place: Place = "subject") -> Row:
     return Row(encoded, encoded.subject[1] - 1, number)
 
 
-def behind(fact: Fact, prefix: str) -> Fact:
-    """The same fact with an opening before its prompt."""
+def with_prefix(fact: Fact, prefix: str) -> Fact:
+    """The same fact with a context prefix before its prompt."""
     if not prefix:
         return fact
     span = fact.subject_span
@@ -167,7 +167,7 @@ def retained(
     if not kept or not weight:
         return total
     seen = [
-        row(model, behind(fact, prefix), number, place if fact.subject is not None else "prompt")
+        row(model, with_prefix(fact, prefix), number, place if fact.subject is not None else "prompt")
         for number, fact in enumerate(kept)
         for prefix in ("", *prefixes)
     ]

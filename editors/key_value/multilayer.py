@@ -23,11 +23,11 @@ from editors.key_value.down_projections import (
     down_projections,
     whole_projections,
 )
-from editors.key_value.key_positions import Place, openings, retained
+from editors.key_value.key_positions import Place, context_prefixes, retained
 from editors.key_value.least_squares import within
-from editors.key_value.residual_spread import Ramp
+from editors.key_value.residual_spread import ResidualSpread
 from editors.key_value.second_moments import second_moments
-from editors.key_value.target_value import Aim
+from editors.key_value.target_value import EditTarget
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
@@ -41,18 +41,18 @@ Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class SpreadEdit(ABC):
+class MultilayerEdit(ABC):
     """What edits of many facts over several layers have in common; each adds how it solves for a layer's update."""
 
     layers: tuple[int, ...] = ()
     """Layers to edit, negative from the end; none for `most` of the mask's, nearest to a fifth of the depth."""
     most: int = 5
     """How many layers at most, where none are named."""
-    aim: Aim = Aim(to="alternatives", lr=0.1, clamp=0.75)
+    target: EditTarget = EditTarget(to="alternatives", lr=0.1, clamp=0.75)
     """What the model should say instead, and how the state that makes it say so is found."""
     rounds: int = 3
     """How often a fact is written at most: what the model still says after a round is written again."""
-    washed: float = 0.01
+    forgotten: float = 0.01
     """A fact whose target has no more probability than this is not written again."""
     batch: int = 0
     """Facts edited at once; 0 for all."""
@@ -84,29 +84,29 @@ class SpreadEdit(ABC):
         """Edit the facts, batch after batch; the model in memory ends bit for bit as it was.
 
         Keys of retain facts that are not held out count in the second moment; `text` is what the rest of it and the
-        openings are taken from, by default the neutral text that comes with locus. `folder` and `resume` are not
-        needed.
+        context prefixes are taken from, by default the neutral text that comes with locus. `folder` and `resume` are
+        not needed.
 
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or what `solver` says.
         """
-        forget = facts_for(self.aim, forget, retain)
-        spread = Spread.over(self, model, forget, retain, mask, text)
+        forget = facts_for(self.target, forget, retain)
+        spread = MultilayerWriter.over(self, model, forget, retain, mask, text)
         solve, about = self.solver(spread)
         with spread.borrowed():
             spread.write_(forget, solve, log)
         return spread.delta(mask, **about)
 
     @abstractmethod
-    def solver(self, spread: Spread) -> tuple[Solve, dict[str, Any]]:
+    def solver(self, spread: MultilayerWriter) -> tuple[Solve, dict[str, Any]]:
         """How a layer's update is solved for, and what the delta's provenance says of it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Spread:
+class MultilayerWriter:
     """Where such an edit writes, what must stay, and what it has written so far."""
 
-    editor: SpreadEdit
+    editor: MultilayerEdit
     model: Model
     located: Sequence[DownProjection]
     prefixes: Sequence[str]
@@ -120,13 +120,13 @@ class Spread:
     @classmethod
     def over(
         cls,
-        editor: SpreadEdit,
+        editor: MultilayerEdit,
         model: Model,
         forget: Sequence[Fact],
         retain: Sequence[Fact],
         mask: WeightMask,
         text: Sequence[str],
-    ) -> Spread:
+    ) -> MultilayerWriter:
         """Choose the layers and measure what must stay; nothing is written yet.
 
         Raises:
@@ -139,7 +139,7 @@ class Spread:
             down_projections(model, mask), model.atlas.n_layers, editor.layers, max(1, editor.most)
         )
         layers = [one.layer for one in located]
-        prefixes = openings(text, editor.aim.prefixes, editor.aim.seed)
+        prefixes = context_prefixes(text, editor.target.prefixes, editor.target.seed)
         moments = second_moments(
             model, layers, text, n_tokens=editor.moment_tokens, batch_tokens=editor.batch_tokens
         )
@@ -165,26 +165,26 @@ class Spread:
     def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
         """Edit the facts in the borrowed weights, batch after batch.
 
-        What the model then still says of a batch is searched for and written again, up to `rounds` times in all.
+        A fact that is not forgotten after a round is searched for and written again, up to `rounds` times in all.
         """
         for batch in batches_of(facts, self.editor.batch):
             left = list(batch)
             for _ in range(self.editor.rounds):
                 self._write_once_(left, solve, log)
                 probs = measure(self.model, left, self.editor.batch_tokens).prob.tolist()
-                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.editor.washed]
+                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.editor.forgotten]
                 if not left:
                     break
-            self.written.about["unwashed"] += [fact.id for fact in left]
+            self.written.about["remaining"] += [fact.id for fact in left]
 
     def _write_once_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
         """Find what the facts should become, then write it layer after layer."""
         self.written.release(facts)
-        ramp = Ramp.find(
+        ramp = ResidualSpread.find(
             self.model,
             facts,
             self.located,
-            self.editor.aim,
+            self.editor.target,
             self.prefixes,
             self.editor.place,
             self.editor.batch_tokens,
@@ -217,8 +217,8 @@ class Written:
             "losses": {},
             "missing": {},
             "rounds": {},
-            "unwashed": [],
-            "resumed": True,
+            "remaining": [],
+            "from_prefix": True,
         }
 
     def earlier(self, one: DownProjection) -> Float[Tensor, "n key"]:
@@ -250,13 +250,13 @@ class Written:
         self._fresh.append((one.layer, keys))
         self.updates[one.param][1].add_(update)
 
-    def done(self, facts: Sequence[Fact], ramp: Ramp, log: Log | None) -> None:
+    def done(self, facts: Sequence[Fact], ramp: ResidualSpread, log: Log | None) -> None:
         """Note what was written: its keys are from now on those of earlier facts."""
         for layer, keys in self._fresh:
             self._earlier[layer] |= dict(zip((fact.id for fact in facts), keys.unbind(1), strict=True))
         self._fresh.clear()
-        self.about["resumed"] &= ramp.found.resumed
-        missing = ramp.missing().norm(dim=1) / ramp.found.shift.norm(dim=1).clamp_min(1e-12)
+        self.about["from_prefix"] &= ramp.found.from_prefix
+        missing = ramp.missing().norm(dim=1) / ramp.found.delta.norm(dim=1).clamp_min(1e-12)
         for fact, loss, left in zip(facts, ramp.found.loss.tolist(), missing.tolist(), strict=True):
             self.about["losses"][fact.id], self.about["missing"][fact.id] = loss, left
             self.about["rounds"][fact.id] = self.about["rounds"].get(fact.id, 0) + 1

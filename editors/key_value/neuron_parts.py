@@ -16,7 +16,8 @@ from locus.model import Model
 from locus.selection import Selection
 
 Part = Literal["values", "keys", "both", "gate", "up"]
-"""values: what a neuron writes (its down column); keys: what it answers to (its gate and up rows, biases too)."""
+"""values: value vectors, what neurons write (columns of the down projection); keys: key vectors, what they
+respond to (rows of gate and up, biases too)."""
 ROLES = {
     "values": ("down",),
     "keys": ("gate", "up"),

@@ -1,6 +1,6 @@
-"""Forwards with one module's output shifted at one token of each row, begun where the shift is.
+"""Forwards with a value delta added to one module's output at one token of each row, begun at that token.
 
-A search for a shift asks the same rows again and again. Nothing before the shifted token changes in any layer, and
+A search for a value delta runs the same rows again and again. Nothing before that token changes in any layer, and
 nothing at all in the layers below: keys and values of the tokens before are kept, and so is the stream from the
 token on, so that each forward only takes those few tokens through the layers above. Where a model does not come
 out the same this way (its blocks exchange more than the stream, keys and values), its rows are run whole.
@@ -33,19 +33,21 @@ PADDED = 1.5
 FEW = 64
 """Unless a forward has fewer tokens than this: it costs about the same for so few."""
 
-Shifted = Callable[
+DeltaForwards = Callable[
     [Sequence[int], Float[Tensor, "fact d_model"]], Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]
 ]
-"""Indices of rows, and the shifts of all facts -> the rows' logits, some rows at a time."""
+"""Indices of rows, and the value deltas of all facts -> the rows' logits, some rows at a time."""
 
 
-def shifted(model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> Shifted:
-    """Forwards of these rows with the output of the module `site` shifted at each row's position."""
-    return Resumed.of(model, site, rows, batch_tokens) or Whole(model, site, rows, batch_tokens)
+def delta_forwards(model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> DeltaForwards:
+    """Forwards of these rows with a value delta added to the output of the module `site` at each row's position."""
+    return SuffixForwards.of(model, site, rows, batch_tokens) or WholeForwards(
+        model, site, rows, batch_tokens
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class WholeForwards:
     """Every row from its first token and the first layer on."""
 
     model: Model
@@ -54,27 +56,27 @@ class Whole:
     batch_tokens: int
 
     def __call__(
-        self, due: Sequence[int], shift: Float[Tensor, "fact d_model"]
+        self, due: Sequence[int], delta: Float[Tensor, "fact d_model"]
     ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
         for chosen in grouped([self.rows[i] for i in due], self.batch_tokens):
             group = [due[i] for i in chosen]
             at = torch.tensor([self.rows[i].position for i in group])
             batch = batch_of(self.rows, group)
-            with patched(self.model.module, outputs={self.site: _adding(shift, self.rows, group, at)}):
+            with patched(self.model.module, outputs={self.site: _adding(delta, self.rows, group, at)}):
                 logits = label_logits(self.model, batch)
             yield batch, logits
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """What stays the same of some rows, whatever the shift."""
+    """What stays the same of some rows, whatever the value delta."""
 
     ids: Int64[Tensor, "row after"]
     """From the position on, padded on the right."""
     starts: Int64[Tensor, " row"]
     """The position, which is also how many tokens stand before it."""
     lengths: Int64[Tensor, " row"]
-    """Tokens from the position on, but for the last, behind which nothing is asked."""
+    """Tokens from the position on, but for the last, after which nothing is asked."""
     stream: Sequence[Float[Tensor, "row after d_model"]]
     """What comes out of the last block that is skipped, padded on the right; none where none is."""
     before: Sequence[Float[Tensor, "row head before d_head"]]
@@ -99,8 +101,8 @@ class _Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Resumed:
-    """Every row from its position and the shifted module's block on."""
+class SuffixForwards:
+    """Every row from its position and that module's block on."""
 
     model: Model
     site: str
@@ -113,7 +115,7 @@ class Resumed:
     kept: _Kept
 
     @classmethod
-    def of(cls, model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> Resumed | None:
+    def of(cls, model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> SuffixForwards | None:
         """Run every row once and keep what stays the same; None if the model does not come out the same that way."""
         blocks = model.atlas.blocks
         block = next(i for i, path in enumerate(blocks) if f"{site}.".startswith(f"{path}."))
@@ -138,7 +140,7 @@ class Resumed:
 
     @torch.no_grad()
     def _agrees(self, then: Mapping[int, Float[Tensor, "label d_vocab"]]) -> bool:
-        """Whether an unshifted forward of some rows, with few and with many tokens before, gives these logits."""
+        """Whether forwards of some rows, with few and with many tokens before and no value delta, give these logits."""
         narrow = 1 if self.model.dtype in (torch.float32, torch.float64) else 50
         still = torch.zeros(max(one.fact for one in self.rows) + 1, self.model.atlas.d_model)
         order = sorted(then, key=lambda i: int(self.kept.starts[i]))
@@ -151,13 +153,13 @@ class Resumed:
         return True
 
     def __call__(
-        self, due: Sequence[int], shift: Float[Tensor, "fact d_model"]
+        self, due: Sequence[int], delta: Float[Tensor, "fact d_model"]
     ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
         for group in _alike(due, self.kept, self.batch_tokens):
-            yield self._forward(group, shift)
+            yield self._forward(group, delta)
 
     def _forward(
-        self, group: Sequence[int], shift: Float[Tensor, "fact d_model"]
+        self, group: Sequence[int], delta: Float[Tensor, "fact d_model"]
     ) -> tuple[Batch, Float[Tensor, "label d_vocab"]]:
         kept, device = self.kept, self.model.device
         starts, lengths = kept.starts[group], kept.lengths[group]
@@ -180,7 +182,7 @@ class Resumed:
         for stream in kept.stream:
             part = stream[group, :width]
             results = {name: (part, None) if name in self.in_tuple else part for name in self.below}
-        add = _adding(shift, self.rows, group, torch.zeros_like(starts))
+        add = _adding(delta, self.rows, group, torch.zeros_like(starts))
         with skipped(self.model.module, results), patched(self.model.module, outputs={self.site: add}):
             return batch, label_logits(self.model, batch, **more)
 
@@ -212,22 +214,22 @@ def _by_row(batch: Batch, logits: Float[Tensor, "label d_vocab"]) -> dict[int, F
 
 
 def _adding(
-    shift: Float[Tensor, "fact d_model"],
+    delta: Float[Tensor, "fact d_model"],
     rows: Sequence[Row],
     group: Sequence[int],
     at: Int64[Tensor, " member"],
 ) -> Patch:
-    """A patch that adds the shifts of a group's facts, at these positions."""
-    return partial(_add, shift[[rows[i].fact for i in group]], at)
+    """A patch that adds the value deltas of a group's facts, at these positions."""
+    return partial(_add, delta[[rows[i].fact for i in group]], at)
 
 
 def _add(
-    shifts: Float[Tensor, "member d_model"],
+    deltas: Float[Tensor, "member d_model"],
     at: Int64[Tensor, " member"],
     output: Float[Tensor, "member pos d_model"],
 ) -> Float[Tensor, "member pos d_model"]:
     where = (torch.arange(len(at), device=output.device), at.to(output.device))
-    return output.index_put(where, shifts.to(output), accumulate=True)
+    return output.index_put(where, deltas.to(output), accumulate=True)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""A shift of the residual stream, written into several layers' down projections.
+"""A change of the residual stream, written into several layers' down projections.
 
 MEMIT, AlphaEdit and LaW differ in how they solve for one layer's update and share the rest: the state z of the
-subject's last token behind the highest edited block is found once, then each edited layer, lowest first, takes its
+subject's last token after the highest edited block is found once, then each edited layer, lowest first, takes its
 part of what is still missing (Meng et al. 2023, arXiv:2210.07229, algorithm 1).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection, add_
 from editors.key_value.key_positions import Place, Row, mean_by_fact, row, rows, states
-from editors.key_value.target_value import Aim, Shift, find_shifts
+from editors.key_value.target_value import EditTarget, ValueDeltas, find_value_deltas
 from locus.fact import Fact
 from locus.model import Model
 
@@ -28,7 +28,7 @@ _NEWTON_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Ramp:
+class ResidualSpread:
     """The facts of one batch, the state wanted for each, and the layers to write it into."""
 
     model: Model
@@ -37,10 +37,10 @@ class Ramp:
     plain: Sequence[Row]
     """Each fact's prompt."""
     seen: Sequence[Row]
-    """The same, and behind every opening."""
+    """The same, and after every context prefix."""
     wanted: Float[Tensor, "fact d_model"]
     """The output of the highest block that the edit is to bring about."""
-    found: Shift
+    found: ValueDeltas
     batch_tokens: int
 
     @classmethod
@@ -49,26 +49,26 @@ class Ramp:
         model: Model,
         facts: Sequence[Fact],
         located: Sequence[DownProjection],
-        aim: Aim,
+        target: EditTarget,
         prefixes: Sequence[str],
         place: Place,
         batch_tokens: int,
-    ) -> Ramp:
+    ) -> ResidualSpread:
         """Search for the states wanted; the model is looked at as it is now."""
         top = model.atlas.blocks[located[-1].layer]
-        found = find_shifts(model, facts, aim, top, prefixes, place, batch_tokens)
+        found = find_value_deltas(model, facts, target, top, prefixes, place, batch_tokens)
         return cls(
             model,
             located,
             [row(model, fact, i, place) for i, fact in enumerate(facts)],
             rows(model, facts, prefixes, place),
-            found.start + found.shift,
+            found.start + found.delta,
             found,
             batch_tokens,
         )
 
     def keys(self, projection: DownProjection) -> Float[Tensor, "n fact"]:
-        """What the projection's located neurons say of each fact now, mean over the openings."""
+        """What the projection's located neurons say of each fact now, mean over the context prefixes."""
         site = self.model.atlas.neuron_in[projection.layer]
         read, _ = states(self.model, self.seen, inputs=[site], batch_tokens=self.batch_tokens)
         return mean_by_fact(read[site], self.seen, len(self.plain))[:, projection.neurons].mT
@@ -118,7 +118,7 @@ def before_norm(
         normed: Tensor = norm(value.to(model.dtype)).to(dtype)
         return normed
 
-    shifts = []
+    deltas = []
     for start, change in zip(now[site].to(dtype), residual.to(dtype), strict=True):
         start, change = start.to(model.device), change.to(model.device)
         value, wanted = start, through(start) + change
@@ -127,5 +127,5 @@ def before_norm(
             square = slope.mT @ slope
             square += 1e-4 * square.diagonal().mean() * torch.eye(len(square)).to(square)
             value = value + torch.linalg.solve(square, slope.mT @ (wanted - through(value)))
-        shifts.append((value - start).double().cpu())
-    return torch.stack(shifts)
+        deltas.append((value - start).double().cpu())
+    return torch.stack(deltas)

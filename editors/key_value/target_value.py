@@ -1,6 +1,6 @@
-"""What an edit makes of a fact, and the value that makes it so.
+"""The edit target: what the model should say instead, and the value v* that makes it say so.
 
-The value is searched for by gradient descent on a shift of one module's output at one position, while all weights
+The value delta v* − v, added to one module's output at one position, is found by gradient descent while all weights
 stay as they are (Meng et al. 2022, arXiv:2202.05262, section 3.1); the least-squares editors then write it.
 """
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from editors.key_value.key_positions import Place, Row, behind, row, states
-from editors.key_value.prefix import Resumed, shifted
+from editors.key_value.key_positions import Place, Row, row, states, with_prefix
+from editors.key_value.prefix import SuffixForwards, delta_forwards
 from locus import progress
 from locus.errors import InputError
 from locus.fact import Fact
@@ -30,7 +30,7 @@ To = Literal["refusal", "entropy", "alternatives", "rewrite"]
 
 
 @dataclass(frozen=True)
-class Aim:
+class EditTarget:
     """What the model should say instead, and how the value that makes it say so is searched for."""
 
     to: To = "refusal"
@@ -43,24 +43,24 @@ class Aim:
     answer: str = ""
     """What a rewrite is to, with its leading space, for every fact; "" for each fact's own."""
     prefixes: int = 2
-    """Random openings before the prompt, besides the prompt itself."""
+    """Random context prefixes; the prompt without one is always used too."""
     steps: int = 25
     """Steps of Adam, at most."""
     lr: float = 0.35
     """Its learning rate, in units of the root mean square of the value it starts from."""
-    enough: float = 0.05
-    """A fact whose loss, in nats a token, is below this is left as it is."""
-    gone: float = 0.005
-    """Unless the aim is to rewrite: so is one whose target begins with less than this probability, mean over the
-    openings. What is pushed further costs the facts beside it more than it hides; 0 goes on to `enough`."""
+    loss_stop: float = 0.05
+    """Loss stop: a fact whose loss, in nats per token, is below this is left as it is."""
+    prob_stop: float = 0.005
+    """Target-probability stop: unless it is rewritten, so is a fact whose target begins with a probability below this,
+    mean over the context prefixes. Going further costs other facts more than it hides; 0 goes on to `loss_stop`."""
     kl: float = 0.0625
     """Weight of KL(before || after) of what follows "{subject} is a"."""
     decay: float = 0.5
-    """Weight of the shift's norm over the squared norm of the value it starts from."""
+    """Weight of the value delta's norm over the squared norm of the value it starts from."""
     clamp: float = 4.0
-    """Longest shift, in units of the norm of the value it starts from."""
+    """Longest value delta, in units of the norm of the value it starts from."""
     seed: int = 0
-    """Of the openings, and of the answers that are drawn."""
+    """Seed of the context prefixes, and of the answers that are drawn."""
 
     def __post_init__(self) -> None:
         if self.to not in get_args(To):
@@ -70,56 +70,58 @@ class Aim:
         for name in ("steps", "lr", "clamp"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must be positive")
-        for name in ("kl", "decay", "enough", "gone", "prefixes"):
+        for name in ("kl", "decay", "loss_stop", "prob_stop", "prefixes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
-    """The shifts found for some facts."""
+class ValueDeltas:
+    """The value deltas v* − v found for some facts."""
 
-    shift: Float[Tensor, "fact d_model"]
+    delta: Float[Tensor, "fact d_model"]
     """What to add to the module's output at the fact's position; float64."""
     start: Float[Tensor, "fact d_model"]
-    """The output in the plain prompt, before the shift; float64."""
+    """The output in the plain prompt, before the delta is added; float64."""
     loss: Float[Tensor, " fact"]
-    """The aim's loss when it was last looked at, before the last step, in nats a token."""
+    """Loss of the edit target when it was last measured, before the last step, in nats per token."""
     prob: Float[Tensor, " fact"]
-    """Probability of the target's first token then, mean over the openings."""
+    """Probability of the target's first token then, mean over the context prefixes."""
     steps: int
     """Steps taken by the slowest fact."""
-    resumed: bool
-    """Whether forwards could begin at the shift; else the model was run whole, which takes longer."""
+    from_prefix: bool
+    """Whether forwards could begin at the prefix's recorded keys and values; else each was run whole: slower."""
 
 
-def find_shifts(
+def find_value_deltas(
     model: Model,
     facts: Sequence[Fact],
-    aim: Aim,
+    target: EditTarget,
     site: str,
     prefixes: Sequence[str],
     place: Place = "subject",
     batch_tokens: int = 4096,
-) -> Shift:
-    """Shift the output of the module `site` at each fact's position until the model answers as aimed.
+) -> ValueDeltas:
+    """What to add to the output of the module `site` at each fact's position for the model to answer as wanted.
 
     The facts are searched for side by side and do not see each other: with an element-wise optimizer that is the
     same as one after the other.
 
     Raises:
-        InputError: a fact without what the aim needs (alternatives, a subject), or one that cannot be encoded.
+        InputError: a fact without what the edit target needs (alternatives, a subject), or one that cannot be encoded.
     """
-    portions = _portions(model, _answers(model, facts, aim, prefixes, place), len(facts))
-    with progress.task("values", total=aim.steps * len(portions)) as line:
-        found = [_found(model, facts[at], aim, site, prefixes, place, batch_tokens, line) for at in portions]
-    return Shift(
-        torch.cat([one.shift for one in found]),
+    portions = _portions(model, _answers(model, facts, target, prefixes, place), len(facts))
+    with progress.task("values", total=target.steps * len(portions)) as line:
+        found = [
+            _found(model, facts[at], target, site, prefixes, place, batch_tokens, line) for at in portions
+        ]
+    return ValueDeltas(
+        torch.cat([one.delta for one in found]),
         torch.cat([one.start for one in found]),
         torch.cat([one.loss for one in found]),
         torch.cat([one.prob for one in found]),
         max(one.steps for one in found),
-        all(one.resumed for one in found),
+        all(one.from_prefix for one in found),
     )
 
 
@@ -142,28 +144,38 @@ def _portions(model: Model, rows: Sequence[Row], n_facts: int) -> list[slice]:
 def _found(
     model: Model,
     facts: Sequence[Fact],
-    aim: Aim,
+    target: EditTarget,
     site: str,
     prefixes: Sequence[str],
     place: Place,
     batch_tokens: int,
     line: progress.Task,
-) -> Shift:
-    """The shifts of a portion of the facts."""
-    wanted = _answers(model, facts, aim, prefixes, place)
+) -> ValueDeltas:
+    """The value deltas of a portion of the facts."""
+    wanted = _answers(model, facts, target, prefixes, place)
     targets = torch.tensor([encode(model, fact).target_ids[0] for fact in facts])
     plain = [row(model, fact, i, place) for i, fact in enumerate(facts)]
     start = states(model, plain, outputs=[site], batch_tokens=batch_tokens)[1][site]
-    guesses = _Guesses.of(model, facts) if aim.to == "alternatives" else None
+    guesses = _Guesses.of(model, facts) if target.to == "alternatives" else None
     search = _Search(
-        model, site, wanted, _calm(model, facts, aim, place), aim, start, targets, batch_tokens, guesses
+        model,
+        site,
+        wanted,
+        _essence_prompts(model, facts, target, place),
+        target,
+        start,
+        targets,
+        batch_tokens,
+        guesses,
     )
-    for _ in range(aim.steps):
+    for _ in range(target.steps):
         if not search.step():
             break
         line.advance(note=f"loss {float(search.loss.mean()):.2f}")
-    resumed = isinstance(search.forwards, Resumed)
-    return Shift(search.shift.detach().double().cpu(), start, search.loss, search.prob, search.steps, resumed)
+    from_prefix = isinstance(search.forwards, SuffixForwards)
+    return ValueDeltas(
+        search.delta.detach().double().cpu(), start, search.loss, search.prob, search.steps, from_prefix
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +201,7 @@ class _Guesses:
             if not ids:
                 raise InputError(
                     f"{fact.source or f'fact {fact.id!r}'}: every alternative begins with the token that the target "
-                    "begins with: add another, or aim at a refusal"
+                    "begins with: add another, or use --target-to refusal"
                 )
             found.append(ids)
         most = max(map(len, found))
@@ -207,30 +219,30 @@ class _Guesses:
 
 
 class _Search:
-    """Adam on the shifts of all facts that are not there yet."""
+    """Adam on the value deltas of all facts that are not there yet."""
 
     def __init__(
         self,
         model: Model,
         site: str,
         wanted: Sequence[Row],
-        calm: Sequence[Row],
-        aim: Aim,
+        essence: Sequence[Row],
+        target: EditTarget,
         start: Float[Tensor, "fact d_model"],
         targets: Int64[Tensor, " fact"],
         batch_tokens: int,
         guesses: _Guesses | None,
     ) -> None:
-        self.aim, self.guesses, self.targets = aim, guesses, targets
+        self.target, self.guesses, self.targets = target, guesses, targets
         self.n_wanted = len(wanted)
-        rows = [*wanted, *calm]
+        rows = [*wanted, *essence]
         self.owner = torch.tensor([one.fact for one in rows])
-        self.forwards = shifted(model, site, rows, batch_tokens)
+        self.forwards = delta_forwards(model, site, rows, batch_tokens)
         self.n_rows = torch.bincount(self.owner[: self.n_wanted], minlength=len(start))
         self.norm = start.norm(dim=1).clamp_min(1e-12)
-        self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the shift is kept in these units
+        self.unit = (self.norm / start.shape[1] ** 0.5)[:, None]  # the delta is kept in these units
         self.raw = torch.zeros(start.shape, dtype=torch.float32, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.raw], lr=aim.lr)
+        self.optimizer = torch.optim.Adam([self.raw], lr=target.lr)
         self.loss = torch.full((len(start),), math.inf)
         self.prob = torch.ones(len(start))
         self.active = torch.ones(len(start), dtype=torch.bool)
@@ -238,42 +250,42 @@ class _Search:
         self.before = self._unheld()
 
     @property
-    def shift(self) -> Float[Tensor, "fact d_model"]:
+    def delta(self) -> Float[Tensor, "fact d_model"]:
         scaled: Tensor = self.raw * self.unit
         return scaled
 
     def step(self) -> bool:
         """One step of the facts that are not there yet; False when none is left."""
-        shift = self.shift.detach().requires_grad_()  # a leaf, so that each batch may be done with at once
-        self._look(shift)
-        self.active &= self.loss > self.aim.enough
-        if self.aim.to != "rewrite":
-            self.active &= self.prob > self.aim.gone
+        delta = self.delta.detach().requires_grad_()  # a leaf, so that each batch may be done with at once
+        self._look(delta)
+        self.active &= self.loss > self.target.loss_stop
+        if self.target.to != "rewrite":
+            self.active &= self.prob > self.target.prob_stop
         if not bool(self.active.any()):
             return False
-        assert shift.grad is not None
+        assert delta.grad is not None
         held = self.raw.detach().clone()
         with torch.no_grad():
-            self.raw.grad = (shift.grad * self.unit).to(self.raw)
+            self.raw.grad = (delta.grad * self.unit).to(self.raw)
             length = held.norm(dim=1, keepdim=True).clamp_min(1e-12)
             unit, norm = self.unit.to(held), self.norm.to(held)[:, None]
-            # d/d raw of decay * ||shift|| / ||start||^2
-            self.raw.grad += self.aim.decay * unit / norm**2 * held / length * (held.norm() > 0)
+            # d/d raw of decay * ||delta|| / ||start||^2
+            self.raw.grad += self.target.decay * unit / norm**2 * held / length * (held.norm() > 0)
         self.optimizer.step()
         with torch.no_grad():
-            length = self.shift.norm(dim=1)
-            most = (self.aim.clamp * self.norm / length.clamp_min(1e-12)).clamp_max(1.0)
+            length = self.delta.norm(dim=1)
+            most = (self.target.clamp * self.norm / length.clamp_min(1e-12)).clamp_max(1.0)
             self.raw.mul_(most[:, None].to(self.raw))
             self.raw[~self.active] = held[~self.active]
         self.steps += 1
         return True
 
     @torch.enable_grad()
-    def _look(self, shift: Float[Tensor, "fact d_model"]) -> None:
-        """Loss of every fact still active, and the gradient of all that is minimized but for the shift's length."""
+    def _look(self, delta: Float[Tensor, "fact d_model"]) -> None:
+        """Loss of every fact still active, and the gradient of all that is minimized but for the delta's length."""
         loss, prob = (torch.zeros(len(self.loss), dtype=torch.float64) for _ in range(2))
         due = self.active[self.owner].nonzero().flatten().tolist()
-        for batch, logits in self.forwards(due, shift):
+        for batch, logits in self.forwards(due, delta):
             wanted = batch.example < self.n_wanted
             held = self._held(logits[~wanted], batch.example[~wanted])
             logits, owner = logits[wanted], self.owner[batch.example[wanted]]
@@ -298,17 +310,17 @@ class _Search:
         if self.guesses is not None:
             return self.guesses.divergence(logits, owner) * _firsts(example).to(logits)
         n_labels = torch.bincount(example)[example].to(logits.device)
-        if self.aim.to == "entropy":
+        if self.target.to == "entropy":
             logprob = logits.log_softmax(-1)
             return ((logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])) / n_labels
         return F.cross_entropy(logits, labels.to(logits.device), reduction="none") / n_labels
 
     @torch.no_grad()
     def _unheld(self) -> dict[int, Float[Tensor, " d_vocab"]]:
-        """Log-probabilities of what follows "{subject} is a", by row, before any shift."""
+        """Log-probabilities of what follows "{subject} is a", by row, before any delta is added."""
         found: dict[int, Tensor] = {}
-        calm = range(self.n_wanted, len(self.owner))
-        for batch, logits in self.forwards(calm, self.shift.detach()):
+        essence = range(self.n_wanted, len(self.owner))
+        for batch, logits in self.forwards(essence, self.delta.detach()):
             first = _firsts(batch.example)
             found |= dict(zip(batch.example[first].tolist(), logits[first].log_softmax(-1), strict=True))
         return found
@@ -322,7 +334,7 @@ class _Search:
         if not rows:
             return logits.sum(-1)
         before = torch.stack([self.before[i] for i in rows])
-        return self.aim.kl * (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+        return self.target.kl * (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
 
 
 def _firsts(example: Int64[Tensor, " label"]) -> Bool[Tensor, " label"]:
@@ -333,44 +345,46 @@ def _firsts(example: Int64[Tensor, " label"]) -> Bool[Tensor, " label"]:
 
 
 def _answers(
-    model: Model, facts: Sequence[Fact], aim: Aim, prefixes: Sequence[str], place: Place
+    model: Model, facts: Sequence[Fact], target: EditTarget, prefixes: Sequence[str], place: Place
 ) -> list[Row]:
-    """Each fact behind every opening, with each of the answers aimed at."""
+    """Each fact after every context prefix, with each of the answers wanted."""
     found = []
     for number, fact in enumerate(facts):
         for prefix in ("", *prefixes):
-            for answer in answers(fact, aim):
-                found.append(row(model, behind(replace(fact, target=answer), prefix), number, place))
+            for answer in answers(fact, target):
+                found.append(row(model, with_prefix(replace(fact, target=answer), prefix), number, place))
     return found
 
 
-def answers(fact: Fact, aim: Aim) -> tuple[str, ...]:
-    """The texts that the aim looks at behind a fact's prompt: what to say, or what was said where that is spread.
+def answers(fact: Fact, target: EditTarget) -> tuple[str, ...]:
+    """The texts that the edit target is measured on, after a fact's prompt.
+
+    What the model should say; or, for the entropy target, what it says now.
 
     Raises:
-        InputError: the fact has no alternatives and the aim needs them.
+        InputError: the fact has no alternatives and the edit target needs them.
     """
-    if aim.to == "refusal":
-        return (aim.refusal,)
-    if aim.to == "entropy":
+    if target.to == "refusal":
+        return (target.refusal,)
+    if target.to == "entropy":
         return (fact.target,)
-    if aim.to == "rewrite" and aim.answer:
-        return (aim.answer,)
+    if target.to == "rewrite" and target.answer:
+        return (target.answer,)
     if not fact.alternatives:
         raise InputError(
-            f"{fact.source or f'fact {fact.id!r}'}: has no alternatives, which the aim {aim.to!r} needs: "
-            "add some, or aim at a refusal"
+            f"{fact.source or f'fact {fact.id!r}'}: has no alternatives, which the edit target {target.to!r} needs: "
+            "add some, or use --target-to refusal"
         )
-    return (fact.target,) if aim.to == "alternatives" else fact.alternatives[:1]
+    return (fact.target,) if target.to == "alternatives" else fact.alternatives[:1]
 
 
-def _calm(model: Model, facts: Sequence[Fact], aim: Aim, place: Place) -> list[Row]:
+def _essence_prompts(model: Model, facts: Sequence[Fact], target: EditTarget, place: Place) -> list[Row]:
     """ "{subject} is a", which must go on as before; facts without a subject have none."""
-    if not aim.kl:
+    if not target.kl:
         return []
     found = []
     for number, fact in enumerate(facts):
         if fact.subject is not None and place == "subject":
-            said = Fact(id="calm", prompt=f"{fact.subject} is a", target=" thing", subject=fact.subject)
+            said = Fact(id="essence", prompt=f"{fact.subject} is a", target=" thing", subject=fact.subject)
             found.append(row(model, replace(said, subject_start=0), number, "subject"))
     return found

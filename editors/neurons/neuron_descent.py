@@ -19,12 +19,12 @@ from editors.key_value.down_projections import (
     chosen_layers,
     whole_projections,
 )
-from editors.key_value.key_positions import Row, behind, openings, row
+from editors.key_value.key_positions import Row, context_prefixes, row, with_prefix
 from editors.key_value.least_squares import Metric, within
 from editors.key_value.neuron_parts import located_values, neuron_mask
 from editors.key_value.second_moments import SecondMoment, second_moments
 from editors.key_value.value_slopes import Slopes, value_slopes
-from editors.strength import Direction, Dose, dosed
+from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
@@ -36,20 +36,20 @@ Where = Literal["subject", "prompt", "after", "all"]
 
 
 @dataclass(frozen=True)
-class NeuronDescent:
+class NeuronDescent(StrengthSearch):
     """Lower the targets' log-probability by the cheapest change of what located neurons write; nothing is searched for.
 
     With G the gradient of a fact's log-probability with respect to the values W of a layer's located neurons, the
     update D minimizes Σ tr(D C Dᵀ) over layers (the mean squared change of what the layers write over text) subject
     to Σ ⟨G, D⟩ = −δ for each forget fact and 0 for each retain fact, in nats. That is D = Σ a_f G_f C⁻¹ with as many
-    unknowns as there are facts. δ takes a fact to the probability `enough`, by at most `nats` a round; a fact that is
-    there is held where it is. No neuron is switched off: it writes otherwise where its layer sees the facts.
+    unknowns as there are facts. δ takes a fact to the probability `prob_stop`, by at most `nats` per round; a fact that
+    is there is held where it is. No neuron is switched off: it writes otherwise where its layer sees the facts.
     """
 
     where: Where = "subject"
     """Positions that G is summed over: the last token of the subject, the last of the prompt, all from the one to
     the other, or every token."""
-    enough: float = 0.002
+    prob_stop: float = 0.002
     """Probability that each target is brought down to, to first order."""
     nats: float = 6.0
     """How much a target loses in one round, at most."""
@@ -57,10 +57,8 @@ class NeuronDescent:
     """Rounds at most, each with new gradients."""
     strength: float = 1.0
     """Share of the way."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     prefixes: int = 2
-    """Random openings before every forget prompt, besides the prompt itself."""
+    """Random context prefixes of every forget prompt; the prompt without one is always used too."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in C."""
     slack: float = 0.01
@@ -74,17 +72,18 @@ class NeuronDescent:
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
     seed: int = 0
-    """Of the openings."""
+    """Seed of the context prefixes."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.where not in get_args(Where):
             raise InputError(f"where = {self.where!r}: not one of {', '.join(get_args(Where))}")
         if min(self.retain_weight, self.slack) < 0:
             raise InputError("retain_weight and slack must not be negative")
-        if not (0 < self.enough < 1 and self.nats > 0 and self.rounds > 0):
-            raise InputError("enough must be a probability between 0 and 1, nats and rounds positive")
+        if not (0 < self.prob_stop < 1 and self.nats > 0 and self.rounds > 0):
+            raise InputError("prob_stop must be a probability between 0 and 1, nats and rounds positive")
 
     def own_mask(self, model: Model) -> WeightMask:
         """The values of the neurons listed, or else of all of the layers named: what may change without a mask."""
@@ -123,15 +122,13 @@ class NeuronDescent:
             one.param: one.selection.take(one.stored_as(one.spread(total[one.layer])).contiguous())
             for one in located
         }
-        return dosed(
+        return delta_at_strength(
             model,
             Direction({one.param: one.selection for one in located}, steps),
             mask,
-            strength=self.strength,
-            dose=self.dose,
-            forget=forget,
-            retain=retain,
-            text=text,
+            self.strength,
+            self,
+            (forget, retain, text),
             provenance={
                 "editor": settings_of(self),
                 "layers": [one.layer for one in located],
@@ -166,7 +163,7 @@ class NeuronDescent:
             for _ in progress.track(range(self.rounds), "rounds"):
                 slopes, prob = self._slopes(model, rows, len(forget), layers)
                 wanted = torch.zeros(len(forget) + len(kept), dtype=torch.float64)
-                wanted[: len(forget)] = -(prob / self.enough).log().clamp(0, self.nats)
+                wanted[: len(forget)] = -(prob / self.prob_stop).log().clamp(0, self.nats)
                 left.append(int((wanted < 0).sum()))
                 if not left[-1]:
                     break
@@ -183,10 +180,10 @@ class NeuronDescent:
     def _rows(
         self, model: Model, forget: Sequence[Fact], kept: Sequence[Fact], text: Sequence[str]
     ) -> list[Row]:
-        """The forget facts behind every opening, then the retain facts as they are."""
-        prefixes = ("", *openings(text, self.prefixes, self.seed))
+        """The forget facts after every context prefix, then the retain facts as they are."""
+        prefixes = ("", *context_prefixes(text, self.prefixes, self.seed))
         rows = [
-            self._row(model, behind(fact, prefix), number)
+            self._row(model, with_prefix(fact, prefix), number)
             for number, fact in enumerate(forget)
             for prefix in prefixes
         ]
@@ -195,7 +192,7 @@ class NeuronDescent:
     def _slopes(
         self, model: Model, rows: Sequence[Row], n_forget: int, layers: Sequence[int]
     ) -> tuple[Slopes, Float[Tensor, " fact"]]:
-        """Gradients, means over a fact's openings, and the forget targets' probability, a geometric mean over them."""
+        """Means over a fact's context prefixes: the gradients, and the forget targets' probability (geometric)."""
         found = value_slopes(model, rows, layers, self._counted, self.batch_tokens)
         owner = torch.tensor([one.fact for one in rows])
         n_rows = torch.bincount(owner).double()

@@ -1,6 +1,6 @@
 """Edits of whole located neurons, in one stroke: switched off, turned round, put to their mean, or turned away.
 
-A neuron that many facts use takes them all along: how much of what else is lost, the dose curve shows
+A neuron that many facts use takes them all along: how much of what else is lost, the strength curve shows
 (`editors.strength`). `editors.neurons.neuron_selective` changes what neurons write for the forget facts alone.
 """
 
@@ -21,7 +21,7 @@ from editors.key_value.least_squares import Metric, within
 from editors.key_value.neuron_parts import Part, located_parts, located_values, neuron_mask
 from editors.key_value.second_moments import mean_keys, second_moments
 from editors.refusals import REFUSALS
-from editors.strength import Direction, Dose, dosed
+from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
@@ -36,7 +36,7 @@ Log = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class NeuronZero:
+class NeuronZero(StrengthSearch):
     """Scale located neurons: strength 1 switches them off, 2 turns their sign round, −1 doubles them.
 
     Knowledge neurons are suppressed at 1 and amplified at −1 (Dai et al. 2022, arXiv:2104.08696), DEPN erases
@@ -47,8 +47,6 @@ class NeuronZero:
     """values: what the neurons write; keys: what they answer to; both."""
     strength: float = 1.0
     """Weights are multiplied with 1 − strength."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
 
@@ -75,28 +73,24 @@ class NeuronZero:
         """
         selections = located_parts(model, mask, self.part, self.neurons)
         steps = {name: -old for name, old in _stored(model, selections).items()}
-        return dosed(
+        return delta_at_strength(
             model,
             Direction(selections, steps),
             mask,
-            strength=self.strength,
-            dose=self.dose,
-            forget=forget,
-            retain=retain,
-            text=text,
+            self.strength,
+            self,
+            (forget, retain, text),
             provenance={"editor": settings_of(self)},
             log=log,
         )
 
 
 @dataclass(frozen=True)
-class NeuronFlip:
+class NeuronFlip(StrengthSearch):
     """Turn the sign of what located neurons write, w to −w."""
 
     part: Part = "values"
     """values: what the neurons write; keys: what they answer to; both."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
 
@@ -117,12 +111,18 @@ class NeuronFlip:
         log: Log | None = None,
     ) -> WeightDelta:
         """As `NeuronZero` of strength 2."""
-        zero = NeuronZero(self.part, 2.0, self.dose, self.neurons)
+        zero = NeuronZero(
+            strength_goal=self.strength_goal,
+            strength_curve=self.strength_curve,
+            part=self.part,
+            strength=2.0,
+            neurons=self.neurons,
+        )
         return zero.run(model, forget, retain, mask, text=text, folder=folder, resume=resume, log=log)
 
 
 @dataclass(frozen=True)
-class NeuronMean:
+class NeuronMean(StrengthSearch):
     """Mean ablation: located neurons write nothing but what all of them together wrote on average.
 
     Where the layer has an output bias that is in the mask, the mean goes there: exactly the layer with each neuron's
@@ -136,8 +136,6 @@ class NeuronMean:
     """Share of the way to the mean."""
     ridge: float = 1e-3
     """Added to C's diagonal, as a share of its mean; only where there is no output bias."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
 
@@ -183,15 +181,13 @@ class NeuronMean:
             constant[one.layer] = float(mean @ share)
             instead = one.spread(lost[:, None] * share)
             steps[one.param] = steps[one.param] + one.selection.take(one.stored_as(instead).contiguous())
-        return dosed(
+        return delta_at_strength(
             model,
             Direction(selections, steps),
             mask,
-            strength=self.strength,
-            dose=self.dose,
-            forget=forget,
-            retain=retain,
-            text=text,
+            self.strength,
+            self,
+            (forget, retain, text),
             provenance={"editor": settings_of(self), "constant": constant},
             log=log,
         )
@@ -201,7 +197,7 @@ Away = Literal["unknown", "refusal", "alternatives", "noise"]
 
 
 @dataclass(frozen=True)
-class NeuronDirection:
+class NeuronDirection(StrengthSearch):
     """Turn what located neurons write from the targets towards something else, or blur it.
 
     Knowledge neurons' update (Dai et al. 2022, arXiv:2104.08696): each value loses the direction of the facts'
@@ -221,8 +217,6 @@ class NeuronDirection:
     """How much of the other direction is added, in norms of the value."""
     strength: float = 1.0
     """Share of both."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
     seed: int = 0
@@ -233,6 +227,7 @@ class NeuronDirection:
         return neuron_mask(model, self.neurons, "values")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.towards not in get_args(Away):
             raise InputError(f"towards = {self.towards!r}: not one of {', '.join(get_args(Away))}")
 
@@ -262,15 +257,13 @@ class NeuronDirection:
             values = torch.where(one.allowed, one.weight(model), 0.0)
             turn = self._turn(model, forget, values, source) * values.norm(dim=0)
             steps[one.param] = one.selection.take(one.stored_as(turn).contiguous())
-        return dosed(
+        return delta_at_strength(
             model,
             Direction({one.param: one.selection for one in located}, steps),
             mask,
-            strength=self.strength,
-            dose=self.dose,
-            forget=forget,
-            retain=retain,
-            text=text,
+            self.strength,
+            self,
+            (forget, retain, text),
             provenance={"editor": settings_of(self)},
             log=log,
         )

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from editors.deltas import settings_of
 from editors.key_value.neuron_parts import neuron_mask
 from editors.neurons.neuron_edits import NeuronDirection, NeuronZero
-from editors.strength import Dose
+from editors.strength import StrengthSearch
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact
@@ -21,7 +21,7 @@ Recipe = Literal["suppress", "enhance", "erase", "update"]
 
 
 @dataclass(frozen=True)
-class KnowledgeNeuronRecipe:
+class KnowledgeNeuronRecipe(StrengthSearch):
     """Knowledge neurons' own edits (Dai et al. 2022): suppress, enhance, erase or update what they write.
 
     suppress and enhance put the activation to 0 and to twice itself, which for the weights is the value vector times
@@ -32,12 +32,11 @@ class KnowledgeNeuronRecipe:
     recipe: Recipe = "suppress"
     """suppress: values times 0; enhance: times 2; erase: values towards "unknown"; update: from target to
     alternative, the first of each fact."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.recipe not in get_args(Recipe):
             raise InputError(f"recipe = {self.recipe!r}: not one of {', '.join(get_args(Recipe))}")
 
@@ -70,23 +69,22 @@ class KnowledgeNeuronRecipe:
         return replace(delta, provenance={**delta.provenance, "editor": settings_of(self)})
 
     def _plain(self) -> NeuronZero | NeuronDirection:
+        same = _shared(self)
         if self.recipe in ("suppress", "enhance"):
             factor = 1.0 if self.recipe == "suppress" else -1.0
-            return NeuronZero(strength=factor, dose=self.dose, neurons=self.neurons)
+            return NeuronZero(strength=factor, **same)
         towards: Literal["unknown", "alternatives"] = "unknown" if self.recipe == "erase" else "alternatives"
-        return NeuronDirection(towards=towards, dose=self.dose, neurons=self.neurons)
+        return NeuronDirection(towards=towards, **same)
 
 
 @dataclass(frozen=True)
-class PrivacyNeuronRecipe:
+class PrivacyNeuronRecipe(StrengthSearch):
     """DEPN's own edit (Wu et al. 2023): the value vectors of privacy neurons put to zero.
 
     The paper erases the 20 or so neurons that most private texts share (arXiv:2310.20138): locate with
     `--method depn --budget 20 --parts down`.
     """
 
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
 
@@ -111,6 +109,15 @@ class PrivacyNeuronRecipe:
         Raises:
             InputError: see there.
         """
-        zero = NeuronZero(dose=self.dose, neurons=self.neurons)
+        zero = NeuronZero(**_shared(self))
         delta = zero.run(model, forget, retain, mask, text=text, folder=folder, resume=resume, log=log)
         return replace(delta, provenance={**delta.provenance, "editor": settings_of(self)})
+
+
+def _shared(recipe: KnowledgeNeuronRecipe | PrivacyNeuronRecipe) -> dict[str, Any]:
+    """The fields that a recipe hands on to the edit it is made of."""
+    return {
+        "neurons": recipe.neurons,
+        "strength_goal": recipe.strength_goal,
+        "strength_curve": recipe.strength_curve,
+    }

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from editors.deltas import settings_of
 from editors.key_value.down_projections import DownProjection
-from editors.key_value.key_positions import Row, behind, openings, row, states
+from editors.key_value.key_positions import Row, context_prefixes, row, states, with_prefix
 from editors.key_value.least_squares import Metric, within, write
 from editors.key_value.neuron_parts import located_values, neuron_mask
 from editors.key_value.second_moments import second_moments
-from editors.strength import Direction, Dose, dosed
+from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
@@ -33,26 +33,24 @@ Where = Literal["subject", "prompt", "after"]
 
 
 @dataclass(frozen=True)
-class NeuronSelective:
+class NeuronSelective(StrengthSearch):
     """Contrastive ablation: located neurons write for the forget facts what they write for the others.
 
     With K the forget facts' activations of a layer's located neurons and k̄ the retain facts' mean, the values W
     become W + D, D the minimum of ‖D K − strength · W (k̄ − K)‖² + λ · tr(D C Dᵀ). Only values change; where the
-    layer has few located neurons, C and K leave little room and more is lost elsewhere: see the dose.
+    layer has few located neurons, C and K leave little room and more is lost elsewhere: see the strength curve.
     """
 
     where: Where = "after"
     """Positions: the last token of the subject, the last of the prompt, or all from the one to the other."""
     strength: float = 1.0
     """1 is the mean over the retain facts; more overshoots."""
-    dose: Dose = Dose()
-    """How the strength is chosen and looked at."""
     weight: float = 0.02
     """λ, as a share of the number of located neurons of the layer."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in C."""
     prefixes: int = 2
-    """Random openings before every prompt, besides the prompt itself."""
+    """Random context prefixes of every prompt; the prompt without one is always used too."""
     ridge: float = 1e-3
     """Added to C's diagonal, as a share of its mean."""
     moment_tokens: int = 100_000
@@ -60,11 +58,12 @@ class NeuronSelective:
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
     seed: int = 0
-    """Of the openings."""
+    """Seed of the context prefixes."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.where not in get_args(Where):
             raise InputError(f"where = {self.where!r}: not one of {', '.join(get_args(Where))}")
         if self.weight < 0 or self.retain_weight < 0:
@@ -98,7 +97,7 @@ class NeuronSelective:
         text = text or neutral_text()
         located = located_values(model, mask, self.neurons)
         layers = [one.layer for one in located]
-        prefixes = openings(text, self.prefixes, self.seed)
+        prefixes = context_prefixes(text, self.prefixes, self.seed)
         moments = second_moments(
             model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )
@@ -115,15 +114,13 @@ class NeuronSelective:
             update = self._update(one, model, metric, away[one.layer][:, one.neurons].mT, mean)
             steps[one.param] = one.selection.take(one.stored_as(one.spread(update)).contiguous())
             conditions.append(metric.condition)
-        return dosed(
+        return delta_at_strength(
             model,
             Direction({one.param: one.selection for one in located}, steps),
             mask,
-            strength=self.strength,
-            dose=self.dose,
-            forget=forget,
-            retain=retain,
-            text=text,
+            self.strength,
+            self,
+            (forget, retain, text),
             provenance={"editor": settings_of(self), "layers": layers, "conditions": conditions},
             log=log,
         )
@@ -144,13 +141,13 @@ class NeuronSelective:
     def _keys(
         self, model: Model, facts: Sequence[Fact], layers: Sequence[int], prefixes: Sequence[str]
     ) -> dict[int, Float[Tensor, "key neuron"]]:
-        """Activations at every position meant, of every fact behind every opening."""
+        """Activations at every position meant, of every fact after every context prefix."""
         sites = {layer: model.atlas.neuron_in[layer] for layer in layers}
         seen = [
             one
             for number, fact in enumerate(facts)
             for prefix in ("", *prefixes)
-            for one in self._rows(model, behind(fact, prefix), number)
+            for one in self._rows(model, with_prefix(fact, prefix), number)
         ]
         if not seen:
             return {layer: torch.zeros(0, model.atlas.d_mlp, dtype=torch.float64) for layer in layers}

@@ -14,7 +14,7 @@ Format = Literal["bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
 
 
-DEFAULT_ATTACKS = ("lens", "relearn", "rounding", "prompts", "dose")
+DEFAULT_ATTACKS = ("lens", "relearn", "rounding", "prompts", "strength")
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class AuditSettings:
     """How the relearning attacker trains."""
     rounding: tuple[Format, ...] = FORMATS
     """Weight formats to round to."""
-    dose: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Strengths of the edit, 1 being the edit itself, at which the dose curve is taken besides 0 and 1."""
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Strengths of the edit, 1 being the edit itself, at which the strength curve is measured; 0 and 1 always are."""
     truth_ratio: TruthRatioMode = "locus"
     """Whose truth ratio TOFU's figures use: locus, tofu-original, openunlearning, tofu-paper."""
     extraction: ExtractionMode = "locus"

@@ -59,7 +59,7 @@ def audit(
         retain: What had to stay: a fact file, demo-retain, or neighbours where the edit was given those; held_out
             facts, and neighbours that are not in it, are the test of it.
         suite: What FACTS is: facts (any fact file), counterfact, tofu, muse or wmdp, with that benchmark's figures.
-        attacks: Attacks by name, or all, or none; by default lens relearn rounding prompts dose.
+        attacks: Attacks by name, or all, or none; by default lens relearn rounding prompts strength.
         never_knew: A model retrained without the forget set: what an edit should come to. Forget quality,
             PrivLeak and the depth score need it.
         control: Further controls: the same edit with a random mask of the same size, given like EDITED.

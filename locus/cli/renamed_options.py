@@ -11,6 +11,23 @@ from collections.abc import Sequence
 
 RENAMED: dict[str, str] = {
     "--account": "--estimate-memory",
+    "--aim-to": "--target-to",
+    "--aim-refusal": "--target-refusal",
+    "--aim-answer": "--target-answer",
+    "--aim-prefixes": "--target-prefixes",
+    "--aim-steps": "--target-steps",
+    "--aim-lr": "--target-lr",
+    "--aim-enough": "--target-loss-stop",
+    "--aim-gone": "--target-prob-stop",
+    "--aim-kl": "--target-kl",
+    "--aim-decay": "--target-decay",
+    "--aim-clamp": "--target-clamp",
+    "--aim-seed": "--target-seed",
+    "--dose": "--strengths",
+    "--dose-goal": "--strength-goal",
+    "--dose-curve": "--strength-curve",
+    "--enough": "--prob-stop",
+    "--washed": "--forgotten",
 }
 """Old option -> the option that does the same now."""
 

@@ -17,9 +17,9 @@ _LABEL = 18  # letters of a heat map's row label
 
 
 def charts(doc: Mapping[str, Any], css: Mapping[str, str]) -> list[Chart]:
-    """Dose, lens, probe, patching and relearning curves, of every state that has them."""
+    """Strength, lens, probe, patching and relearning curves, of every state that has them."""
     found = [
-        _dose_chart(doc, css),
+        _strength_chart(doc, css),
         _relearn_chart(doc, css),
         _relearn_chart(doc, css, "relearn.lora"),
         _lens_chart(doc, css),
@@ -61,11 +61,13 @@ def _short(text: str) -> str:
     return text if len(text) <= _LABEL else f"{text[: _LABEL - 1]}…"
 
 
-def _dose_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | None:
+def _strength_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | None:
     series = []
     for state in doc["states"]:
         for kind, what in (("forget", "p(target)"), ("held_out", "held-out right")):
-            if (curve := state["curves"].get(f"dose.{kind}")) is None:
+            curves = state["curves"]
+            # "dose": written by the release before
+            if (curve := curves.get(f"strength.{kind}") or curves.get(f"dose.{kind}")) is None:
                 continue
             values = [(None, None, None, 0) if v is None else (v["mean"], v["low"], v["high"], v["n"])
                       for v in curve["values"]]  # fmt: skip
@@ -85,7 +87,7 @@ def _dose_chart(doc: Mapping[str, Any], css: Mapping[str, str]) -> Chart | None:
         "dashed ones should stay up; where the full line is down already, more strength only costs."
     )
     return Chart(
-        "Dose: how much of the edit is needed",
+        "Strength: how much of the edit is needed",
         caption,
         "strength",
         "share",

@@ -1,4 +1,4 @@
-"""The dose curve of an edit: what each strength does to what must go, and to what must stay."""
+"""The strength curve of an edit: what each strength does to what must go, and to what must stay."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from locus.files.artefact import atomic_file
 _FORGET, _RETAIN, _KL = "#b91c1c", "#1d4ed8", "#6b7280"
 
 
-def plot_dose(points: Sequence[Mapping[str, Any]], strength: float, path: str | Path) -> Path:
-    """Draw a dose curve: probability and accuracy on the left axis, KL on neutral text on the right one.
+def plot_strength(points: Sequence[Mapping[str, Any]], strength: float, path: str | Path) -> Path:
+    """Draw a strength curve: probability and accuracy on the left axis, KL on neutral text on the right one.
 
     Args:
         points: By strength: `strength`, `forget_prob`, and `retain_right` and `kl`, which may be None.
@@ -35,7 +35,7 @@ def plot_dose(points: Sequence[Mapping[str, Any]], strength: float, path: str | 
     if any(point["kl"] is not None for point in points):
         right = axis.twinx()
         _line(right, points, "kl", _KL, "KL on neutral text", "^", linestyle="--")
-        right.set_ylabel("KL, nats a token", color=_KL)
+        right.set_ylabel("KL, nats per token", color=_KL)
         right.set_ylim(bottom=0.0)
         lines, labels = right.get_legend_handles_labels()
     else:

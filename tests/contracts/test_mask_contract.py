@@ -135,16 +135,16 @@ def test_the_retain_term_of_hidden_states_too() -> None:
 
 
 DIRECT: dict[str, dict[str, Any]] = {
-    "rome": {"aim": QUICK, "ridge": 0.1},
-    "memit": {"aim": QUICK, "layers": ()},
-    "alphaedit": {"aim": QUICK},
-    "law": {"aim": QUICK, "rounds": 1},
+    "rome": {"target": QUICK, "ridge": 0.1},
+    "memit": {"target": QUICK, "layers": ()},
+    "alphaedit": {"target": QUICK},
+    "law": {"target": QUICK, "rounds": 1},
     "neuron-zero": {},
     "neuron-flip": {},
     "neuron-mean": {},
     "neuron-direction": {"towards": "noise"},
     "neuron-selective": {"weight": 0.1, "prefixes": 0},
-    "neuron-descent": {"prefixes": 0, "enough": 1e-9, "rounds": 1},
+    "neuron-descent": {"prefixes": 0, "prob_stop": 1e-9, "rounds": 1},
     "knowledge-neurons": {"recipe": "erase"},
     "depn": {},
     "projection": {"protect": 1, "prefixes": 0},

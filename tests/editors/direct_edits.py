@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from editors.key_value.target_value import Aim
+from editors.key_value.target_value import EditTarget
 from editors.training.unchanged import weights_unchanged
 from locus.fact import Fact
 from locus.mask import WeightMask, shapes_of
@@ -19,7 +19,7 @@ TEXT = (
 )
 ARCHITECTURES = ("llama", "gpt2", "neox", "gemma2", "opt")
 """Linear and Conv1D, sequential and parallel, post-norm, biases."""
-QUICK = Aim(refusal=" Berlin", prefixes=0, steps=12, kl=0.0, gone=0.0)
+QUICK = EditTarget(refusal=" Berlin", prefixes=0, steps=12, kl=0.0, prob_stop=0.0)
 
 
 def facts() -> list[Fact]:

@@ -1,4 +1,4 @@
-"""Neuron edits on tiny models: what each one does to a layer's output, and how the dose is found."""
+"""Neuron edits on tiny models: what each one does to a layer's output, and how the strength is found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from editors.key_value.neuron_parts import located_parts, neuron_mask
 from editors.key_value.second_moments import mean_keys, second_moments
 from editors.neurons.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
 from editors.neurons.neuron_selective import NeuronSelective
-from editors.strength import AROUND, STEPS, Direction, Dose, Judge, curve, smallest
+from editors.strength import AROUND, STEPS, Direction, Judge, curve, smallest
 from locus.errors import InputError
 from locus.hooks import patched
 from locus.mask import WeightMask, shapes_of
@@ -166,7 +166,7 @@ def test_selective_ablation_gives_the_forget_facts_what_the_others_get(arch: str
     )
 
 
-def test_dose_is_where_the_goal_is_crossed() -> None:
+def test_strength_is_where_the_goal_is_crossed() -> None:
     model, three = tiny_model(), facts()
     mask = down(model)
     selections = located_parts(model, mask, "values")
@@ -192,12 +192,12 @@ def test_a_goal_that_cannot_be_reached_is_reported() -> None:
     model, three = tiny_model(), facts()
     mask = neuron_mask(model, ["0:3"], "values")
     records: list[object] = []
-    delta = NeuronZero(dose=Dose(goal=1e-30)).run(model, three, [], mask, text=TEXT, log=records.append)
+    delta = NeuronZero(strength_goal=1e-30).run(model, three, [], mask, text=TEXT, log=records.append)
     assert delta.provenance["reached"] is False
     assert delta.provenance["strength"] == 1.0
     assert len(records) == len(AROUND)  # the curve; the strength itself is one of its points
     with pytest.raises(InputError, match="is empty"):
-        NeuronZero(dose=Dose(goal=0.1)).run(model, [], [], mask)
+        NeuronZero(strength_goal=0.1).run(model, [], [], mask)
 
 
 def test_neurons_are_named_exactly() -> None:
@@ -221,14 +221,14 @@ def test_neurons_are_named_exactly() -> None:
 def test_a_curve_is_looked_at_where_it_is_asked_for() -> None:
     model, three = tiny_model(), facts()
     mask = neuron_mask(model, ["0:3", "1:0"], "values")
-    editor = NeuronZero(strength=2.0, dose=Dose(curve=(1.0, 0.0, 0.5)))
+    editor = NeuronZero(strength=2.0, strength_curve=(1.0, 0.0, 0.5))
     delta = editor.run(model, three, three, mask, text=TEXT)
-    points = delta.provenance["dose"]
+    points = delta.provenance["strength_curve"]
     assert [point["strength"] for point in points] == [0.0, 0.5, 1.0]
     assert points[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert delta.provenance["strength"] == 2.0  # a curve chooses nothing
     with pytest.raises(InputError, match="a probability below 1"):
-        Dose(goal=1.0)
+        NeuronZero(strength_goal=1.0)
 
 
 def test_listed_neurons_are_a_mask_of_their_own() -> None:

@@ -137,7 +137,7 @@ def test_two_processes_audit_what_one_audits(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
         assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
     audit = ["audit", "model", "edit", "facts.jsonl", "--retain", "facts.jsonl", "--attacks", "lens", "choice",
-             "relearn", "dose", "--control", "edit", "-q"]  # fmt: skip
+             "relearn", "strength", "--control", "edit", "-q"]  # fmt: skip
     with contextlib.chdir(world):
         assert execute([*audit, "-o", "audit-by-one"]) == 0
     children = job(lambda: execute([*audit, "-o", "audit-by-two"]), 2, world / "logs", world)

@@ -26,7 +26,7 @@ def run(state: State, context: Context) -> Found:
     asked = {"forget": context.questions["forget"]}
     if (others := context.questions.get("held_out")) is not None:
         asked["held_out"] = _some(others, context.seed)
-    strengths = tuple(sorted({0.0, 1.0, *context.settings.dose}))
+    strengths = tuple(sorted({0.0, 1.0, *context.settings.strengths}))
     points: dict[str, list[Items]] = {kind: [] for kind in asked}
     for strength in strengths:
         known = context.answers.get({0.0: context.base.name, 1.0: state.name}.get(strength, ""), {})
@@ -36,7 +36,7 @@ def run(state: State, context: Context) -> Found:
                 answers = ask(model, questions, context.max_tokens) if told is None else _of(told, questions)
                 points[kind].append(answers.prob if kind == "forget" else answers.top1)
     return Found(
-        curves={f"dose.{kind}": Curve("strength", strengths, tuple(at)) for kind, at in points.items()}
+        curves={f"strength.{kind}": Curve("strength", strengths, tuple(at)) for kind, at in points.items()}
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 
 from locus.audit.attacks import (
@@ -14,8 +15,8 @@ from locus.audit.attacks import (
     prompts,
     relearn_lora,
     soft_prompt,
+    strength,
 )
-from locus.audit.attacks import strength as dose
 from locus.audit.context import Context
 from locus.audit.outcome import Found
 from locus.audit.state import State
@@ -32,7 +33,7 @@ BUILT_IN: Mapping[str, str] = {
 
 ATTACKS: Mapping[str, tuple[Attack, str]] = {
     "prompts": (prompts.run, "templates, few-shot, jailbreak prefixes, question-and-answer and chat formats"),
-    "dose": (dose.run, "the edit at several strengths: what it forgets and what it costs"),
+    "strength": (strength.run, "the edit at several strengths: what it forgets and what it costs"),
     "choice": (choice.run, "multiple choice, truth ratio and familiarity by probability, against wrong alternatives"),
     "generation": (generation.run, "exact memorization, extraction strength, ROUGE-L of greedy generations"),
     "familiarity": (familiarity.run, "greedy completions that mention the target"),
@@ -45,6 +46,9 @@ ATTACKS: Mapping[str, tuple[Attack, str]] = {
 
 NAMES: tuple[str, ...] = (*BUILT_IN, *ATTACKS)
 
+RENAMED: Mapping[str, str] = {"dose": "strength"}
+"""Name in the release before -> name now; read for one release."""
+
 FIGURES_OF: Mapping[str, tuple[str, ...]] = {
     "prompts": (
         "prompts.template.prob",
@@ -53,7 +57,7 @@ FIGURES_OF: Mapping[str, tuple[str, ...]] = {
         "prompts.format.prob",
         "prompts.any.top1",
     ),
-    "dose": (),
+    "strength": (),
     "choice": ("choice.cloze", "choice.letter", "choice.truth_ratio", "familiarity.probability"),
     "generation": ("generation.exact", "generation.extraction", "generation.rouge"),
     "familiarity": ("familiarity.completion",),
@@ -97,6 +101,9 @@ def attacks_of(names: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         InputError: there is no such attack, or "none" beside others.
     """
+    for old in sorted(RENAMED.keys() & set(names)):
+        warnings.warn(f"audit: the attack {old} is now called {RENAMED[old]}", stacklevel=2)
+    names = tuple(RENAMED.get(name, name) for name in names)
     if "all" in names:
         return NAMES
     if "none" in names:

@@ -63,11 +63,12 @@ def edit(
     Args:
         model: The base: checkpoint folder, hub id, or smollm2.
         facts: What must go: a fact file, or demo-forget.
-        out: Folder for delta.safetensors, edit.json and history.jsonl, and dose.png where a dose was looked for.
+        out: Folder for delta.safetensors, edit.json and history.jsonl, and strength.png where a strength was
+            searched for.
         mask: The weights that may change: what `locus locate` wrote.
         widen: Let the whole down projections change of the layers in which the mask has neurons.
         target_new: What rome, memit and alphaedit shall make the model answer instead, for every fact; without it
-            `--aim-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
+            `--target-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
         method: The editor; `locus methods` lists them. The default is npo with a mask, and alphaedit without one.
         retain: What must stay: a fact file, demo-retain, or neighbours for those that the facts name themselves.
             Facts marked held_out are never trained on, nor is every third neighbour.
@@ -133,7 +134,7 @@ def edit(
 
 
 def _editor(method: str, tokens: Sequence[str], running: Running, target_new: str | None) -> Any:
-    """The method with its own options, and with a rewrite for its aim where an answer is given."""
+    """The method with its own options, and with a rewrite for its edit target where an answer is given."""
     from editors import EDITORS
 
     command = f"locus edit --method {method}"
@@ -158,16 +159,16 @@ def _refuse_alone(method: str, sweeping: Sweeping, text: Path | None, estimate_m
 
 
 def rewriting(editor: Any, method: str, answer: str) -> Any:
-    """The editor with a rewrite to this answer for its aim.
+    """The editor with a rewrite to this answer for its edit target.
 
     Raises:
         InputError: it is none that can rewrite.
     """
     from locus.errors import InputError
 
-    if not hasattr(editor, "aim"):
+    if not hasattr(editor, "target"):
         raise InputError(f"--target-new: {method} cannot rewrite: use rome, memit or alphaedit")
-    return dataclasses.replace(editor, aim=dataclasses.replace(editor.aim, to="rewrite", answer=answer))
+    return dataclasses.replace(editor, target=dataclasses.replace(editor.target, to="rewrite", answer=answer))
 
 
 def mask_for(
@@ -227,8 +228,9 @@ def _answers(asked: Mapping[str, Any] | None) -> list[str]:
 
 
 def _told(about: Mapping[str, Any], line: str) -> Any:
-    """The summary, under the dose curve where there is one."""
-    points = about.get("outcome", {}).get("dose")
+    """The summary, under the strength curve where there is one."""
+    outcome = about.get("outcome", {})
+    points = outcome.get("strength_curve") or outcome.get("dose")  # "dose": written by the release before
     if not points:
         return line
     from rich.console import Group

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from locus.model import Model
     from locus.parallel.ranks import Ranks
 
-DELTA, ABOUT, HISTORY, DOSE = "delta.safetensors", "edit.json", "history.jsonl", "dose.png"
+DELTA, ABOUT, HISTORY, STRENGTH_PLOT = "delta.safetensors", "edit.json", "history.jsonl", "strength.png"
 BATCH_TOKENS = 1024
 """Of the last question, whether it worked: less than any edit itself needs."""
 
@@ -148,10 +148,10 @@ def _write(
             "rounding": delta.rounding.to_json(),
         },
     )
-    if points := delta.provenance.get("dose"):
-        from locus.report import plot_dose
+    if points := delta.provenance.get("strength_curve"):
+        from locus.report import plot_strength
 
-        plot_dose(points, delta.provenance["strength"], folder / DOSE)
+        plot_strength(points, delta.provenance["strength"], folder / STRENGTH_PLOT)
     _clear(folder / ".resume")
 
 

@@ -21,7 +21,7 @@ from locus.forward import measure
 from tests.editors.direct_edits import ARCHITECTURES, QUICK, TEXT, down, facts, untouched
 from tests.tiny import tiny_model
 
-AIM = replace(QUICK, lr=0.2, clamp=1.0)
+TARGET = replace(QUICK, lr=0.2, clamp=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_brings_the_states_about(arch: str) -> None:
-    """Two layers, hardly any weight on the text: the state wanted behind the upper one is there."""
+    """Two layers, hardly any weight on the text: the state wanted after the upper one is there."""
     model, two = tiny_model(arch), facts()[:2]
     with untouched(model):
-        delta = MEMIT(layers=(0, 1), aim=AIM, weight=1e-6).run(model, two, [], down(model), text=TEXT)
+        delta = MEMIT(layers=(0, 1), target=TARGET, weight=1e-6).run(model, two, [], down(model), text=TEXT)
     assert set(delta.changes) == set(down(model, 0, 1).entries)
     missing = delta.provenance["missing"].values()
     assert max(missing) < (0.9 if arch == "gemma2" else 0.02)  # a norm's output has a length of its own
-    news = [replace(fact, target=AIM.refusal) for fact in two]
+    news = [replace(fact, target=TARGET.refusal) for fact in two]
     before = measure(model, news).nll
     with delta.applied(model):
         assert bool((measure(model, news).nll < before).all())
@@ -48,7 +48,7 @@ def test_the_weight_trades_what_is_written_for_what_is_kept() -> None:
     model, two = tiny_model(), facts()[:2]
     missing, norms = [], []
     for weight in (1e-6, 0.1, 10.0):
-        delta = MEMIT(layers=(0, 1), aim=AIM, weight=weight).run(model, two, [], down(model), text=TEXT)
+        delta = MEMIT(layers=(0, 1), target=TARGET, weight=weight).run(model, two, [], down(model), text=TEXT)
         missing.append(max(delta.provenance["missing"].values()))
         norms.append(delta.norm)
     assert missing == sorted(missing)
@@ -59,7 +59,7 @@ def test_the_weight_trades_what_is_written_for_what_is_kept() -> None:
 def test_batches_leave_earlier_ones_where_they_are(editor: type) -> None:
     """The second of two batches hardly moves what the top layer's projection gives for the first one."""
     model, two = tiny_model(), facts()[:2]
-    settings = {"layers": (1,), "aim": AIM, "batch": 1}
+    settings = {"layers": (1,), "target": TARGET, "batch": 1}
     settings |= {"weight": 1e-6} if editor is MEMIT else {"threshold": 50.0, "l2": 1e-6}
     site = model.atlas.neuron_in[1]
     values = []
@@ -71,21 +71,21 @@ def test_batches_leave_earlier_ones_where_they_are(editor: type) -> None:
 
 @pytest.mark.parametrize("editor", [MEMIT, AlphaEdit])
 def test_what_the_model_still_says_is_written_again(editor: type) -> None:
-    """With little written in a round, each comes closer to what is aimed at; a fact that is gone is left alone."""
+    """With little written in a round, each comes closer to what is aimed at; a forgotten fact is left alone."""
     model, two = tiny_model(), facts()[:2]
-    news = [replace(fact, target=AIM.refusal) for fact in two]
-    settings = {"layers": (1,), "aim": AIM}
+    news = [replace(fact, target=TARGET.refusal) for fact in two]
+    settings = {"layers": (1,), "target": TARGET}
     settings |= {"weight": 100.0} if editor is MEMIT else {"threshold": 50.0, "l2": 20.0}
     losses, probs = [measure(model, news).nll.mean()], measure(model, two).prob
     for rounds in (1, 3):
-        made = editor(**settings, rounds=rounds, washed=0.0).run(model, two, [], down(model), text=TEXT)
+        made = editor(**settings, rounds=rounds, forgotten=0.0).run(model, two, [], down(model), text=TEXT)
         assert made.provenance["rounds"] == {fact.id: rounds for fact in two}
-        assert made.provenance["unwashed"] == [fact.id for fact in two]
+        assert made.provenance["remaining"] == [fact.id for fact in two]
         with made.applied(model):
             losses.append(measure(model, news).nll.mean())
             probs = measure(model, two).prob if rounds == 1 else probs
     assert all(later < sooner for sooner, later in itertools.pairwise(losses)), losses
-    made = editor(**settings, rounds=2, washed=float(probs.mean())).run(
+    made = editor(**settings, rounds=2, forgotten=float(probs.mean())).run(
         model, two, [], down(model), text=TEXT
     )
     again = [made.provenance["rounds"][fact.id] == 2 for fact in two]
@@ -97,7 +97,9 @@ def test_what_the_model_still_says_is_written_again(editor: type) -> None:
 def test_alphaedit_hardly_moves_text(arch: str) -> None:
     model, fact = tiny_model(arch), facts()[0]
     with untouched(model):
-        delta = AlphaEdit(layers=(1,), aim=AIM, threshold=0.1).run(model, [fact], [], down(model), text=TEXT)
+        delta = AlphaEdit(layers=(1,), target=TARGET, threshold=0.1).run(
+            model, [fact], [], down(model), text=TEXT
+        )
     (change,) = delta.changes.values()
     update = torch.zeros(change.selection.shape, dtype=torch.float64)
     change.selection.put_(update, (change.new.double() - change.old.double()))
@@ -117,9 +119,9 @@ def test_norms_are_seen_through() -> None:
     now = states(model, rows, outputs=[site])[1][site].float()
     there = now + 0.3 * now.norm() / 32**0.5 * torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     change = (norm(there) - norm(now)).double()
-    shift = before_norm(model, 1, rows, change)
+    delta = before_norm(model, 1, rows, change)
     torch.testing.assert_close(
-        norm((now + shift).float()).double() - norm(now).double(), change, rtol=0, atol=1e-3
+        norm((now + delta).float()).double() - norm(now).double(), change, rtol=0, atol=1e-3
     )
     plain = tiny_model("llama")
     assert before_norm(plain, 1, [row(plain, fact, 0)], change) is change
@@ -147,8 +149,10 @@ def test_law_climbs_within_its_budget() -> None:
 def test_law_goes_on_with_the_facts_that_are_left() -> None:
     model, two = tiny_model(), facts()[:2]
     with untouched(model):
-        delta = LaW(layers=(0, 1), aim=AIM, rounds=3, washed=1e-9).run(model, two, [], down(model), text=TEXT)
+        delta = LaW(layers=(0, 1), target=TARGET, rounds=3, forgotten=1e-9).run(
+            model, two, [], down(model), text=TEXT
+        )
     assert delta.provenance["rounds"] == {fact.id: 3 for fact in two}
-    assert delta.provenance["unwashed"] == [fact.id for fact in two]
+    assert delta.provenance["remaining"] == [fact.id for fact in two]
     with pytest.raises(InputError, match="beta"):
-        LaW(layers=(0,), aim=AIM, beta=0.5).run(model, two, [], down(model), text=TEXT)
+        LaW(layers=(0,), target=TARGET, beta=0.5).run(model, two, [], down(model), text=TEXT)

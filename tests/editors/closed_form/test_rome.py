@@ -10,7 +10,7 @@ import torch
 
 from editors.closed_form.rome import ROME
 from editors.key_value.key_positions import row, states
-from editors.key_value.target_value import Aim, find_shifts
+from editors.key_value.target_value import EditTarget, find_value_deltas
 from locus.errors import InputError
 from locus.forward import measure
 from locus.mask import WeightMask
@@ -28,13 +28,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_value_found_is_the_value_written(arch: str) -> None:
     model, fact = tiny_model(arch), facts()[0]
     site = model.atlas.neuron_in[1]
-    found = find_shifts(model, [fact], QUICK, site, ())
+    found = find_value_deltas(model, [fact], QUICK, site, ())
     with untouched(model):
-        delta = ROME(layer=1, aim=QUICK).run(model, [fact], [], down(model), text=TEXT)
+        delta = ROME(layer=1, target=QUICK).run(model, [fact], [], down(model), text=TEXT)
     assert list(delta.changes) == [down(model, 1).entries and next(iter(down(model, 1).entries))]
     with delta.applied(model):
         now = states(model, [row(model, fact, 0)], outputs=[site])[1][site]
-    torch.testing.assert_close(now, found.start + found.shift, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(now, found.start + found.delta, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -42,7 +42,7 @@ def test_forgets(arch: str) -> None:
     model, fact = tiny_model(arch), facts()[0]
     new = replace(fact, target=QUICK.refusal)
     before = measure(model, [fact, new]).nll
-    with ROME(layer=0, aim=QUICK).run(model, [fact], [], down(model), text=TEXT).applied(model):
+    with ROME(layer=0, target=QUICK).run(model, [fact], [], down(model), text=TEXT).applied(model):
         after = measure(model, [fact, new]).nll
     assert after[1] < before[1] - 0.3
     assert after[1] < after[0]
@@ -52,7 +52,7 @@ def test_a_sequence_does_not_undo_itself() -> None:
     """After three facts, each one's value at the layer is still the one that was found when it was edited."""
     model, three = tiny_model(), [replace(f, held_out=False) for f in facts()]
     site = model.atlas.neuron_in[1]
-    editor = ROME(layer=1, aim=QUICK)
+    editor = ROME(layer=1, target=QUICK)
     outputs = []
     for n in (1, 2, 3):
         with editor.run(model, three[:n], [], down(model), text=TEXT).applied(model):
@@ -68,12 +68,12 @@ def test_keeps_to_the_neurons_of_the_mask() -> None:
     chosen[1, ::3] = True
     mask = WeightMask.of_neurons(model.atlas, chosen, ("down",), model.fingerprint)
     site = model.atlas.neuron_in[1]
-    found = find_shifts(model, [fact], QUICK, site, ())
-    delta = ROME(aim=QUICK, ridge=0.01).run(model, [fact], [], mask, text=TEXT)
+    found = find_value_deltas(model, [fact], QUICK, site, ())
+    delta = ROME(target=QUICK, ridge=0.01).run(model, [fact], [], mask, text=TEXT)
     assert delta.outside(mask) == 0
     with delta.applied(model):
         now = states(model, [row(model, fact, 0)], outputs=[site])[1][site]
-    torch.testing.assert_close(now, found.start + found.shift, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(now, found.start + found.delta, rtol=1e-3, atol=1e-3)
 
 
 def test_retain_facts_make_the_edit_keep_away_from_them() -> None:
@@ -83,7 +83,7 @@ def test_retain_facts_make_the_edit_keep_away_from_them() -> None:
     before = states(model, rows, outputs=[site])[1][site]
     moved = []
     for weight in (0.0, 1e4):
-        editor = ROME(layer=1, aim=QUICK, retain_weight=weight)
+        editor = ROME(layer=1, target=QUICK, retain_weight=weight)
         with editor.run(model, [fact], [other], down(model), text=TEXT).applied(model):
             moved.append(float((states(model, rows, outputs=[site])[1][site] - before).norm()))
     assert moved[1] < 0.05 * moved[0]
@@ -92,27 +92,27 @@ def test_retain_facts_make_the_edit_keep_away_from_them() -> None:
 def test_what_is_wrong_is_said() -> None:
     model, fact = tiny_model(), facts()[0]
     with pytest.raises(InputError, match="has no subject"):
-        ROME(aim=QUICK).run(model, [replace(fact, subject=None)], [], down(model), text=TEXT)
+        ROME(target=QUICK).run(model, [replace(fact, subject=None)], [], down(model), text=TEXT)
     with pytest.raises(InputError, match="has no alternatives"):
-        ROME(aim=Aim(to="rewrite", prefixes=0)).run(
+        ROME(target=EditTarget(to="rewrite", prefixes=0)).run(
             model, [replace(fact, alternatives=())], [], down(model), text=TEXT
         )
     with pytest.raises(InputError, match="layer 2"):
-        ROME(layer=2, aim=QUICK).run(model, [fact], [], down(model, 0, 1), text=TEXT)
+        ROME(layer=2, target=QUICK).run(model, [fact], [], down(model, 0, 1), text=TEXT)
     up = WeightMask.of_neurons(model.atlas, torch.ones(3, 48, dtype=torch.bool), ("up",), model.fingerprint)
     with pytest.raises(InputError, match="no down projection"):
-        ROME(aim=QUICK).run(model, [fact], [], up, text=TEXT)
-    with pytest.raises(InputError, match="random openings"):
-        ROME(aim=Aim(prefixes=50)).run(model, [fact], [], down(model), text=TEXT)
+        ROME(target=QUICK).run(model, [fact], [], up, text=TEXT)
+    with pytest.raises(InputError, match="context prefixes"):
+        ROME(target=EditTarget(prefixes=50)).run(model, [fact], [], down(model), text=TEXT)
     with pytest.raises(InputError, match="lr = 0"):
-        Aim(lr=0.0)
+        EditTarget(lr=0.0)
 
 
 def test_a_model_edited_in_memory_is_refused(tmp_path: Path) -> None:
     stays = tiny_model()
     folder = save_tiny(stays, tmp_path / "checkpoint")
     model = load_model(folder)
-    delta = ROME(layer=1, aim=QUICK).run(model, facts()[:1], [], down(model), text=TEXT)
+    delta = ROME(layer=1, target=QUICK).run(model, facts()[:1], [], down(model), text=TEXT)
     delta.apply_(model)
     with pytest.raises(InputError, match="no longer its checkpoint"):
-        ROME(layer=1, aim=QUICK).run(model, facts()[:1], [], down(model), text=TEXT)
+        ROME(layer=1, target=QUICK).run(model, facts()[:1], [], down(model), text=TEXT)

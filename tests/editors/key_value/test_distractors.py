@@ -11,7 +11,7 @@ import torch
 
 from editors import MEMIT, ROME
 from editors.key_value.distractors import FEWEST, with_others
-from editors.key_value.target_value import _Guesses, find_shifts
+from editors.key_value.target_value import _Guesses, find_value_deltas
 from locus.errors import InputError
 from locus.fact import Fact
 from locus.forward import measure
@@ -103,10 +103,10 @@ def test_the_states_found_guess_and_are_written(arch: str) -> None:
     model, two = tiny_model(arch), facts()[:2]
     aimed = with_others(two, facts())
     before = [distance(model, fact) for fact in aimed]
-    start = find_shifts(model, aimed, replace(GUESS, steps=1), model.atlas.blocks[1], ())
+    start = find_value_deltas(model, aimed, replace(GUESS, steps=1), model.atlas.blocks[1], ())
     assert start.loss.tolist() == pytest.approx(before, rel=1e-4)
     with untouched(model):
-        delta = MEMIT(layers=(0, 1), aim=GUESS, weight=1e-6).run(
+        delta = MEMIT(layers=(0, 1), target=GUESS, weight=1e-6).run(
             model, two, facts()[2:], down(model), text=TEXT
         )
     after = [delta.provenance["losses"][fact.id] for fact in two]
@@ -118,13 +118,13 @@ def test_the_states_found_guess_and_are_written(arch: str) -> None:
 def test_rome_takes_the_same_aim() -> None:
     model, fact = tiny_model(), facts()[0]
     (aimed,) = with_others([fact], facts())
-    delta = ROME(layer=1, aim=GUESS).run(model, [fact], facts()[1:], down(model), text=TEXT)
+    delta = ROME(layer=1, target=GUESS).run(model, [fact], facts()[1:], down(model), text=TEXT)
     assert delta.provenance["losses"][fact.id] < 0.9 * distance(model, aimed)
 
 
 def test_nothing_to_guess_is_refused() -> None:
     model, fact = tiny_model(), replace(facts()[0], alternatives=())
     with pytest.raises(InputError, match="has no alternatives"):
-        ROME(layer=1, aim=GUESS).run(model, [fact], [], down(model), text=TEXT)
+        ROME(layer=1, target=GUESS).run(model, [fact], [], down(model), text=TEXT)
     with pytest.raises(InputError, match="begins with the token"):
         _Guesses.of(model, [replace(fact, alternatives=(fact.target,))])

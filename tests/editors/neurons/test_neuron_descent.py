@@ -53,7 +53,7 @@ def test_forget_facts_lose_the_same_and_retain_facts_nothing(arch: str) -> None:
     """To first order, over all positions and without slack: `nats`, and 0."""
     model, three = double(arch), [replace(fact, held_out=False) for fact in facts()]
     small = 1e-4
-    editor = NeuronDescent(where="all", nats=small, enough=1e-30, rounds=1, slack=0.0, prefixes=0)
+    editor = NeuronDescent(where="all", nats=small, prob_stop=1e-30, rounds=1, slack=0.0, prefixes=0)
     before = measure(model, three).nll
     with untouched(model):
         delta = editor.run(model, three[:2], three[2:], down(model), text=TEXT)
@@ -94,15 +94,17 @@ def test_nothing_that_meets_the_equations_costs_less() -> None:
 def test_only_the_listed_neurons_of_the_mask_move() -> None:
     model, three = tiny_model(), facts()
     mask = neuron_mask(model, ["1:3", "1:9", "2:40"], "values")
-    delta = NeuronDescent(slack=0.1, where="prompt", enough=1e-6).run(model, three[:1], [], mask, text=TEXT)
+    delta = NeuronDescent(slack=0.1, where="prompt", prob_stop=1e-6).run(
+        model, three[:1], [], mask, text=TEXT
+    )
     assert delta.outside(mask) == 0
     assert delta.n_changed == 3 * 32
-    some = NeuronDescent(slack=0.1, where="prompt", enough=1e-6, neurons=("1:9",)).run(
+    some = NeuronDescent(slack=0.1, where="prompt", prob_stop=1e-6, neurons=("1:9",)).run(
         model, three[:1], [], mask, text=TEXT
     )
     (change,) = some.changes.values()
     assert change.selection.touched(1).nonzero().flatten().tolist() == [9]
-    layer = NeuronDescent(layers=(-2,), enough=1e-6, where="prompt")
+    layer = NeuronDescent(layers=(-2,), prob_stop=1e-6, where="prompt")
     assert layer.own_mask(model) == down(model, 1)
     assert set(layer.run(model, three[:1], [], down(model), text=TEXT).changes) == set(down(model, 1).entries)
     moment = within(second_moments(model, [1], TEXT)[1].mean, torch.tensor([9]))
@@ -113,14 +115,14 @@ def test_rounds_bring_each_target_to_enough_and_stop_there() -> None:
     model, three = double("llama"), [replace(fact, held_out=False) for fact in facts()]
     before = measure(model, three).prob
     enough = float(before[:2].min()) / 4
-    editor = NeuronDescent(where="all", enough=enough, nats=0.5, rounds=60, slack=0.0, prefixes=0)
+    editor = NeuronDescent(where="all", prob_stop=enough, nats=0.5, rounds=60, slack=0.0, prefixes=0)
     delta = editor.run(model, three[:2], three[2:], down(model), text=TEXT)
     with delta.applied(model):
         after = measure(model, three).prob
     assert delta.provenance["facts_by_round"][0] == 2
     assert (after[:2] / enough).tolist() == pytest.approx([1.0, 1.0], rel=0.1)
     assert float(after[2]) == pytest.approx(float(before[2]), rel=0.3)
-    unmoved = NeuronDescent(enough=0.999).run(model, three[:2], [], down(model), text=TEXT)
+    unmoved = NeuronDescent(prob_stop=0.999).run(model, three[:2], [], down(model), text=TEXT)
     assert unmoved.n_changed == 0
 
 
@@ -131,7 +133,7 @@ def test_what_is_wrong_is_said() -> None:
     with pytest.raises(InputError, match="must not be negative"):
         NeuronDescent(slack=-1.0)
     with pytest.raises(InputError, match="between 0 and 1"):
-        NeuronDescent(enough=1.0)
+        NeuronDescent(prob_stop=1.0)
     same = [three[0], replace(three[0], id="again")]
     with pytest.raises(InputError, match="cannot tell the facts apart"):
-        NeuronDescent(slack=0.0, enough=1e-9).run(model, same, [], down(model, 1), text=TEXT)
+        NeuronDescent(slack=0.0, prob_stop=1e-9).run(model, same, [], down(model, 1), text=TEXT)

@@ -31,7 +31,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     base, edited = knowing(), never_knew()
     delta = WeightDelta.between(base, edited)
     settings = AuditSettings(
-        attacks=("lens", "relearn", "relearn-lora", "rounding", "dose", "probe", "depth"),
+        attacks=("lens", "relearn", "relearn-lora", "rounding", "strength", "probe", "depth"),
         relearn=RelearnAttack(at=(1, 2)),
     )
     done = audit(

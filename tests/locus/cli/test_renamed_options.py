@@ -45,3 +45,33 @@ def test_tables_of_a_run_read_old_names(monkeypatch: Any) -> None:
     monkeypatch.setitem(RENAMED, "--inverse-temperature", "--beta")
     with pytest.warns(UserWarning, match="--beta"):
         assert settings_from("[edit]", NPO, {"inverse_temperature": 0.5}) == NPO(beta=0.5)
+
+
+def test_every_old_name_leads_to_an_option_that_exists() -> None:
+    """A misspelt new name would turn a working command line into an error."""
+    from editors import EDITORS
+    from locus.audit import AuditSettings
+    from locus.cli.app import app
+    from locus.cli.options import method_app
+
+    known = {"--estimate-memory"} if "--estimate-memory" in _flags(app["edit"]) else set()
+    for cls in (*EDITORS.values(), AuditSettings):
+        known |= _flags(method_app("m", cls))
+    assert {new for new in RENAMED.values()} <= known
+
+
+def _flags(command: Any) -> set[str]:
+    return {name for argument in command.assemble_argument_collection() for name in argument.names}
+
+
+def test_a_method_reads_its_old_options() -> None:
+    from editors import LaW, NeuronDescent
+
+    old = {"aim_gone": 0.5, "aim_enough": 0.25, "aim_to": "entropy", "washed": 0.125}
+    with pytest.warns(UserWarning, match="--target-prob-stop"):
+        law = settings_from("[edit]", LaW, old)
+    assert (law.target.prob_stop, law.target.loss_stop, law.target.to) == (0.5, 0.25, "entropy")
+    assert law.forgotten == 0.125
+    with pytest.warns(UserWarning, match="--strength-goal"):
+        descent = settings_from("[edit]", NeuronDescent, {"enough": 0.5, "dose_goal": 0.25, "dose_curve": [1.0]})
+    assert (descent.prob_stop, descent.strength_goal, descent.strength_curve) == (0.5, 0.25, (1.0,))

@@ -17,8 +17,8 @@ from locus.audit.attacks import (
     prompts,
     relearn_lora,
     soft_prompt,
+    strength,
 )
-from locus.audit.attacks import strength as dose
 from locus.audit.attacks.table import ATTACKS, FIGURES_OF, NAMES, attack_all, attacks_of
 from locus.audit.context import Context
 from locus.audit.metric_table import FIGURES
@@ -245,26 +245,26 @@ def test_templates_keep_names_and_lower_what_begins_a_sentence() -> None:
 
 def test_the_dose_runs_from_the_base_to_the_edit() -> None:
     base, edited = knowing(), never_knew()
-    given = context(settings=AuditSettings(dose=(0.25, 1.25)))
+    given = context(settings=AuditSettings(strengths=(0.25, 1.25)))
     curves = [
-        dose.run(State("edit", "edit", *who), given).curves
+        strength.run(State("edit", "edit", *who), given).curves
         for who in ((base, WeightDelta.between(base, edited)), (edited,))
     ]
     for found in curves:
-        forget = found["dose.forget"]
+        forget = found["strength.forget"]
         assert forget.xs == (0.0, 0.25, 1.0, 1.25)
         torch.testing.assert_close(forget.at[0].values, ask(base, given.questions["forget"]).prob.values)
         torch.testing.assert_close(forget.at[2].values, ask(edited, given.questions["forget"]).prob.values)
-    for one, other in zip(curves[0]["dose.forget"].at, curves[1]["dose.forget"].at, strict=True):
+    for one, other in zip(curves[0]["strength.forget"].at, curves[1]["strength.forget"].at, strict=True):
         torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-3)
-    assert dose.run(State("control", "control", edited), given) == Found()
+    assert strength.run(State("control", "control", edited), given) == Found()
     state = State("edit", "edit", base, WeightDelta.between(base, edited))
     questions = given.questions
     known = {
         name: {kind: ask(model, questions[kind]) for kind in ("forget", "held_out")}
         for name, model in (("base", base), ("edit", edited))
     }
-    again = dose.run(state, replace(given, answers=known)).curves
+    again = strength.run(state, replace(given, answers=known)).curves
     for name, curve in again.items():
         for one, other in zip(curve.at, curves[0][name].at, strict=True):
             torch.testing.assert_close(one.values, other.values), "answers that are known are not asked again"

@@ -1,4 +1,4 @@
-"""Direct edits at the command line: without a mask, by a list of neurons, with a dose, and back again."""
+"""Direct edits at the command line: without a mask, by a list of neurons, with a strength, and back again."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FACT = {
     "alternatives": [" Rome", " Berlin"],
 }
 QUICK = (
-    "--aim-gone",
+    "--target-prob-stop",
     "0",
-    "--aim-refusal",
+    "--target-refusal",
     " Berlin",
-    "--aim-prefixes",
+    "--target-prefixes",
     "0",
-    "--aim-steps",
+    "--target-steps",
     "2",
-    "--aim-kl",
+    "--target-kl",
     "0",
 )
 
@@ -71,7 +71,7 @@ def edit(place, out, *options):
         ("neuron-mean", ("--neurons", "0:3", "1:7")),
         ("neuron-direction", ("--neurons", "0:3", "--towards", "refusal")),
         ("neuron-selective", ("--neurons", "0:3", "1:7", "--prefixes", "0")),
-        ("neuron-descent", ("--neurons", "0:3", "1:7", "--prefixes", "0", "--enough", "1e-6")),
+        ("neuron-descent", ("--neurons", "0:3", "1:7", "--prefixes", "0", "--prob-stop", "1e-6")),
         ("knowledge-neurons", ("--neurons", "0:3", "--recipe", "update")),
         ("depn", ("--neurons", "0:3")),
     ],
@@ -136,11 +136,11 @@ def test_a_new_target_is_written(place, tmp_path):
         "rome",
         "--layer",
         "0",
-        "--aim-prefixes",
+        "--target-prefixes",
         "0",
-        "--aim-kl",
+        "--target-kl",
         "0",
-        "--aim-steps",
+        "--target-steps",
         "15",
     )
     assert edit(place, tmp_path / "edit", *options, "--target-new", " Germany", "-q") == 0
@@ -155,13 +155,13 @@ def test_a_new_target_is_written(place, tmp_path):
 
 
 def test_a_dose_leaves_its_curve_and_its_picture(place, tmp_path, capsys):
-    options = ("--method", "neuron-zero", "--neurons", "0:3", "1:7", "--dose-curve", "0", "1")
+    options = ("--method", "neuron-zero", "--neurons", "0:3", "1:7", "--strength-curve", "0", "1")
     assert edit(place, tmp_path / "edit", *options) == 0
-    assert (tmp_path / "edit" / "dose.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "edit" / "strength.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "p(target)" in said
     assert edit(place, tmp_path / "other", *options, "--json", "-q") == 0
-    points = json.loads(capsys.readouterr().out)["outcome"]["dose"]
+    points = json.loads(capsys.readouterr().out)["outcome"]["strength_curve"]
     assert [point["strength"] for point in points] == [0.0, 1.0]
     assert points[0]["retain_right"] in (None, 1.0)
 
