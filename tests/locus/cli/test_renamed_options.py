@@ -57,7 +57,7 @@ def test_every_old_name_leads_to_an_option_that_exists() -> None:
     known = {"--estimate-memory"} if "--estimate-memory" in _flags(app["edit"]) else set()
     for cls in (*EDITORS.values(), AuditSettings):
         known |= _flags(method_app("m", cls))
-    assert {new for new in RENAMED.values()} <= known
+    assert set(RENAMED.values()) <= known
 
 
 def _flags(command: Any) -> set[str]:
@@ -73,5 +73,7 @@ def test_a_method_reads_its_old_options() -> None:
     assert (law.target.prob_stop, law.target.loss_stop, law.target.to) == (0.5, 0.25, "entropy")
     assert law.forgotten == 0.125
     with pytest.warns(UserWarning, match="--strength-goal"):
-        descent = settings_from("[edit]", NeuronDescent, {"enough": 0.5, "dose_goal": 0.25, "dose_curve": [1.0]})
+        descent = settings_from(
+            "[edit]", NeuronDescent, {"enough": 0.5, "dose_goal": 0.25, "dose_curve": [1.0]}
+        )
     assert (descent.prob_stop, descent.strength_goal, descent.strength_curve) == (0.5, 0.25, (1.0,))

@@ -226,6 +226,8 @@ def test_every_attack_gives_only_figures_of_the_table() -> None:
     assert set(found.items) == {k for name in names for k in FIGURES_OF.get(name, ())}
     assert attacks_of(("all",)) == NAMES and attacks_of(("none",)) == ()
     assert attacks_of(("soft-prompt", "lens")) == ("lens", "soft-prompt"), "in the table's order"
+    with pytest.warns(UserWarning, match="dose is now called strength"):
+        assert attacks_of(("dose", "lens")) == ("lens", "strength")
     for wrong, message in ((("hypnosis",), "no attack 'hypnosis'"), (("promts",), "did you mean prompts")):
         with pytest.raises(InputError, match=message):
             attacks_of(wrong)
