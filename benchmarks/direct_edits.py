@@ -38,7 +38,7 @@ from editors.neurons.neuron_descent import NeuronDescent
 from editors.neurons.neuron_edits import NeuronMean, NeuronZero
 from editors.neurons.neuron_selective import NeuronSelective
 from locus.delta import WeightDelta
-from locus.fact import Fact, neutral_text, read_facts, split_text
+from locus.fact import Fact, held_out_facts, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.mask import WeightMask
 from locus.model import Model, load_model
@@ -75,7 +75,7 @@ class Bench:
     @cached_property
     def yardstick(self) -> Yardstick:
         """Asks the base what it knows, when it is first needed."""
-        held_out = [fact for fact in self.retain if fact.held_out]
+        held_out = held_out_facts(self.retain)
         return Yardstick.of(self.model, self.forget, held_out, split_text(self.neutral)[1][:N_TEXT])
 
     def edit(self, name: str, editor: Any, mask: WeightMask) -> Row:

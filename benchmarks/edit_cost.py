@@ -38,7 +38,7 @@ from editors.training.finetune import Run
 from editors.training.parametrize import Deltas
 from editors.training.prediction import Prediction
 from editors.training.reference import References
-from editors.training.retain import Retain, kl_per_token
+from editors.training.retain import Retain
 from editors.training.run_state import RunState
 from editors.training.settings import Training, make_optimizer
 from locus.fact import neutral_text, read_facts
@@ -46,6 +46,7 @@ from locus.files.artefact import load_tensors, save_tensors
 from locus.forward import Batch, label_logits, label_nll
 from locus.hooks import record
 from locus.mask import WeightMask
+from locus.metrics import kl_divergence
 from locus.model import Model, load_model
 from locus.selection import Selection
 
@@ -132,7 +133,7 @@ def plain_steps(model: Model, data: Data, npo: NPO, mask: WeightMask | None) -> 
             forget_loss: Tensor = npo_loss(forget.nll, forget.ref_nll, npo.beta)
             forget_loss.backward()
         for batch, reference in zip(kept[number], references[number], strict=True):
-            kl = kl_per_token(label_logits(model, batch), reference).mean()
+            kl = kl_divergence(reference, label_logits(model, batch)).mean()
             (npo.retain.weight * kl).backward()
         for name, where in inside.items():
             gradient = trained[name].grad

@@ -21,7 +21,7 @@ from locus.audit import Audit, AuditSettings, audit, read_audit
 from locus.audit.compare import compare
 from locus.audit.settings import DEFAULT_ATTACKS
 from locus.delta import WeightDelta
-from locus.fact import Fact, neutral_text, read_facts, split_text
+from locus.fact import Fact, neutral_text, read_facts, split_text, trainable_facts
 from locus.forward import measure
 from locus.mask import WeightMask, shapes_of
 from locus.model import Model, load_model
@@ -64,7 +64,7 @@ def edited(name: str, folder: Path, model: Model, forget: list[Fact], retain: li
     path = folder / "delta.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        editor, mask = how(name, model, forget, [f for f in retain if not f.held_out])
+        editor, mask = how(name, model, forget, trainable_facts(retain))
         text, _ = split_text(neutral_text())
         editor.run(model, forget, retain, mask, text=text, folder=folder / ".resume", resume=True).save(path)
     return WeightDelta.load(path)

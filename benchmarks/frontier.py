@@ -52,6 +52,7 @@ from locus.audit.run import ask_about
 from locus.audit.state import State
 from locus.delta import WeightDelta
 from locus.embedded import cache_folder
+from locus.fact import trainable_facts
 from locus.mask import WeightMask, shapes_of
 from locus.model import Model
 from locus.tokens import encode_text
@@ -103,7 +104,7 @@ def mask_of(place: str, model: Model, asked: Questions, points: int = 20) -> Wei
         "knowledge-neurons": KnowledgeNeurons(refine=False, steps=points),
         "imprint": Imprint(),
     }.get(place) or RandomNeurons(seed=int(place.removeprefix("random-")))
-    kept = [fact for fact in asked.retain if not fact.held_out]
+    kept = trainable_facts(asked.retain)
     mask: WeightMask = localizer.run(model, asked.forget, kept).top(
         "1%", per_layer=place.endswith("per-layer")
     )

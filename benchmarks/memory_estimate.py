@@ -32,7 +32,7 @@ from editors.training.parametrize import Deltas
 from editors.training.reference import References
 from editors.training.run_state import RunState
 from editors.training.settings import Training, make_optimizer
-from locus.fact import Fact, neutral_text, read_facts
+from locus.fact import Fact, neutral_text, read_facts, trainable_facts
 from locus.model import Model, load_model, load_shape, wrap
 from locus.tokens import encode
 
@@ -95,7 +95,7 @@ def edit_of(checkpointing: bool, steps: int = 2) -> NPO:
 
 def longest_draw(model: Model, editor: NPO) -> tuple[list[Fact], list[Fact], list[str]]:
     """The facts to forget, and the longest retain facts and paragraph that a step could draw."""
-    kept = [fact for fact in read_facts("demo-retain") if not fact.held_out]
+    kept = trainable_facts(read_facts("demo-retain"))
     kept.sort(key=lambda fact: len(encode(model, fact).ids), reverse=True)
     return read_facts("demo-forget"), kept[: editor.retain.facts], [max(neutral_text(), key=len)]
 

@@ -31,7 +31,7 @@ from editors.training.rounding import saved_dtypes
 from editors.training.settings import Training, make_optimizer
 from editors.two_stage.reinforcement import Reinforce
 from locus.errors import InputError
-from locus.fact import Fact
+from locus.fact import Fact, trainable_facts
 from locus.forward import Batch, batches
 from locus.hooks import patched
 from locus.mask import WeightMask
@@ -88,7 +88,7 @@ class LargestForwards:
         """
         training, term = _objective(editor).training, _objective(editor).retain
         facts = [encode(model, fact) for fact in forget]
-        kept = [encode(model, fact) for fact in retain if not fact.held_out] if term.active else []
+        kept = [encode(model, fact) for fact in trainable_facts(retain)] if term.active else []
         blocks = [block for paragraph in text for block in encode_text(model, paragraph)]
         blocks = blocks if term.active else []
         seen = [*kept, *blocks] if term.reference == "memory" and term.term == "kl" else []

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from editors.deltas import changed
 from editors.key_value.down_projections import borrowed
-from editors.training.retain import kl_per_token
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact
+from locus.fact import Fact, trainable_facts
 from locus.forward import batches, label_logits, measure
 from locus.mask import WeightMask
+from locus.metrics import kl_divergence
 from locus.model import Model
 from locus.selection import Selection
 from locus.tokens import encode_text
@@ -138,7 +138,7 @@ class Judge:
         """
         if not forget:
             raise InputError("a strength is chosen by the forget facts: the list of them is empty")
-        kept = [fact for fact in retain if not fact.held_out][:N_RETAIN]
+        kept = trainable_facts(retain)[:N_RETAIN]
         right = measure(model, kept).correct.tolist() if kept else []
         blocks = [block for paragraph in text[:N_TEXT] for block in encode_text(model, paragraph)]
         texts = batches(blocks) if blocks else []
@@ -157,7 +157,7 @@ class Judge:
             forgotten = measure(self.model, self.forget)
             kept = measure(self.model, self.retain) if self.retain and all_round else None
             kls = [
-                kl_per_token(label_logits(self.model, batch), base)
+                kl_divergence(base, label_logits(self.model, batch))
                 for batch, base in zip(self.text, self.base_logits, strict=True)
                 if all_round
             ]

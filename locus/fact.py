@@ -202,6 +202,16 @@ def neighbours_of(facts: Sequence[Fact]) -> list[Fact]:
     ]
 
 
+def trainable_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """The facts that an edit may train on: those not held out."""
+    return [fact for fact in facts if not fact.held_out]
+
+
+def held_out_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """The facts that no edit trains on: the audit judges by them."""
+    return [fact for fact in facts if fact.held_out]
+
+
 def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
     """Write facts as our JSONL, atomically; fields that say nothing are left out."""
     from locus.files.artefact import atomic_file

@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from locus.hooks import patched
+from locus.metrics import token_nll
 from locus.tokens import Encoded, encode
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def head_logits(model: Model, states: Float[Tensor, "label d_model"]) -> Float[T
 
 def label_nll(logits: Float[Tensor, "label d_vocab"], batch: Batch) -> Float[Tensor, " label"]:
     """Negative log-likelihood of each target token, in nats."""
-    return F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+    return token_nll(logits, batch.labels)
 
 
 def example_sum(values: Float[Tensor, " label"], batch: Batch) -> Float[Tensor, " row"]:
@@ -213,11 +213,11 @@ def measure(
     correct = torch.ones(n, dtype=torch.bool)
     for batch in batches(encoded, max_tokens):
         logits = label_logits(model, batch)
-        token_nll = label_nll(logits, batch).cpu()
-        nll.index_add_(0, batch.example, token_nll)
+        per_token = label_nll(logits, batch).cpu()
+        nll.index_add_(0, batch.example, per_token)
         hit = logits.argmax(-1).cpu() == batch.labels
         correct[batch.example[~hit]] = False
         starts = torch.tensor([encoded[int(i)].target_start - 1 for i in batch.example], dtype=torch.long)
         is_first = batch.cols == starts
-        first[batch.example[is_first]] = (-token_nll[is_first]).exp()
+        first[batch.example[is_first]] = (-per_token[is_first]).exp()
     return TargetScores(nll, torch.tensor([e.n_target for e in encoded], dtype=torch.long), correct, first)

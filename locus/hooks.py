@@ -205,17 +205,28 @@ def skipped(module: nn.Module, results: Mapping[str, Any]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for name, target in _find(module, results).items():
-            own = target.__dict__.get("forward")
-            stack.callback(_give_back, target, own)
-            target.forward = lambda *_, _result=results[name], **__: _result
+            stack.enter_context(replaced_forward(target, partial(_returned, results[name])))
         yield
 
 
-def _give_back(target: nn.Module, own: Any) -> None:
-    """The forward that a module had: its class's, or one of its own."""
-    del target.forward
-    if own is not None:
-        target.forward = own
+def _returned(result: Any, *_: Any, **__: Any) -> Any:
+    return result
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand for the module's own forward, within the context.
+
+    Contexts nest: each puts back what it found, be it the class's forward or one set on the instance (accelerate).
+    """
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _find(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TruthRatioMode = Literal["locus", "tofu-original", "openunlearning", "tofu-paper"]
 TRUTH_RATIO_MODES: tuple[TruthRatioMode, ...] = ("locus", "tofu-original", "openunlearning", "tofu-paper")
@@ -25,6 +27,13 @@ _TINY = 1e-10  # the constant that OpenUnlearning adds to its denominators
 
 
 # Likelihood ---------------------------------------------------------------------------------------
+
+
+def token_nll(
+    logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """Negative log-likelihood of each label in nats, -log softmax(logits)[label]; differentiable."""
+    return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
 
 def probability(nll: Float[Tensor, " example"]) -> Float[Tensor, " example"]:
@@ -74,10 +83,56 @@ def perplexity(nll: Float[Tensor, " token"]) -> float:
 
 
 def kl_divergence(
-    base_logprobs: Float[Tensor, "token d_vocab"], logprobs: Float[Tensor, "token d_vocab"]
+    p_logits: Float[Tensor, "token d_vocab"], q_logits: Float[Tensor, "token d_vocab"]
 ) -> Float[Tensor, " token"]:
-    """KL(base || edited) per token in nats; both arguments are log-probabilities over the vocabulary."""
-    return (base_logprobs.exp() * (base_logprobs - logprobs)).sum(-1)
+    """KL(p || q) of two next-token distributions at each position, in nats; 0 where they are equal.
+
+    KL(reference || edited) is the retain term of TOFU's KL-min (Maini et al. 2024, arXiv:2401.06121) and of NPO + KL
+    (Zhang et al. 2024, arXiv:2404.05868). A few positions are computed at a time: one tensor of the logits' size is
+    made, not six.
+
+    Args:
+        p_logits: Logits or log-probabilities of p. Their gradient is p * (log p - log q - KL).
+        q_logits: Logits or log-probabilities of q. Their gradient is q - p.
+    """
+    values: Tensor = _KL.apply(p_logits, q_logits)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor) -> Tensor:
+        ctx.save_for_backward(p_logits, q_logits)
+        values = []
+        for p, q in zip(p_logits.split(_POSITIONS), q_logits.split(_POSITIONS), strict=True):
+            log_p = p.log_softmax(-1)
+            values.append((log_p.exp() * (log_p - q.log_softmax(-1))).sum(-1))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        p_logits, q_logits = ctx.saved_tensors
+        to_p, to_q = (
+            torch.empty_like(logits) if needed else None
+            for logits, needed in zip((p_logits, q_logits), ctx.needs_input_grad, strict=True)
+        )
+        for start in range(0, len(q_logits), _POSITIONS):
+            rows = slice(start, start + _POSITIONS)
+            slope = slopes[0][rows, None]
+            if to_q is not None:
+                apart = q_logits[rows].softmax(-1).sub_(p_logits[rows].softmax(-1))
+                torch.mul(apart, slope, out=to_q[rows])
+            if to_p is not None:
+                log_p = p_logits[rows].log_softmax(-1)
+                ratio = log_p - q_logits[rows].log_softmax(-1)
+                p = log_p.exp_()
+                torch.mul(p * (ratio - (p * ratio).sum(-1, keepdim=True)), slope, out=to_p[rows])
+        return to_p, to_q
+
+
+_POSITIONS = 32
+"""Positions whose distributions are held at once."""
 
 
 # Memorization -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from locus.files.artefact import load_tensors, save_tensors
 from locus.files.schema import understood
 from locus.hooks import record
 from locus.lens import LensScores, lens_logits
+from locus.metrics import kl_divergence
 from locus.model import Model
 from locus.progress import task
 from locus.tokens import Encoded, encode_text
@@ -215,11 +216,10 @@ class TunedLensTraining:
         for piece in pieces:
             with torch.no_grad():
                 states = _states(model, piece.ids)
-                final = lens_logits(model, states[-1]).log_softmax(-1)
+                final = lens_logits(model, states[-1])
             for layer in range(n_layers):
                 with torch.enable_grad():
-                    logprobs = lens.logits(model, states[layer], layer).log_softmax(-1)
-                    kl = (final.exp() * (final - logprobs)).sum(-1).sum() / n_pos
+                    kl = kl_divergence(final, lens.logits(model, states[layer], layer)).sum() / n_pos
                 kl.backward()
                 total += float(kl.detach()) / n_layers
         return total

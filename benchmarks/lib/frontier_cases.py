@@ -13,7 +13,7 @@ from torch import Tensor
 from locus.audit import Audit, AuditSettings, audit
 from locus.audit.questions import Answers
 from locus.delta import WeightDelta
-from locus.fact import Fact, neutral_text, read_facts, split_text
+from locus.fact import Fact, neutral_text, read_facts, split_text, trainable_facts
 from locus.mask import WeightMask
 from locus.model import Model, load_model
 
@@ -71,7 +71,7 @@ def facts_case() -> Case:
     forget, retain = read_facts("demo-forget"), read_facts("demo-retain")
     text, unseen = split_text(neutral_text())
     kinds = list(dict.fromkeys(fact.relation for fact in forget))
-    trained = [fact for fact in retain if not fact.held_out]
+    trained = trainable_facts(retain)
     chosen = [fact for kind in kinds for fact in [f for f in trained if f.relation == kind][:2]]
     left = [fact for fact in trained if fact not in chosen]
     reported = Questions("reported", forget, retain)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.training.retain import kl_per_token
 from editors.training.unchanged import weights_unchanged
 from locus.delta import WeightDelta
 from locus.fact import Example, Fact
 from locus.forward import Batch, batches, label_logits, measure
 from locus.mask import WeightMask
+from locus.metrics import kl_divergence
 from locus.model import Model
 from locus.tokens import encode_text
 
@@ -58,7 +58,7 @@ class Yardstick:
         facts = measure(self.model, self.forget)
         paraphrases = measure(self.model, [e for fact in self.forget for e in fact.paraphrase_examples])
         kls = [
-            kl_per_token(label_logits(self.model, batch), base)
+            kl_divergence(base, label_logits(self.model, batch))
             for batch, base in zip(self.text, self.base_logits, strict=True)
         ]
         return {

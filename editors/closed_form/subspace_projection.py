@@ -16,7 +16,7 @@ from editors.key_value.key_positions import Place, context_prefixes, row, states
 from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact, neutral_text
+from locus.fact import Fact, neutral_text, trainable_facts
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
@@ -84,7 +84,7 @@ class EraseSubspace(StrengthSearch):
         Raises:
             InputError: no forget facts, no retain facts that are not held out, or no matrix in the mask.
         """
-        kept = [fact for fact in retain if not fact.held_out]
+        kept = trainable_facts(retain)
         if not forget or not kept:
             raise InputError(
                 "erasing a subspace needs forget facts, and retain facts that are not held out to compare"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from editors.key_value.target_value import EditTarget
-from locus.fact import Fact
+from locus.fact import Fact, trainable_facts
 
 FEWEST = 3
 """Wrong answers that a fact with fewer of its own is given, as far as there are other facts."""
@@ -25,7 +25,7 @@ def facts_for(target: EditTarget, forget: Sequence[Fact], retain: Sequence[Fact]
     """
     if target.to != "alternatives":
         return forget
-    return with_others(forget, [*forget, *(fact for fact in retain if not fact.held_out)], target.seed)
+    return with_others(forget, [*forget, *trainable_facts(retain)], target.seed)
 
 
 def with_others(facts: Sequence[Fact], pool: Sequence[Fact], seed: int = 0) -> list[Fact]:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.errors import InputError
-from locus.fact import Fact
+from locus.fact import Fact, trainable_facts
 from locus.forward import Batch, collate
 from locus.hooks import record, stop_after
 from locus.model import Model
@@ -163,7 +163,7 @@ def retained(
         raise InputError(f"retain_weight = {weight}: must not be negative")
     size = model.atlas.d_mlp
     total = {layer: torch.zeros(size, size, dtype=torch.float64) for layer in layers}
-    kept = [fact for fact in retain if not fact.held_out]
+    kept = trainable_facts(retain)
     if not kept or not weight:
         return total
     seen = [

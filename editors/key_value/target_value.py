@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from editors.key_value.prefix import SuffixForwards, delta_forwards
 from locus import progress
 from locus.errors import InputError
 from locus.fact import Fact
+from locus.metrics import kl_divergence, token_nll
 from locus.model import Model
 from locus.tokens import encode
 
@@ -313,7 +313,7 @@ class _Search:
         if self.target.to == "entropy":
             logprob = logits.log_softmax(-1)
             return ((logprob.exp() * logprob).sum(-1) + math.log(logits.shape[-1])) / n_labels
-        return F.cross_entropy(logits, labels.to(logits.device), reduction="none") / n_labels
+        return token_nll(logits, labels) / n_labels
 
     @torch.no_grad()
     def _unheld(self) -> dict[int, Float[Tensor, " d_vocab"]]:
@@ -334,7 +334,7 @@ class _Search:
         if not rows:
             return logits.sum(-1)
         before = torch.stack([self.before[i] for i in rows])
-        return self.target.kl * (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+        return self.target.kl * kl_divergence(before, logits)
 
 
 def _firsts(example: Int64[Tensor, " label"]) -> Bool[Tensor, " label"]:

@@ -28,7 +28,7 @@ from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact, neutral_text
+from locus.fact import Fact, neutral_text, trainable_facts
 from locus.mask import WeightMask
 from locus.model import Model
 
@@ -116,7 +116,7 @@ class NeuronDescent(StrengthSearch):
         located = located_values(model, mask, self.neurons)
         if self.layers:
             located = chosen_layers(located, model.atlas.n_layers, self.layers, len(self.layers))
-        kept = [fact for fact in retain if not fact.held_out]
+        kept = trainable_facts(retain)
         total, metrics, left = self._descend(model, forget, kept, located, text)
         steps = {
             one.param: one.selection.take(one.stored_as(one.spread(total[one.layer])).contiguous())

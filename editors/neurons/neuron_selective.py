@@ -25,7 +25,7 @@ from editors.key_value.second_moments import second_moments
 from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact, neutral_text
+from locus.fact import Fact, neutral_text, trainable_facts
 from locus.mask import WeightMask
 from locus.model import Model
 
@@ -102,7 +102,7 @@ class NeuronSelective(StrengthSearch):
             model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )
         away = self._keys(model, forget, layers, prefixes)
-        kept = self._keys(model, [fact for fact in retain if not fact.held_out], layers, prefixes)
+        kept = self._keys(model, trainable_facts(retain), layers, prefixes)
         steps, conditions = {}, []
         for one in located:
             others = kept[one.layer][:, one.neurons]

@@ -12,6 +12,7 @@ from editors.training.finetune import finetune
 from editors.training.prediction import Prediction
 from editors.training.retain import Retain
 from editors.training.settings import BOUNDED, Training
+from locus.metrics import kl_divergence
 
 
 def rkld_loss(
@@ -35,9 +36,7 @@ def rkld_loss(
     Returns:
         One value for each token, in nats.
     """
-    edited = logits.log_softmax(-1)
-    teacher = lowered(ref_logits, labels, strength).log_softmax(-1)
-    return (edited.exp() * (edited - teacher)).sum(-1)
+    return kl_divergence(logits, lowered(ref_logits, labels, strength))
 
 
 @dataclass(frozen=True)

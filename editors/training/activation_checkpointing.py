@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 
+from locus.hooks import replaced_forward
 from locus.model import Model
 
 
@@ -22,22 +23,7 @@ def activation_checkpointing(model: Model, enabled: bool = True) -> Iterator[Non
         return
     with contextlib.ExitStack() as stack:
         for path in model.atlas.blocks:
-            stack.enter_context(_checkpointed(model.module.get_submodule(path)))
+            block = model.module.get_submodule(path)
+            forward = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, forward))
         yield
-
-
-@contextlib.contextmanager
-def _checkpointed(block: Any) -> Iterator[None]:
-    own, plain = block.__dict__.get("forward"), block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(plain, *args, use_reentrant=False, **kwargs)
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own

@@ -9,7 +9,7 @@ from editors.training.retain import Retain
 from editors.training.rewording import encoded_rewordings
 from editors.training.settings import Training, draw
 from locus.errors import InputError
-from locus.fact import Fact
+from locus.fact import Fact, trainable_facts
 from locus.forward import Batch, TargetScores, batches, collate, measure
 from locus.model import Model
 from locus.tokens import Encoded, encode, encode_text
@@ -68,7 +68,7 @@ class Data:
         """
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
-        kept = [fact for fact in retain if not fact.held_out]
+        kept = trainable_facts(retain)
         if term.active and not (kept and term.facts) and not (text and term.texts):
             raise InputError(
                 f"the retain term {term.term} has no data: give retain facts that are not all held out, or text"

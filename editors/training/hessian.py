@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from editors.training.processes import Processes
 from editors.training.settings import Training
 from editors.training.sophia import SophiaG
 from locus.forward import Batch
+from locus.metrics import token_nll
 from locus.model import Model
 from locus.random_streams import generator
 from locus.tokens import Encoded
@@ -54,7 +54,7 @@ def estimate_hessian(
         for piece in split.pieces(encoded, batches, training.batch_tokens):
             logits = Prediction(model, deltas, piece.batch).logits
             drawn = _drawn(logits.detach().softmax(-1).cpu(), piece.batch, training.seed, kind, step)
-            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            loss = token_nll(logits, drawn).sum()
             (piece.counts * loss / n).backward()
     processes.all_reduce_gradients(deltas.parameters)
     optimizer.update_hessian(n)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from editors.training.rounding import as_saved
 from locus.errors import InputError
+from locus.hooks import replaced_forward
 from locus.mask import WeightMask
 from locus.parallel.sharding import device_of, full_tensor, gather, zeros_beside
 from locus.selection import Selection
@@ -233,19 +234,11 @@ def _checked(named: Mapping[str, nn.Parameter], name: str, selection: Selection)
 @contextlib.contextmanager
 def _forward_with(holder: nn.Module, places: list[_Place], enabled: Callable[[], bool]) -> Iterator[None]:
     """Give one module a forward that knows its deltas, for the duration of the block."""
-    own = holder.__dict__.get("forward")
-    plain = holder.forward
     adders = {place: _adder(place) for place in places}
     added = [adder for adder in adders.values() if adder is not None]
     swapped = [place for place, adder in adders.items() if adder is None]
-    holder.forward = partial(_forward, plain, swapped, added, enabled)
-    try:
+    with replaced_forward(holder, partial(_forward, holder.forward, swapped, added, enabled)):
         yield
-    finally:
-        if own is None:
-            del holder.forward
-        else:
-            holder.forward = own
 
 
 def _forward(

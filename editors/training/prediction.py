@@ -19,6 +19,7 @@ from editors.training.parametrize import Trained
 from locus.forward import Batch, example_sum, label_logits
 from locus.hooks import record, stop_after
 from locus.lens import lens_logits
+from locus.metrics import token_nll
 from locus.model import Model
 
 Answer = Callable[[Sequence[int]], "Prediction"]
@@ -87,7 +88,7 @@ class Prediction:
     @cached_property
     def token_nll(self) -> Float[Tensor, " label"]:
         """Negative log-likelihood of each target token, in nats."""
-        return token_nll(self.logits, self.labels.to(self.logits.device))
+        return token_nll(self.logits, self.labels)
 
     @cached_property
     def n_tokens(self) -> Int[Tensor, " example"]:
@@ -105,7 +106,7 @@ class Prediction:
         """The same under the reference model; carries no gradient."""
         if self._reference is not None:
             return self._reference.to(self.batch.ids.device)[torch.tensor(self.batch.examples)]
-        return example_sum(token_nll(self.ref_logits, self.labels.to(self.ref_logits.device)), self.batch)
+        return example_sum(token_nll(self.ref_logits, self.labels), self.batch)
 
     @cached_property
     def correct(self) -> Bool[Tensor, " example"]:
@@ -169,13 +170,6 @@ class Prediction:
 def steering_layer(n_layers: int) -> int:
     """The block that RMU steers when none is named: the 7th of 32 in its paper, at the same depth elsewhere."""
     return n_layers * 7 // 32
-
-
-def token_nll(
-    logits: Float[Tensor, "label d_vocab"], labels: Int[Tensor, " label"]
-) -> Float[Tensor, " label"]:
-    """Negative log-likelihood of each label, in nats."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 def _narrow(batch: Batch, keep: Bool[Tensor, " example"]) -> tuple[Batch, Bool[Tensor, " label"]]:

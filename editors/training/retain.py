@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from editors.training.prediction import Prediction, steering_layer
 from locus.errors import InputError
-
-
-def kl_per_token(
-    logits: Float[Tensor, "label d_vocab"], ref_logits: Float[Tensor, "label d_vocab"]
-) -> Float[Tensor, " label"]:
-    """KL(reference || edited) of the next-token distribution, in nats, at each position; 0 where they agree.
-
-    Used as retain term by Maini et al. 2024 (TOFU's KL-min, arXiv:2401.06121) and Zhang et al. 2024 (NPO + KL). Its
-    gradient in the logits is edited - reference, in probabilities; both are taken a few positions at a time, so that
-    beside the logits themselves there is one tensor of their size and not six. The reference gets no gradient.
-    """
-    values: Tensor = _KL.apply(logits, ref_logits)  # type: ignore[no-untyped-call]
-    return values
-
-
-class _KL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, ref_logits)
-        values = []
-        for edited, base in zip(logits.split(_POSITIONS), ref_logits.split(_POSITIONS), strict=True):
-            ref = base.log_softmax(-1)
-            values.append((ref.exp() * (ref - edited.log_softmax(-1))).sum(-1))
-        return torch.cat(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        logits, ref_logits = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for start in range(0, len(logits), _POSITIONS):
-            rows = slice(start, start + _POSITIONS)
-            apart = logits[rows].softmax(-1).sub_(ref_logits[rows].softmax(-1))
-            torch.mul(apart, slopes[0][rows, None], out=gradient[rows])
-        return gradient, None
-
-
-_POSITIONS = 32
-"""Positions whose distributions are held at once."""
+from locus.metrics import kl_divergence
 
 
 def hidden_mse(
@@ -106,7 +67,7 @@ class Retain:
         if self.term == "nll":
             return kept.token_nll.mean()
         if self.term == "kl":
-            return kl_per_token(kept.logits, kept.ref_logits).mean()
+            return kl_divergence(kept.ref_logits, kept.logits).mean()
         n_layers = kept.model.atlas.n_layers
         layers = [layer % n_layers for layer in self.layers] or [steering_layer(n_layers)]
         return hidden_mse(kept.hidden(layers), kept.ref_hidden(layers))
@@ -120,4 +81,4 @@ def mean_kl(kept: Prediction) -> float:
     """KL of a batch in nats per token, as a number, when the logits of both models are already computed; else NaN."""
     if not {"logits", "ref_logits"} <= kept.__dict__.keys():
         return float("nan")
-    return float(kl_per_token(kept.logits.detach(), kept.ref_logits).mean()) if len(kept.labels) else 0.0
+    return float(kl_divergence(kept.ref_logits, kept.logits.detach()).mean()) if len(kept.labels) else 0.0

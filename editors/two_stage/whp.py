@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from locus.errors import InputError
 from locus.fact import Fact
 from locus.forward import batches, label_logits
 from locus.mask import WeightMask
+from locus.metrics import token_nll
 from locus.model import Model
 from locus.tokens import Encoded, encode
 
@@ -59,9 +59,9 @@ class GenericTargets:
         """Cross-entropy to the cached labels: a mean over each example's labels, then over examples."""
         flat = [label for number in forget.batch.examples for label in self.labels[number]]
         labels = torch.tensor(flat, device=forget.logits.device)
-        token_loss = F.cross_entropy(forget.logits, labels, ignore_index=NO_LABEL, reduction="none")
-        count = forget.example_mean((labels != NO_LABEL).to(token_loss)).clamp(min=1e-9)
-        return (forget.example_mean(token_loss) / count).mean()
+        trained = (labels != NO_LABEL).to(forget.logits)
+        loss = token_nll(forget.logits, labels.clamp(min=0)) * trained
+        return (forget.example_mean(loss) / forget.example_mean(trained).clamp(min=1e-9)).mean()
 
     run = finetune
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locus.audit.intervals import Items
 from locus.errors import InputError
-from locus.fact import Example, Fact
+from locus.fact import Example, Fact, held_out_facts, trainable_facts
 from locus.forward import measure
 from locus.model import Model
 from locus.tokens import Encoded, encode
@@ -118,10 +118,10 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
             if fact.id in seen:
                 raise InputError(f"audit: two {where} facts have the id {fact.id!r}; figures are kept by id")
             seen.add(fact.id)
-    held_out = [fact for fact in retain if fact.held_out]
+    held_out = held_out_facts(retain)
     relations = {fact.relation for fact in forget} - {None}
     known = [fact for fact in held_out if fact.relation is not None] if relations else []
-    trained = {fact.example for fact in retain if not fact.held_out}
+    trained = {fact.example for fact in trainable_facts(retain)}
     return {
         "forget": [(f.id, f.example) for f in forget],
         "paraphrase": [(f.id, e) for f in forget for e in f.paraphrase_examples],
@@ -129,7 +129,7 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
         "held_out": [(f.id, f.example) for f in held_out],
         "held_out_near": [(f.id, f.example) for f in known if f.relation in relations],
         "held_out_far": [(f.id, f.example) for f in known if f.relation not in relations],
-        "retained": [(f.id, f.example) for f in retain if not f.held_out],
+        "retained": [(f.id, f.example) for f in trainable_facts(retain)],
     }
 
 

@@ -196,9 +196,10 @@ class Walk:
     def locate(self) -> dict[str, Any]:
         """Scores, and the mask of the best."""
         from locus.cli.locate.command import PARTS, describe, locate_mask
+        from locus.fact import trainable_facts
 
         table = self.config["locate"]
-        kept = [f for f in self.retain if not f.held_out] or None
+        kept = trainable_facts(self.retain) or None
         mask, scores = locate_mask(
             self.model,
             self.forget,

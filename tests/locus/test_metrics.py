@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,53 @@ def test_kl_is_that_of_torch_and_has_the_base_on_the_left() -> None:
         torch.distributions.Categorical(logits=base), torch.distributions.Categorical(logits=edited)
     )
     torch.testing.assert_close(metrics.kl_divergence(base, edited), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_kl_by_hand() -> None:
+    """Reference (1/2, 1/2), edited (1/4, 3/4): (ln 2 + ln 2/3) / 2 = ln(4/3) / 2; the second position agrees."""
+    ref = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double().log()
+    edited = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).double().log() + 3.0  # logits know no constant
+    expected = torch.tensor([math.log(4 / 3) / 2, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(metrics.kl_divergence(ref, edited), expected, rtol=0, atol=1e-12)
+    assert metrics.kl_divergence(ref[:0], edited[:0]).shape == (0,)
+
+
+def test_kl_gradient_is_right_on_both_sides() -> None:
+    source = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(3, 5, generator=source, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(metrics.kl_divergence, (p, q))
+    assert torch.autograd.gradcheck(lambda x: metrics.kl_divergence(p.detach(), x), q)
+    assert torch.autograd.gradcheck(lambda x: metrics.kl_divergence(x, q.detach()), p)
+
+
+def test_kl_of_many_positions_is_the_plain_formulas_in_value_and_gradient() -> None:
+    """Seventy positions, more than are held at once."""
+    source = torch.Generator().manual_seed(1)
+    logits = torch.randn(70, 9, generator=source, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(70, 9, generator=source, dtype=torch.float64)
+    weights = torch.randn(70, generator=source, dtype=torch.float64)
+    log_ref = ref.log_softmax(-1)
+    plain = (log_ref.exp() * (log_ref - logits.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(metrics.kl_divergence(ref, logits), plain, rtol=1e-12, atol=0)
+    expected = torch.autograd.grad((plain * weights).sum(), logits)
+    torch.testing.assert_close(
+        torch.autograd.grad((metrics.kl_divergence(ref, logits) * weights).sum(), logits), expected
+    )
+
+
+def test_the_only_kl_and_nll_are_here() -> None:
+    """No other file of the packages writes the sum of a KL, or calls cross_entropy with labels that are tokens."""
+    root = Path(metrics.__file__).parents[1]
+    kl = re.compile(r"\.exp\(\) \* \((\w+) - .*log_softmax|(\w+)\.exp\(\) \* \(\2 - ")
+    found = {
+        str(path.relative_to(root))
+        for package in ("locus", "tracing", "editors")
+        for path in (root / package).rglob("*.py")
+        if kl.search(text := path.read_text("utf-8")) or "cross_entropy(" in text
+    }
+    soft = {"editors/objectives/ceu.py", "editors/objectives/undial.py"}  # cross-entropy to a distribution
+    shared = {"locus/lens.py"}  # whose log-probabilities serve four more columns of the same table
+    assert found - soft - shared == {"locus/metrics.py"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from locus.audit.outcome import Found
 from locus.audit.questions import Answers, ask, questions_of
 from locus.audit.state import State
 from locus.errors import InputError
-from locus.fact import Example, Fact
+from locus.fact import Example, Fact, trainable_facts
 from locus.model import Model
 
 TEMPLATES = (
@@ -87,7 +87,7 @@ def few_shot(
 
     Held-out facts are shown only where no others were given: nothing is trained on them here.
     """
-    shots = [f for f in retain if not f.held_out] or list(retain)
+    shots = trainable_facts(retain) or list(retain)
     if len(shots) < n:
         return []
     order = torch.randperm(len(shots), generator=torch.Generator().manual_seed(seed)).tolist()[:n]

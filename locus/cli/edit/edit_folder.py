@@ -43,6 +43,7 @@ def edit_into(
     """
     from locus.delta import WeightDelta
     from locus.errors import InputError
+    from locus.fact import trainable_facts
     from locus.files.artefact import load_json
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def edit_into(
             "digest": mask.digest,
         },
         "forget": [f.id for f in forget],
-        "retain": [f.id for f in retain if not f.held_out],
+        "retain": [f.id for f in trainable_facts(retain)],
     }
     if model.chat:
         about["chat"] = True

@@ -55,10 +55,11 @@ class Judge:
             InputError: no held-out fact that the base has right.
         """
         from locus.errors import InputError
+        from locus.fact import held_out_facts
         from locus.forward import measure
         from locus.tokens import encode, encode_text
 
-        held_out = [encode(model, fact) for fact in retain if fact.held_out]
+        held_out = [encode(model, fact) for fact in held_out_facts(retain)]
         right = measure(model, held_out).correct.tolist()
         held_out = [one for one, is_right in zip(held_out, right, strict=True) if is_right]
         if not held_out:

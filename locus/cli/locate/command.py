@@ -165,9 +165,9 @@ def methods_of(text: str, running: Running) -> dict[str, Any]:
 
 def _trainable(path: str) -> list[Fact]:
     """The facts of a retain file that are not held out for judging."""
-    from locus.fact import read_facts
+    from locus.fact import read_facts, trainable_facts
 
-    return [fact for fact in read_facts(path) if not fact.held_out]
+    return trainable_facts(read_facts(path))
 
 
 def locate_mask(
