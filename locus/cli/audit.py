@@ -62,7 +62,8 @@ def audit(
         attacks: Attacks by name, or all, or none; by default lens relearn rounding prompts strength.
         never_knew: A model retrained without the forget set: what an edit should come to. Forget quality,
             PrivLeak and the depth score need it.
-        control: Further controls: the same edit with a random mask of the same size, given like EDITED.
+        control: Further controls: the same edit with a random mask of equal size, given like EDITED. With those beside
+            the edit there must be at least 5 for a verdict on whether the place mattered.
         mask: The mask the edit had to keep to; changes outside it are counted.
         text: Neutral paragraphs; the default is a text that comes with locus. Every third is read: those
             that `locus edit` leaves out of training.

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -216,16 +217,22 @@ class Walk:
 
     def edit(self) -> dict[str, Any]:
         """The edit, and the same with random masks."""
-        from locus.cli.edit.edit_folder import control_folder, control_mask, edit_into
+        from locus.cli.edit.controls import Edited, Wanted, make_controls
+        from locus.cli.edit.edit_folder import edit_into
         from locus.mask import WeightMask
 
         name, editor = self.method("edit")
         mask = WeightMask.load(self.out / "mask.safetensors")
-        folder, rest = self.out / "edit", (self.forget, self.retain, self.texts[0])
-        delta = edit_into(folder, self.model, *rest, mask, name, editor, resume=True)
-        for i in range(int(self.config["edit"].get("controls", 0))):
-            control = control_mask(self.model, mask, i)
-            edit_into(control_folder(folder, i), self.model, *rest, control, name, editor, resume=True)
+        folder, table = self.out / "edit", self.config["edit"]
+        made = partial(
+            edit_into, model=self.model, forget=self.forget, retain=self.retain, text=self.texts[0], method=name,
+            resume=True,
+        )  # fmt: skip
+        delta = made(folder, mask=mask, editor=editor)
+        wanted = Wanted(int(table.get("controls", 0)), table.get("control_profile", "layers"))
+        _, why = make_controls(folder, Edited(self.model, editor, mask, delta), wanted, made)
+        if why:
+            self.talking.note(f"    controls: {why}")
         return {"delta": str(folder / "delta.safetensors"), "changed": delta.n_changed}
 
     def export(self) -> dict[str, Any]:
@@ -292,7 +299,7 @@ class Walk:
 _OWN: Mapping[str, Sequence[str]] = {
     "trace": ("limit",),
     "locate": ("method", "budget", "per_layer", "parts"),
-    "edit": ("method", "controls"),
+    "edit": ("method", "controls", "control_profile"),
 }
 """Options of a stage that are not its method's."""
 

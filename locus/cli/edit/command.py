@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from locus.cli.edit.controls import Edited, Wanted, make_controls
 from locus.cli.edit.edit_data import GENERATED, material
-from locus.cli.edit.edit_folder import ABOUT, DELTA, control_folder, control_mask, edit_into
+from locus.cli.edit.edit_folder import ABOUT, DELTA, edit_into
 from locus.cli.edit.memory_estimate import print_estimate
 from locus.cli.edit.sweep import Sweeping, as_json, sweep_into
 from locus.cli.edit.tensorboard import check_board
@@ -43,6 +44,7 @@ def edit(
     retain: str | None = None,
     text: Path | None = None,
     controls: int = 0,
+    control_profile: Literal["layers", "uniform"] = "layers",
     estimate_memory: Annotated[bool, Parameter(negative="")] = False,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
     shard: Annotated[bool, Parameter(negative="")] = False,
@@ -74,7 +76,9 @@ def edit(
             Facts marked held_out are never trained on, nor is every third neighbour.
         text: Neutral paragraphs for the retain term: a text file, or generated for what the model writes itself
             (kept beside the delta); the default is a text that comes with locus. Every third is left for the audit.
-        controls: Make the same edit with this many random masks of the same size besides, for the audit.
+        controls: Also make this many controls for the audit: the same edit with random masks of equal size and kind; of
+            an edit that chooses its layers, in other layers. A verdict on whether the place mattered takes 5.
+        control_profile: layers: a control has as many weights in each layer as the mask; uniform: over all layers.
         estimate_memory: Print the peak memory of the edit, from the config, the mask and the facts, and stop. No
             weights are read, so it also runs on a machine too small for the model.
         tensorboard: Write the history as TensorBoard scalars besides (pip install "locus-unlearn[tensorboard]").
@@ -113,21 +117,24 @@ def edit(
             asked = material(loaded, running.facts(facts), retain, text, out, running.seed)
             if scores is not None:
                 points = sweep_into(
-                    out, loaded, asked, scores, (method, editor), controls, sweeping, running.resume
-                )
+                    out, loaded, asked, scores, (method, editor), Wanted(controls, control_profile),
+                    sweeping, running.resume, talking.note,
+                )  # fmt: skip
                 talking.finish(as_json(points), front_table(points))
                 return
             forget, kept, (neutral, _) = asked
             located = mask_for(loaded, editor, method, given, widen)
             made = partial(
-                edit_into, model=loaded, forget=forget, retain=kept, text=neutral, method=method, editor=editor,
+                edit_into, model=loaded, forget=forget, retain=kept, text=neutral, method=method,
                 resume=running.resume, tensorboard=tensorboard, ranks=ranks,
             )  # fmt: skip
-            delta = made(out, mask=located)
+            delta = made(out, mask=located, editor=editor)
             if located is not given and ranks.first:
                 located.save(out / MASK)
-            for i in range(controls):
-                made(control_folder(out, i), mask=control_mask(loaded, located, i))
+            edited, wanted = Edited(loaded, editor, located, delta), Wanted(controls, control_profile)
+            _, why = make_controls(out, edited, wanted, made, write=ranks.first)
+            if why:
+                talking.note(f"controls: {why}")
         if ranks.first:
             about = json.loads((out / ABOUT).read_text("utf-8"))
             talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))

@@ -1,4 +1,4 @@
-"""One edit in a folder of its own: run, or taken as it is where it was finished before; its controls beside it."""
+"""One edit in a folder of its own: run, or taken as it is where it was finished before."""
 
 from __future__ import annotations
 
@@ -154,23 +154,6 @@ def _write(
 
         plot_strength(points, delta.provenance["strength"], folder / STRENGTH_PLOT)
     _clear(folder / ".resume")
-
-
-def control_mask(model: Model, mask: WeightMask, seed: int) -> WeightMask:
-    """A random mask with as many neurons as `mask`, of the same parts."""
-    from locus.errors import InputError
-    from tracing import RandomNeurons
-
-    n = int(mask.neurons_per_layer(model.atlas).sum())
-    if n == 0:
-        raise InputError("--controls: the mask holds no FFN neurons, so there is no random mask of its kind")
-    parts = mask.provenance.get("parts", ["gate", "up", "down"])
-    return RandomNeurons(seed=1000 + seed).run(model).top(n, parts=parts)
-
-
-def control_folder(folder: Path, index: int) -> Path:
-    """Where the control edit number `index` of an edit lives."""
-    return folder / f"control-{index}"
 
 
 def _clear(folder: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
 if TYPE_CHECKING:
+    from locus.cli.edit.controls import Wanted
     from locus.delta import WeightDelta
     from locus.fact import Fact
     from locus.model import Model
@@ -97,9 +99,10 @@ def sweep_into(
     facts: tuple[Sequence[Fact], Sequence[Fact], tuple[list[str], list[str]]],
     scores: NeuronScores,
     editor: tuple[str, Any],
-    controls: int,
+    controls: Wanted,
     sweeping: Sweeping,
     resume: bool,
+    note: Callable[[str], None],
 ) -> list[Point]:
     """Edit at every budget, with the best neurons and with random ones, and ask at every strength.
 
@@ -111,17 +114,20 @@ def sweep_into(
         facts: To forget, to keep, and neutral paragraphs (to train on, unseen).
         scores: The neurons' ranking.
         editor: Name and settings of the method.
-        controls: Random masks beside each located one.
+        controls: Random masks of equal size beside each located one.
         sweeping: Budgets and strengths.
         resume: Go on from what is there.
+        note: Says why controls could not be made.
     """
     from editors.deltas import scaled
-    from locus.cli.edit.edit_folder import control_folder, control_mask, edit_into
+    from locus.cli.edit.controls import Edited, make_controls
+    from locus.cli.edit.edit_folder import edit_into
     from locus.errors import InputError
     from locus.files.artefact import load_json, save_json
     from locus.report.pareto_plot import Point, plot_front
 
     forget, retain, (training_text, unseen) = facts
+    method, settings = editor
     if (out / POINTS).exists() and not resume:
         raise InputError(f"{out} holds a sweep: give another folder, or --resume to go on with it")
     known = load_json(out / POINTS, "sweep")["points"] if (out / POINTS).exists() else {}
@@ -130,12 +136,22 @@ def sweep_into(
     for budget in sweeping.budgets:
         located = scores.top(budget)
         folder = out / budget.replace("%", "-percent")
-        for number in (None, *range(controls)):
-            mask = located if number is None else control_mask(model, located, number)
-            place = folder if number is None else control_folder(folder, number)
-            delta = edit_into(place, model, forget, retain, training_text, mask, *editor, resume)
-            keys = {s: json.dumps([budget, number, s, delta.id]) for s in sweeping.strengths}
-            if new := {key: scaled(model, delta, s) for s, key in keys.items() if key not in known}:
+        made = partial(
+            edit_into,
+            model=model,
+            forget=forget,
+            retain=retain,
+            text=training_text,
+            method=method,
+            resume=resume,
+        )
+        delta = made(folder, mask=located, editor=settings)
+        beside, why = make_controls(folder, Edited(model, settings, located, delta), controls, made)
+        if why:
+            note(f"controls of {budget}: {why}")
+        for number, one in zip((None, *range(len(beside))), (delta, *beside), strict=True):
+            keys = {s: json.dumps([budget, number, s, one.id]) for s in sweeping.strengths}
+            if new := {key: scaled(model, one, s) for s, key in keys.items() if key not in known}:
                 known |= judge.ask(new)
                 save_json(out / POINTS, "sweep", {"points": known})
             points += [Point(budget, number, s, **known[key]) for s, key in keys.items()]
