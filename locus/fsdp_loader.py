@@ -24,6 +24,7 @@ from locus.checkpoint import Checkpoint
 from locus.errors import InputError
 from locus.parallel.sharding import part_of
 from locus.progress import track
+from locus.weight_checks import Agreement, refuse_disagreement
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -52,7 +53,8 @@ def load_sharded(
         trust_remote_code: Run modelling code that comes with the checkpoint.
 
     Raises:
-        InputError: this process is not one of a job, or the checkpoint lacks a parameter of the model.
+        InputError: this process is not one of a job, or the checkpoint and the model do not agree
+            (`locus.weight_checks.refuse_disagreement`).
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -60,9 +62,11 @@ def load_sharded(
     if not dist.is_initialized():
         raise InputError("a sharded model needs a job to be spread over: start with torchrun")
     module = _without_memory(config, dtype, attn_implementation, trust_remote_code)
+    checkpoint = Checkpoint(folder)
+    refuse_disagreement(Agreement.of_names(module, checkpoint), module, checkpoint, str(folder))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     _shard(module, mesh, offload)
-    _fill(module, Checkpoint(folder), mesh, torch.device("cpu") if offload else device)
+    _fill(module, checkpoint, mesh, torch.device("cpu") if offload else device)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.to(device)
@@ -103,12 +107,7 @@ def _fill(module: PreTrainedModel, checkpoint: Checkpoint, mesh: DeviceMesh, dev
     blank = dict(module.named_parameters())
     parts: dict[str, nn.Parameter] = {}
     for name, parameter in track(blank.items(), "load", len(blank)):
-        full = checkpoint.tensor(name)
-        if full.shape != parameter.shape:
-            raise InputError(
-                f"{checkpoint.folder}: {name} is {list(full.shape)}, the model's is {list(parameter.shape)}"
-            )
-        part = part_of(full, mesh, parameter.dtype, device)
+        part = part_of(checkpoint.tensor(name), mesh, parameter.dtype, device)
         # One object under all names of a tied parameter, so that it stays tied.
         parts |= dict.fromkeys(names[id(parameter)], nn.Parameter(part, requires_grad=False))
     module.load_state_dict(parts, strict=False, assign=True)

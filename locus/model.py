@@ -25,7 +25,7 @@ from locus.fsdp_loader import load_sharded
 from locus.parallel.sharding import device_of, reshard
 from locus.progress import without_bars_of_transformers
 from locus.quiet_stderr import unheard
-from locus.weight_checks import refuse_nonfinite
+from locus.weight_checks import Agreement, refuse_disagreement, refuse_nonfinite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +78,24 @@ class Model:
         return weight
 
     @property
+    def n_embedded(self) -> int:
+        """Rows of the token embedding: the token ids that the model can read are below it."""
+        return self._embedding.shape[0]
+
+    def check_embedded(self, id: int) -> None:
+        """Refuse a token that no row of the embedding stands for.
+
+        Raises:
+            InputError: its id is not below the number of rows; says both, and the mend.
+        """
+        if id >= self.n_embedded:
+            raise InputError(
+                f"token {self.tokenizer.convert_ids_to_tokens(id)!r} has id {id}, the embedding has "
+                f"{self.n_embedded} rows: resize it (model.resize_token_embeddings(len(tokenizer))) and save "
+                "again, or take the model's own tokenizer"
+            )
+
+    @property
     def context_length(self) -> int | None:
         """Longest sequence in tokens, where the configuration names one."""
         config = self.module.config.get_text_config()
@@ -128,8 +146,9 @@ def load_model(
 
     Raises:
         InputError: no such folder or hub id, not a causal language model, no fast tokenizer, an unknown
-            dtype, device or token, a damaged checkpoint, NaN or infinite weights, an architecture whose
-            parts have no exact names, or a model to be sharded without a job or over a device_map.
+            dtype, device or token, a damaged checkpoint, weights that the file lacks or has in another shape or
+            as codes, NaN or infinite weights, an architecture whose parts have no exact names, or a model to be
+            sharded without a job or over a device_map.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -139,7 +158,7 @@ def load_model(
         )
     device = _device(device)
     folder = checkpoint_folder(str(name))
-    Checkpoint(folder)  # refuses a missing shard or a truncated file in words a person understands
+    checkpoint = Checkpoint(folder)  # refuses a missing shard or a truncated file in plain words
     with without_bars_of_transformers(), _told(folder, str(name)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         kwargs: dict[str, Any] = {"dtype": _dtype(dtype, device, device_map is not None)}
@@ -153,9 +172,18 @@ def load_model(
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         else:
-            module = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+            # Whatever file and model do not agree on is refused below, in our words; transformers would go on.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
             )
+            module, info = loaded
+            refuse_disagreement(Agreement.of_loading(module, info), module, checkpoint, str(name))
         tokenizer = _tokenizer(folder, trust_remote_code)
         if device_map is None and not shard:
             torch.nn.Module.to(module, device)
@@ -257,7 +285,10 @@ def wrap(
     module.eval().requires_grad_(False)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{name}: its tokenizer has no chat template; leave --chat out")
-    return Model(module, tokenizer, read_atlas(module), name, folder, _bos(tokenizer, bos, name), chat)
+    model = Model(module, tokenizer, read_atlas(module), name, folder, _bos(tokenizer, bos, name), chat)
+    if model.bos is not None:
+        model.check_embedded(model.bos)
+    return model
 
 
 def bridge(model: Model) -> Any:

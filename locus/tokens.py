@@ -69,7 +69,8 @@ def encode(model: Model, example: Example | Fact) -> Encoded:
 
     Raises:
         InputError: a token covers the end of the prompt and the start of the target; the target has a
-            character that the tokenizer does not know; the text is longer than the model's context.
+            character that the tokenizer does not know; a token has no row in the embedding; the text is
+            longer than the model's context.
     """
     try:
         return _encode(model, example)
@@ -153,6 +154,7 @@ def _tokenize(model: Model, text: str) -> list[_Token]:
         verbose=False,
     )
     ids = encoding["input_ids"]
+    model.check_embedded(max(ids, default=0))
     names = tokenizer.convert_ids_to_tokens(ids)
     spans = encoding["offset_mapping"]
     return [
