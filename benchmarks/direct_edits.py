@@ -112,7 +112,7 @@ def removal(bench: Bench) -> Rows:
     """
     yield "base", lambda: kept_row(bench.folder / "base.json", lambda: bench.yardstick.read())
     for name in LEAST_SQUARES:
-        editor = EDITORS[name]()
+        editor: Any = EDITORS[name]()
         editor = replace(editor, target=replace(editor.target, to="refusal"))
         yield name, partial(bench.edit, name, editor, editor.own_mask(bench.model))
     fours = MEMIT(batch=4, target=replace(MEMIT().target, to="refusal"))

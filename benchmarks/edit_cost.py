@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editors.editor import EditData
 from editors.objectives.npo import NPO, npo_loss
 from editors.training.data import Data
 from editors.training.finetune import Run
@@ -179,7 +180,7 @@ def measure_arm(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model)
     npo = editor(args)
     forget, kept = read_facts("demo-forget")[: args.facts], read_facts("demo-retain")
-    data = Data.read(model, forget, kept, neutral_text(), npo.retain, npo.training)
+    data = Data.read(model, EditData(forget, kept, neutral_text()), npo.retain, npo.training)
     mask = neuron_mask(model, args.share)
     if args.arm == "inference":
         steps = inference_steps(model, data, npo)

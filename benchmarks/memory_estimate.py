@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.edit_cost import forget_the_peak, neuron_mask, resident_mb
+from editors.editor import EditData
 from editors.memory_estimate import LargestForwards, MemoryEstimate
 from editors.objectives.npo import NPO
 from editors.training.activation_checkpointing import activation_checkpointing
@@ -105,8 +106,9 @@ def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     model = load_model("smollm2", dtype=dtype) if name == "smollm2" else llama("wide", WIDE, "cpu", dtype)
     editor, mask = edit_of(checkpointing), neuron_mask(model, 0.01)
     facts, kept, text = longest_draw(model, editor)
-    estimate = MemoryEstimate.of(model, mask, editor, LargestForwards.of(model, editor, facts, kept, text))
-    data = Data.read(model, facts, kept, text, editor.retain, editor.training)
+    given = EditData(facts, kept, text)
+    estimate = MemoryEstimate.of(model, mask, editor, LargestForwards.of(model, editor, given))
+    data = Data.read(model, given, editor.retain, editor.training)
     forget_the_peak()
     resident = resident_mb()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

@@ -7,6 +7,7 @@ from editors.closed_form.knowledge_washing import LaW
 from editors.closed_form.memit import MEMIT
 from editors.closed_form.rome import ROME
 from editors.closed_form.subspace_projection import EraseSubspace
+from editors.editor import Editor
 from editors.neurons.neuron_descent import NeuronDescent
 from editors.neurons.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
 from editors.neurons.neuron_recipes import KnowledgeNeuronRecipe, PrivacyNeuronRecipe
@@ -52,7 +53,7 @@ OBJECTIVES: dict[str, type] = {
 }
 """Objectives of the masked training loop, by their names on the command line."""
 
-EDITORS: dict[str, type] = {
+EDITORS: dict[str, type[Editor]] = {
     **OBJECTIVES,
     "whp": WHP,
     "task-vector": TaskVector,

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from editors.editor import EditData, Editor
 from editors.training.activation_checkpointing import activation_checkpointing
 from editors.training.live_bytes import LiveBytes
+from editors.training.objective import Objective, TrainsInStages
 from editors.training.parametrize import Deltas, Trained
 from editors.training.prediction import Prediction
 from editors.training.reference import MOST_BYTES
 from editors.training.retain import Retain
 from editors.training.rounding import saved_dtypes
 from editors.training.settings import Training, make_optimizer
-from editors.two_stage.reinforcement import Reinforce
 from locus.errors import InputError
-from locus.fact import Fact, trainable_facts
 from locus.forward import Batch, batches
 from locus.hooks import patched
 from locus.mask import WeightMask
@@ -71,25 +71,22 @@ class LargestForwards:
     """Target tokens whose reference states are stored by the end of the run."""
 
     @classmethod
-    def of(
-        cls, model: Model, editor: Any, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str]
-    ) -> LargestForwards:
+    def of(cls, model: Model, editor: Editor, data: EditData) -> LargestForwards:
         """From the longest examples that one step can draw; nothing is run.
 
         Args:
             model: Its tokenizer and context length are used.
             editor: A trained editor.
-            forget: Facts to forget.
-            retain: Facts to keep; those held out do not count.
-            text: Neutral paragraphs.
+            data: Facts to forget, facts to keep (those held out do not count), neutral text.
 
         Raises:
             InputError: an example that cannot be encoded.
         """
-        training, term = _objective(editor).training, _objective(editor).retain
-        facts = [encode(model, fact) for fact in forget]
-        kept = [encode(model, fact) for fact in trainable_facts(retain)] if term.active else []
-        blocks = [block for paragraph in text for block in encode_text(model, paragraph)]
+        objective = trained_objective(editor)
+        training, term = objective.training, objective.retain
+        facts = [encode(model, fact) for fact in data.forget]
+        kept = [encode(model, fact) for fact in data.trainable_retain] if term.active else []
+        blocks = [block for paragraph in data.text for block in encode_text(model, paragraph)]
         blocks = blocks if term.active else []
         seen = [*kept, *blocks] if term.reference == "memory" and term.term == "kl" else []
         most = training.steps * (term.facts + term.texts)
@@ -136,7 +133,7 @@ class MemoryEstimate:
 
     @classmethod
     def of(
-        cls, model: Model, mask: WeightMask, editor: Any, loads: LargestForwards = LargestForwards()
+        cls, model: Model, mask: WeightMask, editor: Editor, loads: LargestForwards = LargestForwards()
     ) -> MemoryEstimate:
         """Run one step of an edit on fake tensors.
 
@@ -151,7 +148,7 @@ class MemoryEstimate:
                 forward looks at values.
         """
         mask.check(model, strict=False)
-        objective = _objective(editor)
+        objective = trained_objective(editor)
         with FakeTensorMode(allow_non_fake_inputs=True):
             shape = dataclasses.replace(model, module=_without_data(model.module))
             try:
@@ -165,7 +162,7 @@ class MemoryEstimate:
 _ON_DEVICE = ("weights", "deltas", "gradients", "optimizer", "activations", "transient")
 
 
-def _step(model: Model, deltas: Trained, objective: Any, loads: LargestForwards) -> MemoryEstimate:
+def _step(model: Model, deltas: Trained, objective: Objective, loads: LargestForwards) -> MemoryEstimate:
     """One training step while storages are counted."""
     term: Retain = objective.retain
     training: Training = objective.training
@@ -183,8 +180,9 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: LargestForwards)
         state = _bytes([v for slots in optimizer.state.values() for v in slots.values()])
         counted.reset_peak()
         activations = 0
-        for kind in ("forget", "retain", "text"):
-            for load in getattr(loads, kind) if kind == "forget" or term.active else ():
+        batches_of = {"forget": loads.forget, "retain": loads.retain, "text": loads.text}
+        for kind in batches_of:
+            for load in batches_of[kind] if kind == "forget" or term.active else ():
                 activations = max(activations, _backward(model, deltas, objective, kind, load, counted))
         torch.nn.utils.clip_grad_norm_(deltas.parameters, training.clip or float("inf"))
         optimizer.step()
@@ -201,7 +199,7 @@ def _step(model: Model, deltas: Trained, objective: Any, loads: LargestForwards)
 
 
 def _backward(
-    model: Model, deltas: Trained, objective: Any, kind: str, load: ForwardSize, counted: LiveBytes
+    model: Model, deltas: Trained, objective: Objective, kind: str, load: ForwardSize, counted: LiveBytes
 ) -> int:
     """Forward and backward of one batch.
 
@@ -267,13 +265,17 @@ def _largest(encoded: Sequence[Encoded], n: int, batch_tokens: int) -> tuple[For
     return (widest,) if widest == fullest else (widest, fullest)
 
 
-def _objective(editor: Any) -> Any:
-    """The objective that the loop trains; for a method in two stages, one with the same forwards."""
-    if hasattr(editor, "forget_loss"):
+def trained_objective(editor: Editor) -> Objective:
+    """The objective that the loop trains; of an editor in stages, one with the forwards of the largest.
+
+    Raises:
+        InputError: the editor trains nothing.
+    """
+    if isinstance(editor, Objective):
         return editor
-    if not hasattr(editor, "training"):
-        raise InputError(f"{type(editor).__name__} trains nothing: only trained edits have a memory estimate")
-    return Reinforce(getattr(editor, "retain", Retain(term="none")), editor.training)
+    if isinstance(editor, TrainsInStages):
+        return editor.largest_stage()
+    raise InputError(f"{type(editor).__name__} trains nothing: only trained edits have a memory estimate")
 
 
 def _trained(model: Model, mask: WeightMask, training: Training) -> Trained:

@@ -8,7 +8,7 @@ probability down to a goal.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import changed
+from editors.editor import Log
 from editors.key_value.down_projections import borrowed
 from locus import progress
 from locus.delta import WeightDelta
@@ -35,7 +36,6 @@ STEPS = 8
 """Halvings of the interval."""
 AROUND = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 """Strengths of the curve where none are given, in units of the strength found."""
-Log = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)

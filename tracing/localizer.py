@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,11 @@ class Cost:
 
     def __str__(self) -> str:
         return f"{self.forwards:,.4g} forwards and {self.backwards:,.4g} backwards of one example"
+
+
+@runtime_checkable
+class PublishedThreshold(Protocol):
+    """A localizer whose paper keeps the neurons above a threshold."""
+
+    CUT: ClassVar[float]
+    """That threshold, as a share of the highest score or as the paper scales it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class ROME:
     """Edit at the last token of the subject or of the prompt."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
+
+    def rewriting_to(self, answer: str) -> ROME:
+        """The same edit with `answer` as every fact's new target."""
+        return replace(self, target=self.target.rewriting_to(answer))
 
     def own_mask(self, model: Model) -> WeightMask:
         """The down projections of the layers named, or of all: what may change where no mask is given."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
+from editors.editor import Log
 from editors.key_value.distractors import facts_for
 from editors.key_value.down_projections import (
     DownProjection,
@@ -35,7 +36,6 @@ from locus.forward import measure
 from locus.mask import WeightMask
 from locus.model import Model
 
-Log = Callable[[Mapping[str, Any]], None]
 Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
 """A layer, the facts' keys `n fact` and residuals `d_model fact` -> the update `d_model n` of its n located neurons."""
 
@@ -64,6 +64,10 @@ class MultilayerEdit(ABC):
     """Edit at the last token of the subject or of the prompt."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
+
+    def rewriting_to(self, answer: str) -> MultilayerEdit:
+        """The same edit with `answer` as every fact's new target."""
+        return replace(self, target=self.target.rewriting_to(answer))
 
     def own_mask(self, model: Model) -> WeightMask:
         """The down projections of the layers named, or of all: what may change where no mask is given."""

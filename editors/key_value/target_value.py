@@ -74,6 +74,10 @@ class EditTarget:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must not be negative")
 
+    def rewriting_to(self, answer: str) -> EditTarget:
+        """The same search for a rewrite to `answer`, with its leading space."""
+        return replace(self, to="rewrite", answer=answer)
+
 
 @dataclass(frozen=True, eq=False)
 class ValueDeltas:

@@ -6,16 +6,17 @@ A neuron that many facts use takes them all along: how much of what else is lost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
+from editors.editor import Log
 from editors.key_value.down_projections import DownProjection
 from editors.key_value.least_squares import Metric, within
 from editors.key_value.neuron_parts import Part, located_parts, located_values, neuron_mask
@@ -31,8 +32,6 @@ from locus.random_streams import generator
 from locus.selection import Selection
 from locus.tokens import encode
 from locus.weight_source import stored
-
-Log = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from editors.editor import EditData
 from editors.training.retain import Retain
 from editors.training.rewording import encoded_rewordings
 from editors.training.settings import Training, draw
 from locus.errors import InputError
-from locus.fact import Fact, trainable_facts
+from locus.fact import Fact
 from locus.forward import Batch, TargetScores, batches, collate, measure
 from locus.model import Model
 from locus.tokens import Encoded, encode, encode_text
@@ -55,20 +56,25 @@ class Data:
     def read(
         cls,
         model: Model,
-        forget: Sequence[Fact],
-        retain: Sequence[Fact],
-        text: Sequence[str],
+        data: EditData,
         term: Retain,
         training: Training,
     ) -> Data:
-        """Encode everything and measure the reference; `model` must be the base as it is.
+        """Encode everything and measure the reference.
+
+        Args:
+            model: The base, unchanged in memory.
+            data: Facts and texts.
+            term: The retain term: whether retain data is needed.
+            training: Seed, batch size and how many rewordings a step sees.
 
         Raises:
             InputError: nothing to forget, a retain term without data, or an example that cannot be encoded.
         """
+        forget, text = data.forget, data.text
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
-        kept = trainable_facts(retain)
+        kept = data.trainable_retain
         if term.active and not (kept and term.facts) and not (text and term.texts):
             raise InputError(
                 f"the retain term {term.term} has no data: give retain facts that are not all held out, or text"

@@ -8,7 +8,7 @@ one that was never interrupted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from editors.deltas import settings_of
+from editors.editor import EditData, EditRun, Log
 from editors.training.activation_checkpointing import activation_checkpointing
 from editors.training.data import Data, ForgetExamples
 from editors.training.hessian import EVERY as HESSIAN_EVERY
@@ -48,9 +49,6 @@ from locus.nonfinite import first_at_fault
 from locus.parallel.ranks import ALONE, Ranks
 from locus.parallel.sharding import full_tensor
 from locus.tokens import Encoded, encode
-
-Log = Callable[[Mapping[str, Any]], None]
-"""Called with one record per step: see `Run.take_step`."""
 
 
 def finetune(
@@ -90,24 +88,37 @@ def finetune(
             another run, or a loss that is not a finite number; processes that were given different things.
         MaskLeak: a weight that must not move did.
     """
+    return train(objective, model, EditData(forget, retain, text), mask, EditRun(folder, resume, log, ranks))
+
+
+def train(objective: Objective, model: Model, data: EditData, mask: WeightMask, how: EditRun) -> WeightDelta:
+    """`finetune`, with facts and texts as one value.
+
+    Args:
+        objective: The forget loss, the retain term, the training settings.
+        model: The model to edit.
+        data: Facts to forget, facts to keep, neutral text.
+        mask: The weights that may move.
+        how: Where states are saved, and which processes share the steps.
+    """
     mask.check(model)
     training = objective.training
-    processes = Processes.of(ranks, model)
+    processes = Processes.of(how.ranks, model)
     deltas = _deltas(model, mask, training, processes)
     with weights_unchanged(model.module) as base:
-        data = Data.read(model, forget, retain, text, objective.retain, training)
+        encoded = Data.read(model, data, objective.retain, training)
         run = Run(
             objective,
             model,
             deltas,
-            data,
+            encoded,
             make_optimizer(training, deltas.parameters),
             _references(objective.retain, model, deltas, processes, base),
             processes,
         )
-        processes.agree(data, run.identity)
-        state = run.start(folder if resume else None)
-        ranks.agree("states to go on from (the output folder must be one that all see)", str(state.step))
+        processes.agree(encoded, run.identity)
+        state = run.start(how.folder if how.resume else None)
+        how.ranks.agree("states to go on from (the output folder must be one that all see)", str(state.step))
         with (
             deltas.attached(),
             activation_checkpointing(model, training.checkpointing),
@@ -115,15 +126,15 @@ def finetune(
         ):
             for record in state.history:
                 line.advance()
-                if log is not None:
-                    log(record)
+                if how.log is not None:
+                    how.log(record)
             while not state.stopped:
                 record = run.take_step(state)
                 line.advance(note=f"forget p {record['forget_prob']:.3f}")
-                if log is not None:
-                    log(record)
-                if folder is not None and (state.stopped or state.step % training.save_every == 0):
-                    save_state(folder, run.identity, state, deltas.values, run.optimizer, ranks.first)
+                if how.log is not None:
+                    how.log(record)
+                if how.folder is not None and (state.stopped or state.step % training.save_every == 0):
+                    save_state(how.folder, run.identity, state, deltas.values, run.optimizer, how.ranks.first)
         if state.stopped == "utility floor":
             deltas.load(state.good)
         return weight_delta(model, mask, deltas, training, run.provenance(state))

@@ -17,16 +17,29 @@ from locus.tokens import Encoded
 
 
 @runtime_checkable
-class Objective(Protocol):
+class Trains(Protocol):
+    """An editor that runs the training loop, once or in stages."""
+
+    @property
+    def training(self) -> Training:
+        """The training settings; of several stages, those of the last."""
+
+
+@runtime_checkable
+class TrainsInStages(Trains, Protocol):
+    """An editor that runs the training loop with objectives of its own."""
+
+    def largest_stage(self) -> Objective:
+        """An objective with the forwards of the stage that takes most memory."""
+
+
+@runtime_checkable
+class Objective(Trains, Protocol):
     """An editor that the training loop trains: a loss on forget examples, and settings."""
 
     @property
     def retain(self) -> Retain:
         """The retain term."""
-
-    @property
-    def training(self) -> Training:
-        """The training settings."""
 
     def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
         """The loss to lower on a batch of forget examples: a mean over its examples."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import changed, settings_of
+from editors.editor import EditData, EditRun, Log
+from editors.training.finetune import train
 from editors.training.settings import Training
 from editors.two_stage.reinforcement import REINFORCING, Reinforce
 from locus.delta import WeightDelta
@@ -38,6 +39,10 @@ class TaskVector:
     training: Training = REINFORCING
     """How the vector is learnt."""
 
+    def largest_stage(self) -> Reinforce:
+        """The only stage."""
+        return Reinforce(training=self.training)
+
     def run(
         self,
         model: Model,
@@ -48,11 +53,10 @@ class TaskVector:
         text: Sequence[str] = (),
         folder: Path | None = None,
         resume: bool = False,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
+        log: Log | None = None,
     ) -> WeightDelta:
         """Reinforce the forget set within the mask, then go the other way; see `finetune` for the arguments."""
-        learner = Reinforce(training=self.training)
-        learnt = learner.run(model, forget, (), mask, folder=folder, resume=resume, log=log)
+        learnt = train(self.largest_stage(), model, EditData(forget), mask, EditRun(folder, resume, log))
         selections = {name: change.selection for name, change in learnt.changes.items()}
 
         def change(name: str, old: Tensor) -> Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
-from editors.training.finetune import finetune
+from editors.editor import EditData, EditRun, Log
+from editors.training.finetune import finetune, train
 from editors.training.prediction import Prediction
 from editors.training.retain import Retain
 from editors.training.settings import Training
@@ -90,6 +90,10 @@ class WHP:
             )
         Anchors.read(self.anchors)
 
+    def largest_stage(self) -> Reinforce:
+        """The last stage, with the targets in place of the generic labels: as many, so the same forwards."""
+        return Reinforce(self.retain, self.training)
+
     def run(
         self,
         model: Model,
@@ -100,15 +104,15 @@ class WHP:
         text: Sequence[str] = (),
         folder: Path | None = None,
         resume: bool = False,
-        log: Callable[[Mapping[str, Any]], None] | None = None,
+        log: Log | None = None,
     ) -> WeightDelta:
         """Reinforce, make the targets, fine-tune; see `finetune` for the arguments."""
         first = None if folder is None else folder / "reinforce"
         learner = Reinforce(training=self.reinforce)
-        reinforced = learner.run(model, forget, (), mask, folder=first, resume=resume)
+        reinforced = train(learner, model, EditData(forget), mask, EditRun(first, resume))
         labels = self.targets(model, forget, reinforced)
         objective = GenericTargets(labels, self.retain, self.training)
-        delta = objective.run(model, forget, retain, mask, text=text, folder=folder, resume=resume, log=log)
+        delta = train(objective, model, EditData(forget, retain, text), mask, EditRun(folder, resume, log))
         about = {**delta.provenance, "editor": settings_of(self), "labels": [list(row) for row in labels]}
         return dataclasses.replace(delta, provenance=about)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from editors import DPO, NPO, RMU, ROME, Retain, TaskVector, Training
+from editors.editor import EditData
 from editors.memory_estimate import ForwardSize, LargestForwards, MemoryEstimate
 from editors.training.data import Data
 from editors.training.finetune import Run
@@ -58,9 +59,9 @@ def test_equals_a_real_step() -> None:
     editor, mask = npo(steps=2), mask_of(model)
     text = ["Berlin is the capital and the largest city of Germany. What language does he speak? French."]
     estimate = MemoryEstimate.of(
-        model, mask, editor, LargestForwards.of(model, editor, facts, [facts[0]], text)
+        model, mask, editor, LargestForwards.of(model, editor, EditData(facts, [facts[0]], text))
     )
-    data = Data.read(model, facts, [facts[0]], text, editor.retain, editor.training)
+    data = Data.read(model, EditData(facts, [facts[0]], text), editor.retain, editor.training)
     with LiveBytes() as counted:
         counted.count([*model.module.parameters(), *model.module.buffers()])
         deltas = Deltas(model.module, mask)
@@ -125,10 +126,10 @@ def test_loads_are_those_of_the_longest_examples() -> None:
     model = tiny_model("smollm")
     facts = tiny_facts()
     editor = NPO(training=Training(forget_per_step=2))
-    loads = LargestForwards.of(model, editor, facts, facts, ["Berlin is the capital of Germany"])
+    loads = LargestForwards.of(model, editor, EditData(facts, facts, ["Berlin is the capital of Germany"]))
     assert [load.rows for load in loads.forget] == [2]
     assert sum(load.rows for load in loads.retain) == 2
     assert loads.text[0].rows == 1 and loads.text[0].labels == loads.text[0].width - 1
     assert loads.kept_labels > 0
-    alone = LargestForwards.of(model, NPO(retain=Retain(term="none")), facts, facts, ["Berlin"])
+    alone = LargestForwards.of(model, NPO(retain=Retain(term="none")), EditData(facts, facts, ["Berlin"]))
     assert alone.retain == alone.text == () and alone.kept_labels == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -171,11 +170,12 @@ def rewriting(editor: Any, method: str, answer: str) -> Any:
     Raises:
         InputError: it is none that can rewrite.
     """
+    from editors.editor import Rewrites
     from locus.errors import InputError
 
-    if not hasattr(editor, "target"):
+    if not isinstance(editor, Rewrites):
         raise InputError(f"--target-new: {method} cannot rewrite: use rome, memit or alphaedit")
-    return dataclasses.replace(editor, target=dataclasses.replace(editor.target, to="rewrite", answer=answer))
+    return editor.rewriting_to(answer)
 
 
 def mask_for(
@@ -186,12 +186,12 @@ def mask_for(
     Raises:
         InputError: none is given and the method has none of its own.
     """
+    from editors.editor import ChoosesMask
     from editors.key_value.down_projections import layers_of
     from locus.errors import InputError
 
-    if given is None and hasattr(editor, "own_mask"):
-        own: WeightMask = editor.own_mask(model)
-        return own
+    if given is None and isinstance(editor, ChoosesMask):
+        return editor.own_mask(model)
     if given is None:
         raise InputError(f"locus edit --method {method} needs --mask: `locus locate` makes one")
     return layers_of(model, given) if widen else given

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from editors.editor import EditData
     from editors.memory_estimate import MemoryEstimate
     from locus.cli.options import Running, Talking
-    from locus.fact import Fact
     from locus.mask import WeightMask
     from locus.model import Model
 
@@ -42,6 +42,8 @@ def print_estimate(
     Raises:
         InputError: no mask, or a method that trains nothing.
     """
+    from editors.editor import EditData
+    from editors.training.objective import Trains
     from locus.cli.edit.edit_data import material
     from locus.errors import InputError
 
@@ -49,29 +51,29 @@ def print_estimate(
         raise InputError(
             "locus edit --estimate-memory needs --mask: the memory depends on how many weights are located"
         )
-    if not hasattr(editor, "training"):
+    if not isinstance(editor, Trains):
         raise InputError(
             f"locus edit --estimate-memory: {method} trains nothing; only trained edits have an estimate"
         )
     forget, kept, (neutral, _) = material(shape, running.facts(facts), retain, text, None, running.seed)
-    found = estimates(shape, mask, editor, forget, kept, neutral)
+    found = estimates(shape, mask, editor, EditData(forget, kept, neutral))
     result = {name: estimate.to_json() for name, estimate in found.items()}
     talking.finish(result, estimate_table(found, shape, mask))
 
 
-def estimates(
-    model: Model,
-    mask: WeightMask,
-    editor: Any,
-    forget: Sequence[Fact],
-    retain: Sequence[Fact],
-    text: Sequence[str],
-) -> dict[str, MemoryEstimate]:
-    """The estimate with activations kept, and with activations recomputed."""
+def estimates(model: Model, mask: WeightMask, editor: Any, data: EditData) -> dict[str, MemoryEstimate]:
+    """The estimate with activations kept, and with activations recomputed.
+
+    Args:
+        model: The base, or its shape.
+        mask: The weights that may move.
+        editor: A trained editor.
+        data: Facts to forget, facts to keep, neutral text.
+    """
     from editors.memory_estimate import LargestForwards, MemoryEstimate
 
     found = {}
-    loads = LargestForwards.of(model, editor, forget, retain, text)
+    loads = LargestForwards.of(model, editor, data)
     for name, checkpointing in (("kept", False), ("recomputed", True)):
         training = dataclasses.replace(editor.training, checkpointing=checkpointing)
         found[name] = MemoryEstimate.of(model, mask, dataclasses.replace(editor, training=training), loads)

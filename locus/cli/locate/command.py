@@ -199,14 +199,14 @@ def locate_mask(
 def _cut_of(localizer: Any, threshold: str) -> float:
     """A threshold as a number; "paper" is the localizer's own."""
     from locus.errors import InputError
+    from tracing.localizer import PublishedThreshold
 
     if threshold == "paper":
-        own = getattr(localizer, "CUT", None)
-        if own is None:
+        if not isinstance(localizer, PublishedThreshold):
             raise InputError(
                 f"--threshold paper: {type(localizer).__name__} has none of its own; give a number or a --budget"
             )
-        return float(own)
+        return localizer.CUT
     try:
         return float(threshold)
     except ValueError:

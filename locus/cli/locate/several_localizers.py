@@ -117,6 +117,7 @@ def _one(
     from locus.files.artefact import load_json, save_json
     from locus.mask import WeightMask
     from locus.report.locate_report import LocatedRow
+    from locus.scores import NeuronScores
     from tracing.comparing.compare_localizers import survey
 
     record, path = folder / f"{name}.json", folder / f"{name}.safetensors"
@@ -149,7 +150,7 @@ def _one(
         skipped=found.skipped,
     )
     found.mask.save(path)
-    if hasattr(found.scores, "choose"):  # those of weights are as large as the model
+    if isinstance(found.scores, NeuronScores):  # those of weights are as large as the model
         found.scores.save(folder / f"{name}.scores.safetensors")
     save_json(record, "located", {"about": dict(about), "row": dataclasses.asdict(row)})
     return row, found.mask

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from editors.editor import EditData
 from editors.training.data import Data
 from editors.training.parametrize import Deltas
 from editors.training.prediction import Prediction
@@ -64,7 +65,7 @@ def related(n_near: int, n_far: int) -> Data:
     one = dataclasses.replace(tiny_facts()[0], relation="capital", held_out=False)
     kept = [dataclasses.replace(one, id=f"near-{i}") for i in range(n_near)]
     kept += [dataclasses.replace(one, id=f"far-{i}", relation="other") for i in range(n_far)]
-    return Data.read(model, [one], kept, [], Retain(term="none"), Training(utility=0.0))
+    return Data.read(model, EditData([one], kept), Retain(term="none"), Training(utility=0.0))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from editors.editor import EditData
 from editors.objectives.ga import GA
 from editors.training.data import Data
 from editors.training.retain import Retain
@@ -68,7 +69,7 @@ def test_a_step_draws_as_many_as_asked_and_none_by_default() -> None:
     model, retain = tiny_model("smollm"), Retain(term="none")
     for n in (0, 5):
         training = Training(reworded=n)
-        data = Data.read(model, tiny_facts(), [], [], retain, training)
+        data = Data.read(model, EditData(tiny_facts()), retain, training)
         drawn = [i for batch in data.reworded_batches(training, 0) for i in batch.examples]
         assert len(drawn) == len(set(drawn)) == n
 
