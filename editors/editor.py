@@ -92,6 +92,15 @@ class ChoosesMask(Protocol):
 
 
 @runtime_checkable
+class ListsNeurons(ChoosesMask, Protocol):
+    """An editor whose own mask is that of the neurons it lists, if it lists any."""
+
+    @property
+    def neurons(self) -> tuple[str, ...]:
+        """Neurons as "layer:neuron"."""
+
+
+@runtime_checkable
 class Rewrites(Protocol):
     """An editor that can be told what the model should answer instead."""
 

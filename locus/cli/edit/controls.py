@@ -60,10 +60,11 @@ def control_edits(edited: Edited, profile: Profile = "layers") -> Iterator[tuple
     Raises:
         InputError: no further control can be made.
     """
+    from editors.editor import ChoosesMask
     from locus.mask import WeightMask
     from locus.mask_controls import drawn_masks
 
-    mask, chooses = edited.mask, hasattr(edited.editor, "own_mask")
+    mask, chooses = edited.mask, isinstance(edited.editor, ChoosesMask)
     if chooses:
         chosen = {name: one for name, one in mask.entries.items() if name in edited.delta.changes}
         mask = _of_neurons(edited, WeightMask(chosen, mask.fingerprint, mask.provenance))
@@ -73,8 +74,12 @@ def control_edits(edited: Edited, profile: Profile = "layers") -> Iterator[tuple
 
 def _of_neurons(edited: Edited, mask: WeightMask) -> WeightMask:
     """The part of a mask that an editor of listed neurons keeps to."""
-    listed = getattr(edited.editor, "neurons", ())
-    return mask & edited.editor.own_mask(edited.model) if listed else mask
+    from editors.editor import ListsNeurons
+
+    editor = edited.editor
+    return (
+        mask & editor.own_mask(edited.model) if isinstance(editor, ListsNeurons) and editor.neurons else mask
+    )
 
 
 def _held_to(editor: Any, model: Model, mask: WeightMask) -> Any:
