@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from locus.checkpoint import Checkpoint
 from locus.errors import InputError
 from locus.files.artefact import load_tensors, save_tensors
 from locus.files.schema import understood, value_of
 from locus.files.tensorfile import tensor_bytes
 from locus.selection import Selection
+from locus.weight_checks import refuse_coded
 
 if TYPE_CHECKING:
     from locus.atlas import Atlas
@@ -190,16 +192,19 @@ class WeightMask:
         return f"WeightMask({self.n_weights} weights in {len(self.entries)} parameters)"
 
     def check(self, model: Model, *, strict: bool = True) -> None:
-        """Refuse a mask that was made for another model.
+        """Refuse a mask that was made for another model, or whose parameters cannot be edited.
 
         Args:
             model: The model it is about to be used on.
             strict: Compare fingerprints too; False accepts another model of the same names and shapes.
 
         Raises:
-            InputError: says the first thing that differs.
+            InputError: says the first thing that differs, or the first parameter that is stored as codes (float8,
+                int8), which no edit can be written in.
         """
         _agree(self.entries, shapes_of(model.module), model.name)
+        if model.folder is not None:
+            refuse_coded(Checkpoint(model.folder), self.entries, model.name)
         if strict and self.fingerprint and self.fingerprint != model.fingerprint:
             raise InputError(
                 f"mask: made for a model with fingerprint {self.fingerprint[:12]}, {model.name} has "

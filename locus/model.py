@@ -183,7 +183,7 @@ def load_model(
                 **kwargs,
             )
             module, info = loaded
-            refuse_disagreement(Agreement.of_loading(module, info), module, checkpoint, str(name))
+            refuse_disagreement(Agreement.of_loading(module, info, checkpoint), module, checkpoint, str(name))
         tokenizer = _tokenizer(folder, trust_remote_code)
         if device_map is None and not shard:
             torch.nn.Module.to(module, device)

@@ -57,10 +57,14 @@ class Agreement:
     """Tensors of the file that the model has no place for."""
     differing: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
     """Name, shape in the file, shape in the model."""
+    decoded: bool = False
+    """Whether transformers itself turned a quantized checkpoint's codes into what the model holds."""
 
     @classmethod
-    def of_loading(cls, module: nn.Module, info: Mapping[str, Any]) -> Agreement:
+    def of_loading(cls, module: nn.Module, info: Mapping[str, Any], checkpoint: Checkpoint) -> Agreement:
         """By transformers' own account of what it loaded (`output_loading_info=True`)."""
+        from transformers.quantizers import AutoHfQuantizer
+
         missing = set(info.get("missing_keys", ()))
         differing = {
             name: (tuple(file), tuple(model)) for name, file, model in info.get("mismatched_keys", ())
@@ -71,6 +75,11 @@ class Agreement:
             (*named, *sorted(missing - set(named) - twins)) or tuple(sorted(missing)),
             tuple(sorted(info.get("unexpected_keys", ()), key=_natural)),
             tuple((name, *differing[name]) for name, _ in module.named_parameters() if name in differing),
+            # Of a method that it does not know, transformers takes the codes as they are.
+            bool(
+                "quantization_config" in checkpoint.config
+                and AutoHfQuantizer.supports_quant_method(checkpoint.config["quantization_config"])
+            ),
         )
 
     @classmethod
@@ -117,7 +126,7 @@ def refuse_disagreement(agreement: Agreement, module: nn.Module, checkpoint: Che
         InputError: parameters are missing, shapes differ, a tensor holds codes where the model has floats,
             or the file has weights for a part of the model that the model does not have.
     """
-    quantized = "quantization_config" in checkpoint.config
+    quantized = agreement.decoded
     extra = [one for one in agreement.unexpected if not _OLD_BUFFERS.search(one)]
     if not quantized:
         coded = [one for one in extra if _CODES.search(one)]
@@ -158,6 +167,38 @@ def refuse_disagreement(agreement: Agreement, module: nn.Module, checkpoint: Che
         )
 
 
+def refuse_coded(checkpoint: Checkpoint, names: Iterable[str], name: str) -> None:
+    """Refuse to edit parameters that the checkpoint does not store as numbers of their own.
+
+    An edit is written in the dtype of its base. Codes of a quantized model, float8 among them, have no dtype in
+    which a small change could be written; a model like that can be traced and audited.
+
+    Args:
+        checkpoint: The base of the edit.
+        names: The parameters that the edit may change.
+        name: The model's, for the message.
+
+    Raises:
+        InputError: names the first such parameter and says how to get a dense base.
+    """
+    for parameter in names:
+        try:
+            dtype = checkpoint.dtypes[checkpoint.resolve(parameter)]
+        except InputError:
+            if "quantization_config" not in checkpoint.config:
+                raise
+            kind = "codes under other names"
+        else:
+            if dtype in FLOATS:
+                continue
+            kind = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name}: {parameter} is stored as {kind}, in which an edit cannot be written: make a dense base first "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16), of a quantized model .dequantize(), "
+            "then save_pretrained(NEW_FOLDER)) and edit that"
+        )
+
+
 def refuse_nonfinite(module: nn.Module, name: str) -> None:
     """Raise InputError for the first parameter that holds NaN or infinity; `name` is the model's."""
     for parameter, held in module.named_parameters():
@@ -184,8 +225,8 @@ def _refuse_codes(module: nn.Module, checkpoint: Checkpoint, extra: Collection[s
 
 def _coded(name: str, what: str) -> str:
     return (
-        f"{name}: {what}: the file holds codes of a quantized model, and its config.json has no quantization_config; "
-        "fetch the dense model, or dequantize it (weight = code · scale) and save again"
+        f"{name}: {what}: the file holds codes of a quantized model, and its config.json has no quantization_config "
+        "that can be used here; fetch the dense model, or dequantize it (weight = code · scale) and save again"
     )
 
 

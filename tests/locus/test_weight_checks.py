@@ -17,6 +17,7 @@ from locus.cli import execute
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.fsdp_loader import _without_memory
+from locus.mask import WeightMask, shapes_of
 from locus.model import load_model
 from locus.tokens import encode, encode_text
 from locus.weight_checks import Agreement, refuse_disagreement
@@ -102,6 +103,12 @@ CASES: dict[str, tuple[str, Callable[[Tensors], Tensors], dict[str, object], str
         lambda t: _cast(UP, torch.float8_e4m3fn)(t) | {f"{UP}_scale": torch.ones(1)},
         {},
         r"weight_scale.*codes of a quantized model",
+    ),
+    "a method that nobody knows": (
+        "llama",
+        _cast(UP, torch.int8),
+        {"quantization_config": {"quant_method": "ours"}},
+        r"up_proj\.weight is int8",
     ),
     "GPTQ": (
         "llama",
@@ -214,3 +221,41 @@ def test_a_token_without_an_embedding_row_is_named_before_anything_runs(tmp_path
     model.module.resize_token_embeddings(rows + 1)
     resized = load_model(save_tiny(model, tmp_path / "resized"))
     assert rows in encode(resized, Example("The <|loc|> tower is in", " Paris")).ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_read_but_no_edit_of_it_begins(dtype, tmp_path, capsys):
+    folder = _checkpoint("llama", _cast(UP, dtype), {}, tmp_path)
+    model = load_model(folder)
+    shapes = shapes_of(model.module)
+    down = "model.layers.0.mlp.down_proj.weight"
+    WeightMask.of_parameters([down], shapes, model.fingerprint).check(model)
+    mask = WeightMask.of_parameters([down, UP], shapes, model.fingerprint)
+    said = rf"{re.escape(UP)} is stored as {str(dtype).removeprefix('torch.')}.*dense base"
+    with pytest.raises(InputError, match=said):
+        mask.check(model)
+    mask.save(tmp_path / "mask.safetensors")
+    command = ["edit", str(folder), "demo-forget", "--mask", str(tmp_path / "mask.safetensors")]
+    assert execute([*command, "--method", "npo", "-o", str(tmp_path / "edit")]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "edit" / "delta.safetensors").exists()
+
+
+def test_no_key_value_edit_of_float8_begins(tmp_path, capsys):
+    folder = _checkpoint(
+        "llama", _cast("model.layers.1.mlp.down_proj.weight", torch.float8_e4m3fn), {}, tmp_path
+    )
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text('{"prompt":"The Eiffel Tower is in","target":" Paris","subject":"Eiffel Tower"}\n')
+    assert execute(["edit", str(folder), str(facts), "-o", str(tmp_path / "edit")]) == 2
+    assert "layers.1.mlp.down_proj.weight is stored as float8_e4m3fn" in capsys.readouterr().err
+
+
+def test_a_quantized_checkpoint_without_its_package_is_one_line(tmp_path, capsys):
+    methods = {"bitsandbytes": {"load_in_4bit": True}, "gptq": {"bits": 4}, "compressed-tensors": {}}
+    for method, settings in methods.items():
+        config = {"quantization_config": {"quant_method": method, **settings}}
+        folder = _checkpoint("llama", _same, config, tmp_path / method)
+        with pytest.raises(InputError, match=r"install") as caught:
+            load_model(folder)
+        assert "\n" not in str(caught.value)
