@@ -186,7 +186,7 @@ def _ratios(one: Measurement, base: Measurement) -> dict[str, Any]:
 
     perplexity = None
     if one.text is not None and base.text is not None:
-        rise = difference(one.text.nll_items, base.text.nll_items)
+        rise = difference(one.text.nll_items, base.text.nll_items, share=False)
         if rise is not None:
             mean, low, high = (
                 math.exp(min(x, 700.0)) if math.isfinite(x) else math.inf

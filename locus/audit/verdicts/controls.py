@@ -35,12 +35,16 @@ def compare_states(
         mine, theirs = edit.items(key), base.items(key)
         if mine is None:
             continue
-        if theirs is not None and (d := difference(mine, theirs)) is not None:
+        if theirs is not None and (d := difference(mine, theirs, share=_is_share(key))) is not None:
             found.append(Comparison(key, "base", d, _outcome(key, d, standards)))
         others = [items for c in controls if (items := c.items(key)) is not None]
-        if others and (d := gain(mine, others)) is not None:
+        if others and (d := gain(mine, others, share=_is_share(key))) is not None:
             found.append(Comparison(key, "controls", d, _outcome(key, d, standards)))
     return found
+
+
+def _is_share(key: str) -> bool:
+    return figure_of(key).unit == "share"
 
 
 def _outcome(key: str, d: Interval, standards: Standards) -> Outcome:
@@ -63,7 +67,7 @@ def localized(edit: Measurement, controls: Sequence[Measurement], s: Standards) 
     for key in keys:
         others = [items for c in controls if (items := c.items(key)) is not None]
         mine = edit.items(key)
-        if mine is None or not others or (d := gain(mine, others)) is None:
+        if mine is None or not others or (d := gain(mine, others, share=_is_share(key))) is None:
             continue
         outcome = _outcome(key, d, s)
         seen |= outcome != "too few facts"
