@@ -20,6 +20,7 @@ from editors.key_value.down_projections import (
     chosen_layers,
     delta_of,
     down_projections,
+    refuse_edited,
     whole_projections,
 )
 from editors.key_value.key_positions import Place, context_prefixes, mean_by_fact, retained, rows, states
@@ -97,6 +98,7 @@ class ROME:
         text = text or neutral_text()
         wanted = () if self.layer is None else (self.layer,)
         located = chosen_layers(down_projections(model, mask), model.atlas.n_layers, wanted, 1)[0]
+        refuse_edited(model, [located.param])
         moment = second_moments(
             model, [located.layer], text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )[located.layer]

@@ -144,9 +144,8 @@ def layers_of(model: Model, mask: WeightMask) -> WeightMask:
     return whole_projections(model, layers)
 
 
-@contextlib.contextmanager
-def borrowed(model: Model, names: Iterable[str]) -> Iterator[None]:
-    """Let these parameters be written; on leaving every bit is as before.
+def refuse_edited(model: Model, names: Iterable[str]) -> None:
+    """Refuse to edit parameters that differ from the checkpoint already: called before anything is measured.
 
     Raises:
         InputError: the model in memory is not its checkpoint (it was edited since it was loaded), or one of
@@ -160,6 +159,18 @@ def borrowed(model: Model, names: Iterable[str]) -> Iterator[None]:
             raise InputError(
                 f"{name}: the model in memory is no longer its checkpoint; export the edit made so far and load that"
             )
+
+
+@contextlib.contextmanager
+def borrowed(model: Model, names: Iterable[str]) -> Iterator[None]:
+    """Let these parameters be written; on leaving every bit is as before.
+
+    Raises:
+        InputError: see `refuse_edited`.
+    """
+    names = list(names)
+    refuse_edited(model, names)
+    parameters = {name: model.module.get_parameter(name) for name in names}
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         yield

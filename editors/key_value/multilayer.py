@@ -22,6 +22,7 @@ from editors.key_value.down_projections import (
     chosen_layers,
     delta_of,
     down_projections,
+    refuse_edited,
     whole_projections,
 )
 from editors.key_value.key_positions import Place, context_prefixes, retained
@@ -142,6 +143,7 @@ class MultilayerWriter:
         located = chosen_layers(
             down_projections(model, mask), model.atlas.n_layers, editor.layers, max(1, editor.most)
         )
+        refuse_edited(model, [one.param for one in located])
         layers = [one.layer for one in located]
         prefixes = context_prefixes(text, editor.target.prefixes, editor.target.seed)
         moments = second_moments(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from editors.key_value.down_projections import DownProjection, down_projections
+from editors.key_value.down_projections import DownProjection, down_projections, refuse_edited
 from locus.errors import InputError
 from locus.mask import WeightMask
 from locus.model import Model
@@ -83,9 +83,10 @@ def located_values(model: Model, mask: WeightMask, neurons: Sequence[str] = ()) 
     """The located neurons' values, layer by layer.
 
     Raises:
-        InputError: see `located_parts`.
+        InputError: see `located_parts`; or the model in memory is not its checkpoint there.
     """
     selections = located_parts(model, mask, "values", neurons)
+    refuse_edited(model, selections)
     return [
         DownProjection(one.layer, one.param, one.transposed, selections[one.param])
         for one in down_projections(model, mask)

@@ -1,8 +1,9 @@
 """Second moments of what the down projections read: C = E[k kᵀ] over text, the metric of every least-squares edit.
 
-The sums are kept in float64 and cached on the disk, one file a layer, named after the model, its dtype, the text
-and the layer. A run that is stopped goes on where it was; a finished one is read back. There is no way to get the
-identity out of this module: without text there is no metric.
+The sums are float64 and cached on disk, one file per layer, named after what they were computed from: the weights in
+memory that the layer's keys depend on, the configuration, the dtype and the text. A model that was edited in memory
+thus has files of its own. A run that is stopped goes on where it was; a finished one is read back. There is no way to
+get the identity out of this module: without text there is no metric.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,10 +25,12 @@ from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import neutral_text
 from locus.files.artefact import load_tensors, save_tensors
+from locus.fingerprint import digests, tensor_digest
 from locus.forward import Batch, collate
 from locus.hooks import record, stop_after
 from locus.model import Model
 from locus.tokens import Encoded, encode_text
+from locus.weight_source import held
 
 KIND = "second-moment"
 BLOCK = 512
@@ -62,8 +66,8 @@ def second_moments(
     """Second moments of the inputs of the down projections of some layers, read back where they are known.
 
     Args:
-        model: In memory as its checkpoint is.
-        layers: Whose; all that are missing are computed in one pass over the text.
+        model: As it is in memory, edited or not.
+        layers: Indices of layers; all that are missing are computed in one pass over the text.
         text: Paragraphs; none for the neutral ones that come with locus (about 5,800 tokens of `smollm2`).
         n_tokens: Stop after so many tokens; a shorter text is read to its end.
         batch_tokens: Padded tokens in one forward; changes nothing beyond rounding.
@@ -76,7 +80,8 @@ def second_moments(
         return {}
     blocks = _blocks(model, text or neutral_text(), n_tokens)
     folder = cache_folder() / "statistics" if folder is None else folder
-    files = {layer: _Kept(folder, model, layer, blocks) for layer in layers}
+    made_from = key_sources(model, layers)
+    files = {layer: _Kept(folder, model, layer, blocks, made_from[layer]) for layer in layers}
     if missing := [kept for kept in files.values() if kept.n_blocks < len(blocks)]:
         _run(model, missing, blocks, batch_tokens)
     return {layer: SecondMoment(kept.total, kept.n_tokens) for layer, kept in files.items()}
@@ -102,13 +107,63 @@ def mean_keys(
     return {layer: summed / n_tokens for layer, summed in total.items()}
 
 
+def key_sources(model: Model, layers: Sequence[int]) -> dict[int, str]:
+    """Digest, by layer, of all that the input of the layer's down projection is computed from, but for the text.
+
+    That is the configuration, the attention implementation, and every parameter and buffer in memory up to the
+    layer: not the layer's own down projection, later layers, the final norm or the unembedding. An edit of those
+    leaves the digest as it is; any other change of the model gives another one.
+    """
+    atlas = model.atlas
+    tensors = {
+        **dict(model.module.named_parameters(remove_duplicate=False)),
+        **dict(model.module.named_buffers(remove_duplicate=False)),
+    }
+    owner = {
+        name: layer
+        for layer, path in enumerate(atlas.blocks)
+        for name in tensors
+        if name.startswith(f"{path}.")
+    }
+    after = tuple(f"{path}." for path in (atlas.final_norm, atlas.unembed) if path != atlas.embed)
+    wanted = sorted(set(layers))
+    read = [name for name in tensors if owner.get(name, 0) <= wanted[-1] and not name.startswith(after)]
+
+    def digest(name: str) -> str:
+        tensor = tensors[name]
+        return tensor_digest(held(model, name) if tensor.is_meta else tensor.detach())
+
+    known = digests(read, digest)
+    found = {}
+    for layer in wanted:
+        own = f"{atlas.neuron_in[layer]}."
+        below = sorted(
+            (name, one)
+            for name, one in known.items()
+            if owner.get(name, 0) <= layer and not name.startswith(own)
+        )
+        text = json.dumps([_configuration(model), below], sort_keys=True, default=str)
+        found[layer] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+def _configuration(model: Model) -> dict[str, Any]:
+    """What the configuration says of the computation: not where it came from, nor how it was saved."""
+    config = model.module.config
+    said = {"attention": getattr(config, "_attn_implementation", None), **config.to_dict()}
+    passing = ("transformers_version", "dtype", "torch_dtype", "use_cache")
+    return {name: value for name, value in said.items() if name[0] != "_" and name not in passing}
+
+
 class _Kept:
     """One layer's sum so far, and its file."""
 
-    def __init__(self, folder: Path, model: Model, layer: int, blocks: Sequence[Encoded]) -> None:
+    def __init__(
+        self, folder: Path, model: Model, layer: int, blocks: Sequence[Encoded], made_from: str
+    ) -> None:
         self.layer = layer
         self.about = {
-            "fingerprint": model.fingerprint,
+            "made_from": made_from,
             "dtype": str(model.dtype),
             "layer": layer,
             "tokens": sum(len(block.ids) for block in blocks),

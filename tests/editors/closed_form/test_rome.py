@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from editors.closed_form.memit import MEMIT
 from editors.closed_form.rome import ROME
 from editors.key_value.key_positions import row, states
 from editors.key_value.target_value import EditTarget, find_value_deltas
+from editors.neurons.neuron_selective import NeuronSelective
 from locus.errors import InputError
 from locus.forward import measure
 from locus.mask import WeightMask
@@ -108,11 +111,19 @@ def test_what_is_wrong_is_said() -> None:
         EditTarget(lr=0.0)
 
 
-def test_a_model_edited_in_memory_is_refused(tmp_path: Path) -> None:
+def test_a_model_edited_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stays = tiny_model()
     folder = save_tiny(stays, tmp_path / "checkpoint")
     model = load_model(folder)
     delta = ROME(layer=1, target=QUICK).run(model, facts()[:1], [], down(model), text=TEXT)
     delta.apply_(model)
-    with pytest.raises(InputError, match="no longer its checkpoint"):
-        ROME(layer=1, target=QUICK).run(model, facts()[:1], [], down(model), text=TEXT)
+    monkeypatch.setenv("LOCUS_CACHE", str(tmp_path / "cache"))
+    editors: tuple[Any, ...] = (
+        ROME(layer=1, target=QUICK),
+        MEMIT(layers=(0, 1), target=QUICK),
+        NeuronSelective(where="prompt", prefixes=0),
+    )
+    for editor in editors:
+        with pytest.raises(InputError, match="no longer its checkpoint"):
+            editor.run(model, facts()[:1], facts()[1:], down(model), text=TEXT)
+    assert not (tmp_path / "cache").exists(), "nothing is measured, and nothing kept, before the check"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from editors.key_value import second_moments as statistics
-from editors.key_value.second_moments import mean_keys, second_moments
+from editors.key_value.second_moments import key_sources, mean_keys, second_moments
 from locus.errors import InputError
 from locus.hooks import record
+from locus.model import load_model
 from locus.tokens import encode_text
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 TEXT = (
     "The city of Rome is in Italy and the Colosseum is in the city of Rome.",
@@ -87,6 +89,56 @@ def test_another_model_text_or_length_is_another_file(tmp_path: Path) -> None:
     second_moments(tiny_model(), [1], TEXT[:2], folder=tmp_path)
     assert 15 < second_moments(tiny_model(), [1], TEXT, n_tokens=20, folder=tmp_path)[1].n_tokens <= 20
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_an_edit_in_memory_never_reaches_the_clean_model(tmp_path: Path) -> None:
+    """What was computed from an edited model is kept apart: a clean model gives the same with and without it."""
+    clean, edited = tiny_model(), tiny_model()
+    right = second_moments(clean, [1], TEXT, folder=tmp_path / "clean")[1].total
+    edited.fingerprint  # noqa: B018  # known before the edit, as in a session that measures first
+    part = next(part for part in edited.atlas.neurons[0] if part.role == "down")
+    with torch.no_grad():
+        edited.module.get_parameter(part.param).mul_(1.5)
+    other = second_moments(edited, [1], TEXT, folder=tmp_path / "shared")[1].total
+    assert not torch.allclose(other, right)
+    assert torch.equal(second_moments(clean, [1], TEXT, folder=tmp_path / "shared")[1].total, right)
+    assert torch.equal(second_moments(edited, [1], TEXT, folder=tmp_path / "shared")[1].total, other)
+
+
+def test_an_edit_that_the_keys_do_not_see_keeps_the_file(tmp_path: Path) -> None:
+    """The layer's own down projection, later layers and the unembedding do not change what the layer reads."""
+    model = tiny_model()
+    before = key_sources(model, [1])
+    with torch.no_grad():
+        for layer in (1, 2):
+            part = next(part for part in model.atlas.neurons[layer] if part.role == "down")
+            model.module.get_parameter(part.param).mul_(1.5)
+        model.module.get_submodule(model.atlas.unembed).weight.mul_(1.5)  # type: ignore[operator]
+        assert key_sources(model, [1]) == before
+        up = next(part for part in model.atlas.neurons[1] if part.role == "up")
+        model.module.get_parameter(up.param)[0, 0] += 1.0
+    assert key_sources(model, [1]) != before
+
+
+def test_the_configuration_is_part_of_the_key(tmp_path: Path) -> None:
+    """Two folders of the same weights that rotate by other angles read other keys."""
+    models = []
+    for theta in (10_000.0, 20.0):
+        save_tiny(tiny_model(), tmp_path / f"{theta}")
+        file = tmp_path / f"{theta}" / "config.json"
+        config = json.loads(file.read_text("utf-8"))
+        config["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+        config["rope_theta"] = theta
+        file.write_text(json.dumps(config), "utf-8")
+        models.append(load_model(file.parent, dtype="float32"))
+    one, other = models
+    assert one.fingerprint == other.fingerprint
+    cached = tmp_path / "statistics"
+    first = second_moments(one, [1], TEXT, folder=cached)[1].total
+    second = second_moments(other, [1], TEXT, folder=cached)[1].total
+    assert not torch.allclose(first, second)
+    alone = second_moments(other, [1], TEXT, folder=tmp_path / "alone")[1].total
+    assert torch.equal(second, alone)
 
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
