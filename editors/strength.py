@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import changed
-from editors.editor import Log
+from editors.editor import EditData, Log
 from editors.key_value.down_projections import borrowed
 from locus import progress
 from locus.delta import WeightDelta
@@ -204,7 +204,7 @@ def delta_at_strength(
     mask: WeightMask,
     strength: float,
     search: StrengthSearch,
-    data: tuple[Sequence[Fact], Sequence[Fact], Sequence[str]],
+    data: EditData,
     *,
     provenance: Mapping[str, Any],
     log: Log | None,
@@ -217,7 +217,7 @@ def delta_at_strength(
         mask: Where changes are allowed.
         strength: The one to take, or the largest to try.
         search: Goal and curve; the editor itself.
-        data: Forget facts, retain facts, paragraphs; looked at only for a goal or a curve.
+        data: Facts and texts; looked at only for a goal or a curve.
         provenance: JSON values to keep; the curve is added, by strength, as "strength_curve".
         log: Called with every point of the curve.
 
@@ -226,7 +226,7 @@ def delta_at_strength(
     """
     about: dict[str, Any] = {**provenance, "strength": strength}
     if search.strength_goal or search.strength_curve:
-        judge = Judge.of(model, *data)
+        judge = Judge.of(model, data.forget, data.retain, data.text)
         wanted = list(search.strength_curve)
         points: list[Point] = []
         if search.strength_goal:

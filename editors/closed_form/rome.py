@@ -59,6 +59,8 @@ class ROME:
     """Tokens of text that the second moment is taken over, at most."""
     place: Place = "subject"
     """Edit at the last token of the subject or of the prompt."""
+    seed: int = 0
+    """Seed of everything random: the context prefixes, and the wrong answers that are drawn."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
 
@@ -94,7 +96,7 @@ class ROME:
         """
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
-        forget = facts_for(self.target, forget, retain)
+        forget = facts_for(self.target, forget, retain, self.seed)
         text = text or neutral_text()
         wanted = () if self.layer is None else (self.layer,)
         located = chosen_layers(down_projections(model, mask), model.atlas.n_layers, wanted, 1)[0]
@@ -102,7 +104,7 @@ class ROME:
         moment = second_moments(
             model, [located.layer], text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )[located.layer]
-        prefixes = context_prefixes(text, self.target.prefixes, self.target.seed)
+        prefixes = context_prefixes(text, self.target.prefixes, self.seed)
         kept = retained(
             model, retain, [located.layer], prefixes, self.place, self.retain_weight, self.batch_tokens
         )[located.layer]

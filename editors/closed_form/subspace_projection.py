@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
+from editors.editor import EditData
 from editors.key_value.key_positions import Place, context_prefixes, row, states, with_prefix
 from editors.strength import Direction, StrengthSearch, delta_at_strength
 from locus.delta import WeightDelta
@@ -117,7 +118,7 @@ class EraseSubspace(StrengthSearch):
             mask,
             self.strength,
             self,
-            (forget, retain, text),
+            EditData(forget, retain, text),
             provenance={"editor": settings_of(self)},
             log=log,
         )

@@ -18,14 +18,16 @@ FEWEST = 3
 """Wrong answers that a fact with fewer of its own is given, as far as there are other facts."""
 
 
-def facts_for(target: EditTarget, forget: Sequence[Fact], retain: Sequence[Fact] = ()) -> Sequence[Fact]:
+def facts_for(
+    target: EditTarget, forget: Sequence[Fact], retain: Sequence[Fact] = (), seed: int = 0
+) -> Sequence[Fact]:
     """The facts to forget, with answers of other facts where the edit target is wrong answers.
 
     Held-out facts are not looked at.
     """
     if target.to != "alternatives":
         return forget
-    return with_others(forget, [*forget, *trainable_facts(retain)], target.seed)
+    return with_others(forget, [*forget, *trainable_facts(retain)], seed)
 
 
 def with_others(facts: Sequence[Fact], pool: Sequence[Fact], seed: int = 0) -> list[Fact]:

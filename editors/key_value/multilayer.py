@@ -63,6 +63,8 @@ class MultilayerEdit(ABC):
     """Tokens of text that the second moment is taken over, at most."""
     place: Place = "subject"
     """Edit at the last token of the subject or of the prompt."""
+    seed: int = 0
+    """Seed of everything random: the context prefixes, and the wrong answers that are drawn."""
     batch_tokens: int = 4096
     """Padded tokens in one forward."""
 
@@ -95,7 +97,7 @@ class MultilayerEdit(ABC):
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or what `solver` says.
         """
-        forget = facts_for(self.target, forget, retain)
+        forget = facts_for(self.target, forget, retain, self.seed)
         spread = MultilayerWriter.over(self, model, forget, retain, mask, text)
         solve, about = self.solver(spread)
         with spread.borrowed():
@@ -145,7 +147,7 @@ class MultilayerWriter:
         )
         refuse_edited(model, [one.param for one in located])
         layers = [one.layer for one in located]
-        prefixes = context_prefixes(text, editor.target.prefixes, editor.target.seed)
+        prefixes = context_prefixes(text, editor.target.prefixes, editor.seed)
         moments = second_moments(
             model, layers, text, n_tokens=editor.moment_tokens, batch_tokens=editor.batch_tokens
         )

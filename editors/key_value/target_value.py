@@ -59,8 +59,6 @@ class EditTarget:
     """Weight of the value delta's norm over the squared norm of the value it starts from."""
     clamp: float = 4.0
     """Longest value delta, in units of the norm of the value it starts from."""
-    seed: int = 0
-    """Seed of the context prefixes, and of the answers that are drawn."""
 
     def __post_init__(self) -> None:
         if self.to not in get_args(To):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
+from editors.editor import EditData
 from editors.key_value.down_projections import (
     DownProjection,
     add_,
@@ -128,7 +129,7 @@ class NeuronDescent(StrengthSearch):
             mask,
             self.strength,
             self,
-            (forget, retain, text),
+            EditData(forget, retain, text),
             provenance={
                 "editor": settings_of(self),
                 "layers": [one.layer for one in located],

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
-from editors.editor import Log
+from editors.editor import EditData, Log
 from editors.key_value.down_projections import DownProjection
 from editors.key_value.least_squares import Metric, within
 from editors.key_value.neuron_parts import Part, located_parts, located_values, neuron_mask
@@ -42,6 +42,8 @@ class NeuronZero(StrengthSearch):
     values at 1 (Wu et al. 2023, arXiv:2310.20138).
     """
 
+    deterministic: ClassVar[bool] = True
+    """Nothing is drawn at random: every seed gives the same edit."""
     part: Part = "values"
     """values: what the neurons write; keys: what they answer to; both."""
     strength: float = 1.0
@@ -78,7 +80,7 @@ class NeuronZero(StrengthSearch):
             mask,
             self.strength,
             self,
-            (forget, retain, text),
+            EditData(forget, retain, text),
             provenance={"editor": settings_of(self)},
             log=log,
         )
@@ -88,6 +90,8 @@ class NeuronZero(StrengthSearch):
 class NeuronFlip(StrengthSearch):
     """Turn the sign of what located neurons write, w to −w."""
 
+    deterministic: ClassVar[bool] = True
+    """Nothing is drawn at random: every seed gives the same edit."""
     part: Part = "values"
     """values: what the neurons write; keys: what they answer to; both."""
     neurons: tuple[str, ...] = ()
@@ -131,6 +135,8 @@ class NeuronMean(StrengthSearch):
     says (E[k]ᵀ a, at most 1): few neurons make a poor bias.
     """
 
+    deterministic: ClassVar[bool] = True
+    """Nothing is drawn at random: every seed gives the same edit."""
     strength: float = 1.0
     """Share of the way to the mean."""
     ridge: float = 1e-3
@@ -186,7 +192,7 @@ class NeuronMean(StrengthSearch):
             mask,
             self.strength,
             self,
-            (forget, retain, text),
+            EditData(forget, retain, text),
             provenance={"editor": settings_of(self), "constant": constant},
             log=log,
         )
@@ -219,7 +225,7 @@ class NeuronDirection(StrengthSearch):
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
     def own_mask(self, model: Model) -> WeightMask:
         """The weights of the neurons listed: what may change where no mask is given."""
@@ -262,7 +268,7 @@ class NeuronDirection(StrengthSearch):
             mask,
             self.strength,
             self,
-            (forget, retain, text),
+            EditData(forget, retain, text),
             provenance={"editor": settings_of(self)},
             log=log,
         )

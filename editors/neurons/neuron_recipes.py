@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from editors.deltas import settings_of
 from editors.key_value.neuron_parts import neuron_mask
@@ -29,6 +29,8 @@ class KnowledgeNeuronRecipe(StrengthSearch):
     target to the fact's first alternative. Locate with `--method knowledge-neurons --parts down`.
     """
 
+    deterministic: ClassVar[bool] = True
+    """Nothing is drawn at random: every seed gives the same edit."""
     recipe: Recipe = "suppress"
     """suppress: values times 0; enhance: times 2; erase: values towards "unknown"; update: from target to
     alternative, the first of each fact."""
@@ -85,6 +87,8 @@ class PrivacyNeuronRecipe(StrengthSearch):
     `--method depn --budget 20 --parts down`.
     """
 
+    deterministic: ClassVar[bool] = True
+    """Nothing is drawn at random: every seed gives the same edit."""
     neurons: tuple[str, ...] = ()
     """Only these of the mask's neurons, as layer:neuron."""
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.deltas import settings_of
+from editors.editor import EditData
 from editors.key_value.down_projections import DownProjection
 from editors.key_value.key_positions import Row, context_prefixes, row, states, with_prefix
 from editors.key_value.least_squares import Metric, within, write
@@ -120,7 +121,7 @@ class NeuronSelective(StrengthSearch):
             mask,
             self.strength,
             self,
-            (forget, retain, text),
+            EditData(forget, retain, text),
             provenance={"editor": settings_of(self), "layers": layers, "conditions": conditions},
             log=log,
         )

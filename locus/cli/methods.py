@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -64,17 +64,36 @@ def methods(
         raise InputError(f"{name}: no such method; `locus methods` lists them")
     for command, cls in found:
         if talking.json:
-            defaults = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
-            page = {"what": _first_line(cls), "about": about(cls), "options": defaults}
+            defaults = {f.name: _default(f) for f in fields(cls)}
+            page: dict[str, Any] = {"what": _first_line(cls), "about": about(cls), "options": defaults}
+            if is_deterministic(cls):
+                page["deterministic"] = True
             talking.finish({"command": command, "method": name, **page}, "")
         else:
             print(f"{about(cls)}\n")
+            if is_deterministic(cls):
+                print("Deterministic: nothing is drawn at random, so --seed changes nothing.\n")
             method_app(f"locus {command} --method {name}", cls).help_print([])
 
 
 def about(cls: type[Any]) -> str:
     """Formula, source, cost and use: what stands at the head of the method's file."""
     return inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+
+
+def _default(option: Field[Any]) -> Any:
+    """An option's default as a JSON value; None where there is none."""
+    default = option.default
+    if default is MISSING and option.default_factory is not MISSING:
+        default = option.default_factory()
+    if default is MISSING:
+        return None
+    return asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+
+
+def is_deterministic(cls: type[Any]) -> bool:
+    """Whether the method declares that every seed gives the same result (`deterministic`, a class attribute)."""
+    return bool(getattr(cls, "deterministic", False))
 
 
 def localizer_page(table: dict[str, type[Any]]) -> str:

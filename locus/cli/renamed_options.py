@@ -22,7 +22,7 @@ RENAMED: dict[str, str] = {
     "--aim-kl": "--target-kl",
     "--aim-decay": "--target-decay",
     "--aim-clamp": "--target-clamp",
-    "--aim-seed": "--target-seed",
+    "--aim-seed": "--seed",
     "--dose": "--strengths",
     "--dose-goal": "--strength-goal",
     "--dose-curve": "--strength-curve",

@@ -54,7 +54,7 @@ def test_every_old_name_leads_to_an_option_that_exists() -> None:
     from locus.cli.app import app
     from locus.cli.options import method_app
 
-    known = {"--estimate-memory"} if "--estimate-memory" in _flags(app["edit"]) else set()
+    known = _flags(app["edit"])
     for cls in (*EDITORS.values(), AuditSettings):
         known |= _flags(method_app("m", cls))
     assert set(RENAMED.values()) <= known
