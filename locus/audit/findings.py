@@ -9,7 +9,7 @@ from typing import Any
 from locus.audit.measurement import Measurement
 from locus.audit.questions import Questions
 from locus.audit.settings import AuditSettings
-from locus.audit.weight_change import Change
+from locus.audit.weight_change import WeightChange
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Findings:
     relations: Mapping[str, str]
     """Fact id -> relation, of the facts that have one."""
     questions: Mapping[str, Questions]
-    changes: Mapping[str, Change]
+    changes: Mapping[str, WeightChange]
     """What the weights of each edit and control changed, by state."""
     missing: tuple[Mapping[str, str], ...]
     """What was not measured, and why."""

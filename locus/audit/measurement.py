@@ -9,9 +9,9 @@ from typing import Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from locus.audit.figure_values import Curve
 from locus.audit.intervals import Items
 from locus.audit.neutral_text import TextScores
-from locus.audit.outcome import Curve
 from locus.audit.questions import KINDS, Answers
 from locus.audit.settings import FORMATS, Format
 from locus.audit.state import Role

@@ -18,16 +18,16 @@ from locus.audit.attacks.rounding import survive_rounding
 from locus.audit.attacks.table import ATTACKS, BUILT_IN, FIGURES_OF, WHY_NOT, attack_all, attacks_of
 from locus.audit.context import Context, batch_tokens
 from locus.audit.document import document
+from locus.audit.figure_values import FigureValues
 from locus.audit.findings import Findings
 from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES
 from locus.audit.neutral_text import TextScores, read_text
-from locus.audit.outcome import Found
 from locus.audit.questions import Questions, ask, questions_of, split_facts, subset
 from locus.audit.settings import AuditSettings
 from locus.audit.state import State, states_of
 from locus.audit.suites.table import Suite
-from locus.audit.weight_change import Change, change_of
+from locus.audit.weight_change import WeightChange, change_of
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact
@@ -108,7 +108,7 @@ def measure_model(
         survived = survive_rounding(model, forget, held_out, formats, budget)
         teach = "relearn" in attacks and state.role != "base" and len(forget) > 1
         curve = relearn(model, forget, settings.relearn, budget, answers["forget"]) if teach else None
-    found = Found() if context is None else attack_all(attacks, state, context)
+    found = FigureValues() if context is None else attack_all(attacks, state, context)
     return Measurement(
         state.name,
         state.role,
@@ -172,7 +172,7 @@ def audit(
         masks: Name of an edit or control -> the mask it had to keep to.
         never_knew: A model retrained without the forget set: what forget quality, PrivLeak and the depth
             score compare with. Without it they are not measured.
-        suites: Benchmarks to run besides (see `locus.audit.suites.table`).
+        suites: Benchmarks to run too (see `locus.audit.suites.table`).
         settings: What is measured.
         before: An earlier audit of the same base, with the same questions and settings: what it measured of the
             base is taken over.
@@ -232,7 +232,9 @@ def _taken_over(
     return before.base
 
 
-def _changes(base: Model, states: Sequence[State], masks: Mapping[str, WeightMask]) -> dict[str, Change]:
+def _changes(
+    base: Model, states: Sequence[State], masks: Mapping[str, WeightMask]
+) -> dict[str, WeightChange]:
     """What each edit and control did to the weights."""
     compared = [state for state in states if state.role in ("edit", "control")]
     return {
@@ -255,7 +257,7 @@ def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[E
 def with_suites(one: Measurement, state: State, suites: Sequence[Suite], context: Context) -> Measurement:
     """The measurement with the figures of every suite added."""
     start = time.perf_counter()
-    found = Found(one.extra, one.scalars, one.curves)
+    found = FigureValues(one.extra, one.scalars, one.curves)
     for suite in suites:
         found |= suite.run(state, context)
     seconds = one.seconds + time.perf_counter() - start

@@ -46,7 +46,7 @@ class TensorChange:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """What one edit did to the weights."""
 
     tensors: tuple[TensorChange, ...]
@@ -92,13 +92,13 @@ class Change:
         }
 
 
-def change_of(base: Model, edit: WeightDelta | Model, mask: WeightMask | None = None) -> Change:
+def change_of(base: Model, edit: WeightDelta | Model, mask: WeightMask | None = None) -> WeightChange:
     """What an edit changed, from its delta or from a second checkpoint in memory."""
     pieces = _of_delta(edit) if isinstance(edit, WeightDelta) else _of_models(base, edit)
     allowed = None if mask is None else {canonical(name): chosen for name, chosen in mask.entries.items()}
     tensors = tuple(_one(name, selection, old, new, allowed) for name, selection, old, new in pieces)
     cast = edit.rounding.fraction_vanished if isinstance(edit, WeightDelta) else None
-    return Change(tensors, sum(p.numel() for p in base.module.parameters()), cast)
+    return WeightChange(tensors, sum(p.numel() for p in base.module.parameters()), cast)
 
 
 def _of_delta(delta: WeightDelta) -> Iterator[tuple[str, Selection, Tensor, Tensor]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.questions import ask, questions_of
 from locus.audit.state import State
 from locus.fact import Example, Fact
@@ -18,17 +18,17 @@ from locus.model import Model
 LETTERS = "ABCDEFGHIJ"
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Cloze form, letter form and truth ratio over the facts that have wrong alternatives."""
     facts = [f for f in context.facts if f.alternatives]
     if not facts:
-        return Found()
+        return FigureValues()
     ids = tuple(f.id for f in facts)
     with state.active() as model:
         cloze, among = _cloze(model, facts, context.max_tokens)
         letters = by_letter(model, [letter_question(f, context.seed) for f in facts], context.max_tokens)
         ratios = _truth_ratios(model, facts, context)
-    return Found(
+    return FigureValues(
         {
             "choice.cloze": Items(ids, torch.tensor(cloze)),
             "familiarity.probability": Items(ids, torch.tensor(among)),

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.audit.context import Context
+from locus.audit.figure_values import Curve, FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Curve, Found
 from locus.audit.state import State
 from locus.forward import Batch, batches, label_logits, label_nll
 from locus.hooks import patched, record
@@ -27,10 +27,10 @@ THRESHOLD = 0.05
 """Layers where the retrained model causes a smaller drop (nats a token) do not hold the knowledge."""
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Drop of log p(target) per token by patching, layer by layer, and the score where a retrained model is given."""
     if state.role == "base":
-        return Found()
+        return FigureValues()
     forget = context.questions["forget"]
     drop = drops(context.base, state, forget.encoded, context.max_tokens)
     found = {"depth.drop": Items(forget.facts, drop.mean(1))}
@@ -41,7 +41,7 @@ def run(state: State, context: Context) -> Found:
         scores, known = depth_score(drop, reference)
         kept = tuple(f for f, k in zip(forget.facts, known.tolist(), strict=True) if k)
         found["depth.erased"] = Items(kept, scores[known])
-    return Found(found, curves={"depth": curve})
+    return FigureValues(found, curves={"depth": curve})
 
 
 def depth_score(

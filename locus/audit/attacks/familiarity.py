@@ -10,12 +10,12 @@ import torch
 
 from locus.audit.attacks.generation import generate
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.state import State
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Greedy completions of each prompt and its paraphrases, searched for the target."""
     asked = [context.questions[kind] for kind in ("forget", "paraphrase") if kind in context.questions]
     facts = tuple(fact for q in asked for fact in q.facts)
@@ -23,4 +23,4 @@ def run(state: State, context: Context) -> Found:
     with state.active() as model:
         written = generate(model, [e.prompt_ids for q in asked for e in q.encoded], context.max_new_tokens)
     said = [float(target in text.casefold()) for target, text in zip(targets, written, strict=True)]
-    return Found({"familiarity.completion": Items(facts, torch.tensor(said))})
+    return FigureValues({"familiarity.completion": Items(facts, torch.tensor(said))})

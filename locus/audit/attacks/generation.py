@@ -11,8 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.state import State
 from locus.errors import InputError
 from locus.forward import batches, label_logits
@@ -21,7 +21,7 @@ from locus.model import Model
 from locus.tokens import Encoded
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Exact memorization, extraction strength and ROUGE-L of the forget targets."""
     questions = context.questions["forget"]
     with state.active() as model:
@@ -34,7 +34,7 @@ def run(state: State, context: Context) -> Found:
     }
     if (recall := rouge_recalls(targets, written)) is not None:
         found["generation.rouge"] = recall
-    return Found({key: Items(questions.facts, torch.tensor(values)) for key, values in found.items()})
+    return FigureValues({key: Items(questions.facts, torch.tensor(values)) for key, values in found.items()})
 
 
 def greedy_flags(

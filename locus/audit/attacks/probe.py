@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from locus.audit.context import Context
+from locus.audit.figure_values import Curve, FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Curve, Found
 from locus.audit.questions import Questions, questions_of
 from locus.audit.state import State
 from locus.fact import Example
@@ -28,13 +28,13 @@ RIDGE = 1.0
 MIN_TRAINING = 10
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Share of forget facts decoded by the probe of each layer; nothing without retained facts to train on."""
     forget, held_out = context.questions["forget"], context.questions.get("held_out")
     with state.active() as model:
         training = _training(model, context)
         if training is None or held_out is None:
-            return Found()
+            return FigureValues()
         rows = model.module.get_parameter(f"{model.atlas.unembed}.weight").detach().float().cpu()
         taught = last_states(model, training.encoded, context.max_tokens)
         tuned = last_states(model, held_out.encoded, context.max_tokens)
@@ -49,7 +49,7 @@ def run(state: State, context: Context) -> Found:
         decoded.append(hits(read(tested[:, layer]), answers[2], rows))
     by_layer = tuple(Items(forget.facts, hit) for hit in decoded)
     curve = Curve("layer", tuple(map(float, range(len(by_layer)))), by_layer)
-    return Found({"probe.top1": by_layer[-best[1]]}, curves={"probe": curve})
+    return FigureValues({"probe.top1": by_layer[-best[1]]}, curves={"probe": curve})
 
 
 def fit(

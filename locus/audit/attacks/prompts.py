@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.questions import Answers, ask, questions_of
 from locus.audit.state import State
 from locus.errors import InputError
@@ -39,7 +39,7 @@ _SMALL = re.compile(
 """First words that have a capital only where a sentence begins."""
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Answers to the forget facts under every other prompt; the attacker keeps the best of each family."""
     facts = context.facts
     found: dict[str, Items] = {}
@@ -60,7 +60,7 @@ def run(state: State, context: Context) -> Found:
             hits += [a.correct for a in answered]
     if hits:
         found["prompts.any.top1"] = Items(tuple(f.id for f in facts), torch.stack(hits).any(0).float())
-    return Found(found)
+    return FigureValues(found)
 
 
 def templates(facts: Sequence[Fact]) -> list[list[Example]]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from locus.audit.attacks.relearn import halves
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.questions import Questions, ask
 from locus.audit.state import State
 from locus.forward import batches, label_logits, label_nll
@@ -35,18 +35,18 @@ class SoftPrompt:
     """Adam's, in units of the embeddings' standard deviation."""
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """p(target) of the untaught half under the fitted prompt; nothing with fewer than two facts."""
     forget = context.questions["forget"]
     if len(forget) < 2:
-        return Found()
+        return FigureValues()
     taught, tested = halves(forget.facts, context.seed)
     with state.active() as model:
         longest = max(len(e.ids) for e in forget.encoded) + SoftPrompt().n_tokens
         if model.context_length is not None and longest > model.context_length:
-            return Found()
+            return FigureValues()
         prob = attack(model, forget.take(taught), forget.take(tested), SoftPrompt(), context.max_tokens)
-    return Found({"soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob)})
+    return FigureValues({"soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob)})
 
 
 def attack(model: Model, taught: Questions, tested: Questions, how: SoftPrompt, max_tokens: int) -> Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from locus.audit.context import Context
+from locus.audit.figure_values import Curve, FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Curve, Found
 from locus.audit.questions import Answers, Questions, ask
 from locus.audit.state import State
 
@@ -19,10 +19,10 @@ MAX_HELD_OUT = 32
 """Held-out facts asked at each strength, the first ones of a seeded order."""
 
 
-def run(state: State, context: Context) -> Found:
+def run(state: State, context: Context) -> FigureValues:
     """Curves of p(target) on the forget facts and of right answers on held-out ones; edits only."""
     if state.role != "edit":
-        return Found()
+        return FigureValues()
     asked = {"forget": context.questions["forget"]}
     if (others := context.questions.get("held_out")) is not None:
         asked["held_out"] = _some(others, context.seed)
@@ -35,7 +35,7 @@ def run(state: State, context: Context) -> Found:
                 told = known.get(kind)
                 answers = ask(model, questions, context.max_tokens) if told is None else _of(told, questions)
                 points[kind].append(answers.prob if kind == "forget" else answers.top1)
-    return Found(
+    return FigureValues(
         curves={f"strength.{kind}": Curve("strength", strengths, tuple(at)) for kind, at in points.items()}
     )
 

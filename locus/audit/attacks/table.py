@@ -18,11 +18,11 @@ from locus.audit.attacks import (
     strength,
 )
 from locus.audit.context import Context
-from locus.audit.outcome import Found
+from locus.audit.figure_values import FigureValues
 from locus.audit.state import State
 from locus.errors import InputError
 
-Attack = Callable[[State, Context], Found]
+Attack = Callable[[State, Context], FigureValues]
 
 BUILT_IN: Mapping[str, str] = {
     "lens": "logit lens at every layer: the target among the top or the bottom k",
@@ -108,7 +108,7 @@ def attacks_of(names: tuple[str, ...]) -> tuple[str, ...]:
         return NAMES
     if "none" in names:
         if len(names) > 1:
-            raise InputError("audit: attacks none and others besides; give one or the other")
+            raise InputError("audit: --attacks none stands beside other attacks; give one or the other")
         return ()
     for name in names:
         if name not in NAMES:
@@ -120,9 +120,9 @@ def attacks_of(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name in names)
 
 
-def attack_all(names: tuple[str, ...], state: State, context: Context) -> Found:
+def attack_all(names: tuple[str, ...], state: State, context: Context) -> FigureValues:
     """What the named attacks of `ATTACKS` found out about a state."""
-    found = Found()
+    found = FigureValues()
     for name in names:
         if name in ATTACKS:
             found |= ATTACKS[name][0](state, context)

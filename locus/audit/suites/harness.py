@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.state import State
 from locus.errors import InputError
 from locus.fact import Fact
@@ -45,7 +45,7 @@ class Harness:
         """One figure a task is expected; its metric is the task's own."""
         return ()
 
-    def run(self, state: State, context: Context) -> Found:
+    def run(self, state: State, context: Context) -> FigureValues:
         """Every metric of every task that has one value a document; others as one number for the set."""
         with state.active() as model:
             results = self._evaluate(model, context.max_tokens)
@@ -69,7 +69,7 @@ class Harness:
                     items[key] = Items(groups, torch.tensor(values, dtype=torch.float32))
                 else:
                     scalars[key] = float(value)
-        return Found(items, scalars)
+        return FigureValues(items, scalars)
 
     def _evaluate(self, model: Model, max_tokens: int) -> Mapping[str, Any]:
         from lm_eval import simple_evaluate

@@ -16,8 +16,8 @@ import torch
 from locus import metrics
 from locus.audit.attacks.generation import generate
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.state import State
 from locus.audit.suites.membership import SCORES, membership_scores
 from locus.audit.suites.source import Source
@@ -51,7 +51,7 @@ class Muse:
         *(f"membership.{name}" for name in SCORES),
     )
 
-    def run(self, state: State, context: Context) -> Found:
+    def run(self, state: State, context: Context) -> FigureValues:
         """Measure one state; PrivLeak needs `context.never_knew`, a model retrained without the forget set."""
         items: dict[str, Items] = {}
         scalars: dict[str, float] = {}
@@ -71,7 +71,7 @@ class Muse:
                 retrained = metrics.privacy_auc(*self._membership(model, None)["min_k"])
             if retrained > 0:
                 scalars["muse.privleak"] = metrics.privleak(scalars["muse.privacy_auc"], retrained)
-        return Found(items, scalars)
+        return FigureValues(items, scalars)
 
     @property
     def _has_privacy(self) -> bool:

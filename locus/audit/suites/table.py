@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from locus.audit.context import Context
-from locus.audit.outcome import Found
+from locus.audit.figure_values import FigureValues
 from locus.audit.state import State
 from locus.errors import InputError
 from locus.fact import Fact, read_facts
@@ -30,7 +30,7 @@ class Suite(Protocol):
     def figures(self) -> tuple[str, ...]:
         """Keys of the figures it can measure."""
 
-    def run(self, state: State, context: Context) -> Found:
+    def run(self, state: State, context: Context) -> FigureValues:
         """Measure one state."""
 
 
@@ -42,9 +42,9 @@ class FactSuite:
     retain: Sequence[Fact] = ()
     figures: tuple[str, ...] = ()
 
-    def run(self, state: State, context: Context) -> Found:
+    def run(self, state: State, context: Context) -> FigureValues:
         """Nothing further."""
-        return Found()
+        return FigureValues()
 
 
 def load_suite(name: str, place: str | Path, limit: int | None = None) -> Suite:

@@ -14,8 +14,8 @@ from torch import Tensor
 from locus import metrics
 from locus.audit.attacks.generation import generate, rouge_recalls
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.questions import ask, questions_of
 from locus.audit.state import State
 from locus.audit.suites.source import Source
@@ -69,7 +69,7 @@ class Tofu:
         """The retained questions as held-out facts."""
         return [_fact("retain", i, r) for i, r in enumerate(self.sets.get("retain", ()))]
 
-    def run(self, state: State, context: Context) -> Found:
+    def run(self, state: State, context: Context) -> FigureValues:
         """Measure one state; forget quality needs `context.never_knew`, utility all the other sets."""
         mode = context.settings.truth_ratio
         with state.active() as model:
@@ -88,7 +88,7 @@ class Tofu:
         if context.never_knew is not None:
             reference = self._reference(context.never_knew, context.max_tokens, mode)
             scalars["tofu.forget_quality"] = metrics.forget_quality(forget.truth_ratio, reference)
-        return Found(items, scalars)
+        return FigureValues(items, scalars)
 
     def score(
         self,

@@ -11,8 +11,8 @@ import torch
 
 from locus.audit.attacks.choice import LETTERS, by_letter
 from locus.audit.context import Context
+from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
-from locus.audit.outcome import Found
 from locus.audit.state import State
 from locus.audit.suites.source import ENDINGS, HUB, Source, read_records
 from locus.errors import InputError
@@ -36,13 +36,13 @@ class Wmdp:
         """The questions as facts, the other choices as alternatives."""
         return [_fact(i, r) for i, r in enumerate(self.records)]
 
-    def run(self, state: State, context: Context) -> Found:
+    def run(self, state: State, context: Context) -> FigureValues:
         """Share of questions whose right letter is likeliest, zero-shot."""
         asked = [(_text(r), int(r["answer"]), len(r["choices"])) for r in self.records]
         with state.active() as model:
             scores = by_letter(model, asked, context.max_tokens)
         ids = tuple(str(i) for i in range(len(scores)))
-        return Found({"wmdp.accuracy": Items(ids, torch.tensor(scores))})
+        return FigureValues({"wmdp.accuracy": Items(ids, torch.tensor(scores))})
 
 
 def read_wmdp(place: str | Path, limit: int | None = None) -> Wmdp:

@@ -9,7 +9,7 @@ from locus.audit.measurement import Measurement
 from locus.audit.settings import Standards
 from locus.audit.verdicts.controls import localized
 from locus.audit.verdicts.resistance import hidden, returns
-from locus.audit.verdicts.verdict import Answer, Verdict, in_percent, mean_at, mean_of, unmeasured
+from locus.audit.verdicts.verdict import Verdict, VerdictAnswer, in_percent, mean_at, mean_of, unmeasured
 
 
 def judge(
@@ -19,7 +19,7 @@ def judge(
     standards: Standards,
     reference: Measurement | None = None,
 ) -> tuple[Verdict, ...]:
-    """Answer the seven questions about one edit.
+    """VerdictAnswer the seven questions about one edit.
 
     Args:
         edit: What is judged.
@@ -91,7 +91,7 @@ def _general(edit: Measurement, base: Measurement, reference: Measurement | None
         judged = judged[:1]
     if not judged:
         return unmeasured("general", "Other wordings: not measured, the facts have no paraphrases.", keys)
-    worst: Answer = max((answer for answer, _ in judged), key=("yes", "unclear", "partly", "no").index)
+    worst: VerdictAnswer = max((answer for answer, _ in judged), key=("yes", "unclear", "partly", "no").index)
     if worst == "yes" and edit.items("paraphrase.top1") is None:
         worst = "unclear"
     told = "; ".join(sentence for _, sentence in judged)
@@ -107,7 +107,7 @@ def _general(edit: Measurement, base: Measurement, reference: Measurement | None
 
 def _elsewhere(
     edit: Measurement, base: Measurement, reference: Measurement | None, key: str, s: Standards
-) -> tuple[Answer, str] | None:
+) -> tuple[VerdictAnswer, str] | None:
     """How much is answered under other words of one kind; None where that was not measured."""
     right, was_right = _pair(edit, base, key)
     if right is None or was_right is None:
@@ -156,7 +156,7 @@ def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
 
 def _kept(
     edit: Measurement, base: Measurement, key: str, what: str, s: Standards
-) -> tuple[Answer, str] | None:
+) -> tuple[VerdictAnswer, str] | None:
     """How many right answers of one kind are left; None where that was not measured."""
     after, before = _pair(edit, base, key)
     if after is None or before is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from locus.audit.intervals import Interval, Items, mean_interval, ratio
 from locus.audit.measurement import Measurement
 from locus.audit.settings import Standards
-from locus.audit.verdicts.verdict import Answer, Verdict, in_percent, mean_at, unmeasured
+from locus.audit.verdicts.verdict import Verdict, VerdictAnswer, in_percent, mean_at, unmeasured
 
 _ROUNDED = ("bfloat16.forget.prob", "int8.forget.prob", "int4.forget.prob")
 
@@ -78,7 +78,7 @@ def returns(edit: Measurement, base: Measurement, reference: Measurement | None,
         excess[key] = (share.mean - level, share.low - level)
     back = [mean for mean, low in excess.values() if mean > s.recovered and low > 0]
     if back:
-        answer: Answer = "no" if max(back) > 0.5 else "partly"
+        answer: VerdictAnswer = "no" if max(back) > 0.5 else "partly"
         return Verdict("returns", answer, f"It comes back under attack: {told}.", keys)
     if all(mean <= s.recovered for mean, _ in excess.values()):
         return Verdict("returns", "yes", f"It does not come back: {told}.", keys)

@@ -8,23 +8,23 @@ from typing import Literal
 from locus.audit.intervals import Items
 from locus.audit.measurement import Measurement
 
-Answer = Literal["yes", "partly", "no", "unclear", "not measured"]
-Question = Literal["forgotten", "general", "spared", "intact", "hidden", "returns", "localized"]
+VerdictAnswer = Literal["yes", "partly", "no", "unclear", "not measured"]
+VerdictQuestion = Literal["forgotten", "general", "spared", "intact", "hidden", "returns", "localized"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One question about an edit, answered."""
 
-    question: Question
-    answer: Answer
+    question: VerdictQuestion
+    answer: VerdictAnswer
     """yes is always the good end: forgotten, spared, intact, *not* hidden, *not* returning, better than controls."""
     sentence: str
     evidence: tuple[str, ...]
     """Keys of the figures behind it."""
 
 
-def unmeasured(question: Question, sentence: str, keys: tuple[str, ...]) -> Verdict:
+def unmeasured(question: VerdictQuestion, sentence: str, keys: tuple[str, ...]) -> Verdict:
     """There is no evidence: never a pass."""
     return Verdict(question, "not measured", sentence, keys)
 

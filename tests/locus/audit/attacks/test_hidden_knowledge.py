@@ -21,8 +21,8 @@ from locus.audit.attacks import (
 )
 from locus.audit.attacks.table import ATTACKS, FIGURES_OF, NAMES, attack_all, attacks_of
 from locus.audit.context import Context
+from locus.audit.figure_values import Found
 from locus.audit.metric_table import FIGURES
-from locus.audit.outcome import Found
 from locus.audit.questions import ask, questions_of
 from locus.audit.run import ask_about
 from locus.audit.state import State

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from locus.audit.figure_values import Curve
 from locus.audit.intervals import Items
 from locus.audit.measurement import LensLeak, Measurement
-from locus.audit.outcome import Curve
 from locus.audit.questions import Answers
 from locus.audit.settings import Standards
 from locus.audit.verdicts.judgement import judge, left

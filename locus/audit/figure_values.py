@@ -1,4 +1,4 @@
-"""What an attack or a suite found out about one state."""
+"""What an attack or a suite measured of one state: values by the key of their figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Found:
+class FigureValues:
     """Values by the key of their figure; what could not be measured is absent."""
 
     items: Mapping[str, Items] = field(default_factory=dict)
@@ -34,8 +34,8 @@ class Found:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """By the curve's own name."""
 
-    def __or__(self, other: Found) -> Found:
-        return Found(
+    def __or__(self, other: FigureValues) -> FigureValues:
+        return FigureValues(
             {**self.items, **other.items},
             {**self.scalars, **other.scalars},
             {**self.curves, **other.curves},
