@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from editors.editor import EditData, Editor
 from editors.training.activation_checkpointing import activation_checkpointing
 from editors.training.live_bytes import LiveBytes
-from editors.training.objective import Objective, TrainsInStages
+from editors.training.objective import Objective, TrainsInStages, retain_loss
 from editors.training.parametrize import Deltas, Trained
 from editors.training.prediction import Prediction
 from editors.training.reference import MOST_BYTES
@@ -227,7 +227,7 @@ def _backward(
             loss = objective.forget_loss(_prediction(model, deltas, load, answered=True))
         else:
             kept = _prediction(model, deltas, load, kept=term.reference != "live")
-            loss = term.weight * term.loss(kept)
+            loss = term.weight * retain_loss(objective, kept)
     loss.backward()
     return most
 

@@ -11,9 +11,11 @@ name and digest of every tensor, so that it depends neither on shards nor on the
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,18 @@ def fingerprint_of(module: nn.Module) -> str:
         [name for name in tensors if name not in aliases], lambda name: tensor_digest(tensors[name])
     )
     return fingerprint({name: found[aliases.get(name, name)] for name in tensors}, shapes)
+
+
+def configuration(module: nn.Module) -> dict[str, Any]:
+    """What a transformers model's configuration says of its computation, as JSON values.
+
+    The attention implementation belongs to it; where the model came from and how it was saved does not.
+    """
+    config: Any = module.config
+    said = {"attention": config._attn_implementation, **config.to_dict()}
+    apart = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+    known: dict[str, Any] = json.loads(json.dumps(said, default=str, sort_keys=True))
+    return {name: value for name, value in known.items() if name[0] != "_" and name not in apart}
 
 
 def digests(names: Iterable[str], of: Callable[[str], str]) -> dict[str, str]:

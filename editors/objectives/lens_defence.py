@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from editors.training.finetune import finetune
-from editors.training.prediction import Prediction
+from editors.training.prediction import Prediction, block_numbers
 from editors.training.retain import Retain
 from editors.training.settings import Training
 
@@ -45,8 +45,12 @@ def max_entropy_loss(lens_logits: Float[Tensor, "layer label d_vocab"]) -> Float
 
 
 def lens_layers(chosen: tuple[int, ...], n_layers: int) -> list[int]:
-    """The layers looked at: those chosen, or the upper half of the blocks."""
-    return [layer % n_layers for layer in chosen] or list(range(n_layers // 2, n_layers))
+    """The blocks whose outputs are read: those chosen, or the upper half.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    return block_numbers(chosen, n_layers, "layer") or list(range(n_layers // 2, n_layers))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.training.finetune import finetune
-from editors.training.prediction import Prediction, steering_layer
+from editors.training.prediction import Prediction, block_numbers, steering_layer
 from editors.training.retain import Retain
 from editors.training.settings import Training
+from locus.errors import InputError
 from locus.random_streams import generator
 
 
@@ -55,9 +56,25 @@ class RMU:
     training: Training = Training(steps=80, min_steps=20, floor=0.0)
     """How the located weights are trained. The targets' probability is only measured at checks."""
 
+    def __post_init__(self) -> None:
+        if self.layer < -1:
+            raise InputError(
+                f"layer = {self.layer}: a block from 0 up, or -1 for the one at 7/32 of the depth"
+            )
+
+    def steered_layer(self, n_layers: int) -> int:
+        """The block whose output is steered, and held on retain data.
+
+        Raises:
+            InputError: the model has no such block.
+        """
+        return (
+            steering_layer(n_layers) if self.layer < 0 else block_numbers([self.layer], n_layers, "layer")[0]
+        )
+
     def forget_loss(self, forget: Prediction) -> Float[Tensor, ""]:
         """`rmu_loss`, a mean over each target's tokens and over the batch."""
-        layer = steering_layer(forget.model.atlas.n_layers) if self.layer < 0 else self.layer
+        layer = self.steered_layer(forget.model.atlas.n_layers)
         hidden = forget.hidden([layer])[0].float()
         length = torch.full_like(hidden[:, 0], self.coefficient)
         if self.adaptive:

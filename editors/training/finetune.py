@@ -24,7 +24,7 @@ from editors.training.data import Data, ForgetExamples
 from editors.training.hessian import EVERY as HESSIAN_EVERY
 from editors.training.hessian import estimate_hessian
 from editors.training.lora import LoraDeltas
-from editors.training.objective import Answering, Finishing, Objective
+from editors.training.objective import Answering, Finishing, Objective, retain_loss
 from editors.training.parametrize import Deltas, Trained
 from editors.training.prediction import Kept, Prediction
 from editors.training.processes import ONE_PROCESS, Processes, WorkSplit
@@ -107,15 +107,9 @@ def train(objective: Objective, model: Model, data: EditData, mask: WeightMask, 
     deltas = _deltas(model, mask, training, processes)
     with weights_unchanged(model.module) as base:
         encoded = Data.read(model, data, objective.retain, training)
-        run = Run(
-            objective,
-            model,
-            deltas,
-            encoded,
-            make_optimizer(training, deltas.parameters),
-            _references(objective.retain, model, deltas, processes, base),
-            processes,
-        )
+        references = _references(objective.retain, model, deltas, processes, base)
+        optimizer = make_optimizer(training, deltas.parameters)
+        run = Run(objective, model, deltas, encoded, optimizer, references, processes)
         processes.agree(encoded, run.identity)
         state = run.start(how.folder if how.resume else None)
         how.ranks.agree("states to go on from (the output folder must be one that all see)", str(state.step))
@@ -137,7 +131,10 @@ def train(objective: Objective, model: Model, data: EditData, mask: WeightMask, 
                     save_state(how.folder, run.identity, state, deltas.values, run.optimizer, how.ranks.first)
         if state.stopped == "utility floor":
             deltas.load(state.good)
-        return weight_delta(model, mask, deltas, training, run.provenance(state))
+        trained = weight_delta(model, mask, deltas, training, run.provenance(state))
+    if references is not None:
+        references.commit()
+    return trained
 
 
 def _deltas(model: Model, mask: WeightMask, training: Training, processes: Processes) -> Trained:
@@ -170,8 +167,8 @@ def _references(
     if term.reference == "live" or processes.sharded:
         return None
     if term.reference == "disk":
-        return References(model, deltas, cache_folder() / "references")
-    return References(model, deltas, known=known_states(model.module, base))
+        return References(model, deltas, cache_folder() / "references", base=base)
+    return References(model, deltas, known=known_states(model.module, base), base=base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +369,7 @@ class Run:
             for piece in split.pieces(encoded, batches, training.batch_tokens):
                 kept = Prediction(self.model, self.deltas, piece.batch, kept=self._kept(encoded))
                 n_own = len(piece.batch.labels) if piece.counts else 0
-                loss = term.loss(kept) * (n_own / n)
+                loss = retain_loss(self.objective, kept) * (n_own / n)
                 named = ((f"retain {i + 1}", encoded[i]) for i in piece.batch.examples)
                 loss_sum += self._finite("retain loss", step, loss, named)
                 (term.weight * loss).backward()

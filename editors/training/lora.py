@@ -25,6 +25,14 @@ class LoraDeltas:
     def __init__(self, module: nn.Module, mask: WeightMask, rank: int, seed: int) -> None:
         """Adapters of rank `rank` and scale 2, zero at first; the module is not touched before `attached`.
 
+        They are float32 where the base is half precision.
+
+        Args:
+            module: The base.
+            mask: Whole matrices that may change.
+            rank: Rank of each change.
+            seed: Seed of the adapters' first values.
+
         Raises:
             InputError: peft is not installed, or the mask selects something other than whole Linear or Conv1D
                 matrices (a low-rank change of a matrix moves all of it).
@@ -56,6 +64,8 @@ class LoraDeltas:
             if "lora_" in part
         }
         for parameter in self.values.values():
+            # peft makes them in the base's dtype; updates of half-precision adapters would be rounded away.
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
 
     @property

@@ -46,6 +46,14 @@ class Objective(Trains, Protocol):
 
 
 @runtime_checkable
+class Steers(Protocol):
+    """An objective that steers the output of one block; the hidden-state retain term then holds that block."""
+
+    def steered_layer(self, n_layers: int) -> int:
+        """Number of the block, in a model of `n_layers`."""
+
+
+@runtime_checkable
 class Answering(Protocol):
     """An objective that also looks at another answer to each prompt."""
 
@@ -59,3 +67,10 @@ class Finishing(Protocol):
 
     def done(self, model: Model, forget: Sequence[Encoded]) -> bool:
         """Whether the forget examples are forgotten by its own measure."""
+
+
+def retain_loss(objective: Objective, kept: Prediction) -> Float[Tensor, ""]:
+    """The objective's retain term on one batch of facts or text, unweighted."""
+    n_layers = kept.model.atlas.n_layers
+    steered = objective.steered_layer(n_layers) if isinstance(objective, Steers) else None
+    return objective.retain.loss(kept, steered)

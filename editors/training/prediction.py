@@ -16,6 +16,7 @@ from torch import Tensor
 
 from editors.training.latent_adversary import Perturbation
 from editors.training.parametrize import Trained
+from locus.errors import InputError
 from locus.forward import Batch, example_sum, label_logits
 from locus.hooks import record, stop_after
 from locus.lens import lens_logits
@@ -170,6 +171,23 @@ class Prediction:
 def steering_layer(n_layers: int) -> int:
     """The block that RMU steers when none is named: the 7th of 32 in its paper, at the same depth elsewhere."""
     return n_layers * 7 // 32
+
+
+def block_numbers(layers: Sequence[int], n_layers: int, what: str) -> list[int]:
+    """Block numbers counted from 0, of numbers that may count from the end.
+
+    Args:
+        layers: Numbers from -n_layers to n_layers - 1.
+        n_layers: Blocks of the model.
+        what: The option that gave them, for the error.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            raise InputError(f"{what} {layer}: the model has layers 0 to {n_layers - 1}")
+    return [layer % n_layers for layer in layers]
 
 
 def _narrow(batch: Batch, keep: Bool[Tensor, " example"]) -> tuple[Batch, Bool[Tensor, " label"]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.training.prediction import Prediction, steering_layer
+from editors.training.prediction import Prediction, block_numbers, steering_layer
 from locus.errors import InputError
 from locus.metrics import kl_divergence
 
@@ -45,7 +45,7 @@ class Retain:
     unembedding, d_model numbers per token: in memory while the model is loaded (at most 0.5 GB), or on disk, in the
     user's cache."""
     layers: tuple[int, ...] = ()
-    """Blocks whose outputs the hidden-state term holds, negative from the end; empty for the block that RMU steers."""
+    """Blocks whose outputs the hidden-state term holds, negative from the end; empty for the block that is steered."""
 
     def __post_init__(self) -> None:
         if self.term not in TERMS:
@@ -62,14 +62,23 @@ class Retain:
         """Whether retain data is looked at in training at all."""
         return self.term != "none" and self.weight > 0 and (self.facts > 0 or self.texts > 0)
 
-    def loss(self, kept: Prediction) -> Float[Tensor, ""]:
-        """The term on one batch of facts or text: mean over its target tokens."""
+    def loss(self, kept: Prediction, steered: int | None = None) -> Float[Tensor, ""]:
+        """The term on one batch of facts or text: mean over its target tokens.
+
+        Args:
+            kept: The batch under the edited model.
+            steered: Block that the objective steers, which the hidden-state term holds where `layers` names none.
+
+        Raises:
+            InputError: `layers` names a block that the model does not have.
+        """
         if self.term == "nll":
             return kept.token_nll.mean()
         if self.term == "kl":
             return kl_divergence(kept.ref_logits, kept.logits).mean()
         n_layers = kept.model.atlas.n_layers
-        layers = [layer % n_layers for layer in self.layers] or [steering_layer(n_layers)]
+        fallback = steering_layer(n_layers) if steered is None else steered
+        layers = block_numbers(self.layers, n_layers, "retain layer") or [fallback]
         return hidden_mse(kept.hidden(layers), kept.ref_hidden(layers))
 
 

@@ -178,11 +178,17 @@ def method_app(command: str, cls: type[S], shared: Mapping[str, Any] = MappingPr
 
     A field of the nested `training` is called by its own name (`--lr`); those of any other nested dataclass
     have the field's name in front (`--retain-weight`). Fields named in `shared` are options of the command
-    itself (`--seed`): they get that value, unless it is None, and are no options here.
+    itself (`--seed`): they get that value, unless it is None, and are no options here. A nested field of the same
+    name (`--reinforce-seed`) stays an option, and has the command's value where it is not given.
     """
     app = App(name=command, version_flags=(), help_flags=(), help=inspect.cleandoc(cls.__doc__ or ""))
-    leaves = [leaf for leaf in _leaves(cls(), ()) if _flag(leaf[0]) not in shared]
     settled = {name: value for name, value in shared.items() if value is not None}
+    leaves = [
+        (path, hint, settled.get(path[-1], default), doc)
+        for path, hint, default, doc in _leaves(cls(), ())
+        if _flag(path) not in shared
+    ]
+    settled |= {_flag(path): default for path, _, default, _ in leaves if path[-1] in settled}
 
     def make(**given: Any) -> S:
         return _built(cls(), (), {**settled, **given})  # type: ignore[no-any-return]

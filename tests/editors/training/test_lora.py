@@ -12,8 +12,9 @@ from editors.training.lora import LoraDeltas
 from editors.training.settings import Training
 from editors.training.unchanged import every_digest
 from locus.errors import InputError
-from locus.forward import measure
+from locus.forward import collate, label_logits, measure
 from locus.mask import WeightMask, shapes_of
+from locus.tokens import encode
 from tests.tiny import tiny_facts, tiny_model
 
 pytest.importorskip("peft")
@@ -75,3 +76,33 @@ def test_a_mask_of_neurons_is_refused() -> None:
     chosen[1, 3] = True
     with pytest.raises(InputError, match="LoRA changes whole matrices, the mask holds"):
         LoraDeltas(model.module, WeightMask.of_neurons(model.atlas, chosen), rank=2, seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_of_a_half_precision_base_are_float32(dtype: torch.dtype) -> None:
+    """A step of 1e-5, which bfloat16 and float16 round away at the size of the adapters' first values, moves them."""
+    model = tiny_model("smollm")
+    model = dataclasses.replace(model, module=model.module.to(dtype))
+    mask = WeightMask.of_parameters(PATTERNS["smollm"], shapes_of(model.module))
+    deltas = LoraDeltas(model.module, mask, rank=2, seed=0)
+    assert {value.dtype for value in deltas.values.values()} == {torch.float32}
+    with torch.no_grad():
+        for name, value in deltas.values.items():
+            if "lora_B" in name:
+                value.fill_(0.1)
+    before = {name: value.detach().clone() for name, value in deltas.values.items()}
+    optimizer = torch.optim.SGD(deltas.parameters, lr=1e-5)
+    batch = collate([encode(model, fact) for fact in tiny_facts()], [0, 1])
+    with deltas.attached():
+        logits = label_logits(model, batch)
+        logits.square().sum().backward()
+    for value in deltas.parameters:
+        assert value.grad is not None
+        value.grad.sign_()
+    optimizer.step()
+    for name, value in deltas.values.items():
+        torch.testing.assert_close(
+            (value.detach() - before[name]).abs(), torch.full_like(value, 1e-5), rtol=0.1, atol=0
+        )
+    change = deltas.dense(next(iter(mask.entries)))
+    assert change.dtype == torch.float32
