@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from locus.delta import WeightDelta
 from locus.fact import Fact, trainable_facts
@@ -98,6 +98,14 @@ class ListsNeurons(ChoosesMask, Protocol):
     @property
     def neurons(self) -> tuple[str, ...]:
         """Neurons as "layer:neuron"."""
+
+
+@runtime_checkable
+class Deterministic(Protocol):
+    """A method that may declare that every seed gives the same result."""
+
+    deterministic: ClassVar[bool]
+    """Whether nothing is drawn at random."""
 
 
 @runtime_checkable

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +24,7 @@ from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import neutral_text
 from locus.files.artefact import load_tensors, save_tensors
-from locus.fingerprint import digests, tensor_digest
+from locus.fingerprint import configuration, digests, tensor_digest
 from locus.forward import Batch, collate
 from locus.hooks import record, stop_after
 from locus.model import Model
@@ -142,17 +141,9 @@ def key_sources(model: Model, layers: Sequence[int]) -> dict[int, str]:
             for name, one in known.items()
             if owner.get(name, 0) <= layer and not name.startswith(own)
         )
-        text = json.dumps([_configuration(model), below], sort_keys=True, default=str)
+        text = json.dumps([configuration(model.module), below], sort_keys=True, default=str)
         found[layer] = hashlib.sha256(text.encode()).hexdigest()
     return found
-
-
-def _configuration(model: Model) -> dict[str, Any]:
-    """What the configuration says of the computation: not where it came from, nor how it was saved."""
-    config = model.module.config
-    said = {"attention": getattr(config, "_attn_implementation", None), **config.to_dict()}
-    passing = ("transformers_version", "dtype", "torch_dtype", "use_cache")
-    return {name: value for name, value in said.items() if name[0] != "_" and name not in passing}
 
 
 class _Kept:

@@ -93,7 +93,10 @@ def _default(option: Field[Any]) -> Any:
 
 def is_deterministic(cls: type[Any]) -> bool:
     """Whether the method declares that every seed gives the same result (`deterministic`, a class attribute)."""
-    return bool(getattr(cls, "deterministic", False))
+    from editors.editor import Deterministic
+
+    made = cls()
+    return isinstance(made, Deterministic) and made.deterministic
 
 
 def localizer_page(table: dict[str, type[Any]]) -> str:
