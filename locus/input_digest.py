@@ -121,7 +121,9 @@ def refuse_changed(what: str, before: Any, now: Digests) -> None:
     """
     mend = "give another folder, or delete it first"
     if not isinstance(before, Mapping):
-        raise InputError(f"{what} that does not say what it was made from (an earlier version wrote it): {mend}")
+        raise InputError(
+            f"{what} that does not say what it was made from (an earlier version wrote it): {mend}"
+        )
     if changed := differing(before, now):
         named = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise InputError(f"{what} made with other inputs ({named}): {mend}")

@@ -6,8 +6,6 @@ settings they share. Both are plain values: whatever traced them, here they are 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,6 +145,9 @@ class Trace:
     """The model as the user called it."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the libraries it was computed with."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Digests of what it was made from (`locus.input_digest`): "model" by parts, with its dtype and attention
+    implementation, and "facts" by id. Empty where an earlier version wrote it."""
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -308,7 +309,8 @@ class Trace:
             settings = value_of(Mapping[str, Any], meta["settings"], "settings")
             versions = value_of(Mapping[str, str], meta.get("versions", {}), "versions")
             atlas = Atlas.from_json(meta["atlas"])
-            return cls(tuple(facts), settings, atlas=atlas, versions=versions, **names)
+            inputs = value_of(Mapping[str, Any], meta.get("inputs", {}), "inputs")
+            return cls(tuple(facts), settings, atlas=atlas, versions=versions, inputs=inputs, **names)
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -317,13 +319,8 @@ class Trace:
             "atlas": self.atlas.to_json(),
             "model": self.model,
             "versions": dict(self.versions),
+            "inputs": dict(self.inputs),
         }
-
-
-def part_name(fact_id: str, settings: Mapping[str, Any], fingerprint: str) -> str:
-    """File name of one finished fact: changes with the fact, the settings and the model, and with nothing else."""
-    key = json.dumps([fact_id, dict(settings), fingerprint], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:24] + ".safetensors"
 
 
 def _mean_and_band(rows: Float[Tensor, "fact layer"]) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,8 @@ class CausalTrace:
                     for one, trace in zip(pack, self._trace(model, pack, corrupter, engine), strict=True):
                         parts.keep(one, trace)
             traces = tuple(parts.collect(one) for one in prepared)
-            result = Trace(traces, settings, model.fingerprint, model.atlas, model.name, _versions())
+            about = (model.fingerprint, model.atlas, model.name, _versions(), parts.inputs(prepared))
+            result = Trace(traces, settings, *about)
             parts.finish(result, prepared)
         return result
 

@@ -43,6 +43,7 @@ from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import Fact
 from locus.forward import Batch, collate, measure
+from locus.input_digest import model_digests
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.nonfinite import first_at_fault
@@ -187,12 +188,12 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """Digest of what the run is made of: settings, mask, data, model and dtype."""
+        """Digest of what the run is made of: settings, mask, data, and the model as it is read and asked."""
         return identity(
             settings_of(self.objective),
             self.data.fingerprint(),
             WeightMask(self.deltas.selections).digest,
-            [self.model.fingerprint, str(self.model.dtype)],
+            model_digests(self.model),
         )
 
     def start(self, folder: Path | None) -> RunState:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from locus.errors import InputError
+from locus.input_digest import digest_of, model_digests
 from locus.model import Model
 from locus.parallel.ranks import ALONE, Ranks
-from locus.trace import FactTrace, Trace, part_name
+from locus.trace import FactTrace, Trace
 from tracing.patching.corruption import Prepared
 
 
@@ -28,6 +28,8 @@ class Parts:
     """Facts of a trace that was complete already."""
     resume: bool
     ranks: Ranks
+    model_inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digests of what the model's answers depend on."""
     here: dict[str, FactTrace] = field(default_factory=dict)
     """Facts that this process has at hand."""
 
@@ -53,8 +55,9 @@ class Parts:
             return
         inner = Path(folder) / "parts"
         with ranks.hold(inner):
-            finished = _finished(folder, settings, model) if resume else {}
-            yield cls(Path(folder), settings, model, finished, resume, ranks)
+            asked = model_digests(model)
+            finished = _finished(folder, settings, asked) if resume else {}
+            yield cls(Path(folder), settings, model, finished, resume, ranks, asked)
             ranks.barrier()
         if ranks.first and not list(inner.glob("*.safetensors")):
             with contextlib.suppress(OSError):
@@ -64,8 +67,12 @@ class Parts:
     def share(self, packs: Sequence[Sequence[Prepared]]) -> Iterator[Sequence[Prepared]]:
         """The packs of facts that this process traces: all, or of several processes' the next, longest first."""
         if self.ranks.size > 1:
-            about = [self.settings, self.model.fingerprint, [[one.fact.id for one in pack] for pack in packs]]
-            self.ranks.agree("facts, settings or weights", json.dumps(about, sort_keys=True))
+            about = [
+                dict(self.settings),
+                dict(self.model_inputs),
+                [[one.fact for one in pack] for pack in packs],
+            ]
+            self.ranks.agree("facts, settings or weights", digest_of(about))
             packs = sorted(packs, key=lambda p: sum(one.positions[0] - one.encoded.target_start for one in p))
         yield from self.ranks.share(packs, "tracing facts")
         self.ranks.barrier()
@@ -74,9 +81,7 @@ class Parts:
         """A fact that was finished earlier, the same way."""
         if not self.resume or self.folder is None:
             return None
-        done = self.finished.get(one.fact.id)
-        now = (one.fact.prompt, one.fact.target, one.encoded.subject)
-        if done is not None and now == (done.prompt, done.target, done.subject):
+        if (done := self.finished.get(digest_of(one.fact))) is not None:
             return done
         path = self._path(self.folder, one)
         return FactTrace.load(path) if path.exists() else None
@@ -114,20 +119,27 @@ class Parts:
         for one in facts:
             self._path(self.folder, one).unlink(missing_ok=True)
 
-    def _path(self, folder: Path, one: Prepared) -> Path:
-        about = {
-            **self.settings,
-            "prompt": one.fact.prompt,
-            "target": one.fact.target,
-            "corrupted": list(one.positions),
+    def inputs(self, facts: Sequence[Prepared]) -> dict[str, Any]:
+        """What the trace is made from, to be kept in it."""
+        return {
+            "model": dict(self.model_inputs or model_digests(self.model)),
+            "facts": {one.fact.id: digest_of(one.fact) for one in facts},
         }
-        return folder / "parts" / part_name(one.fact.id, about, self.model.fingerprint)
+
+    def _path(self, folder: Path, one: Prepared) -> Path:
+        """Its name changes with the fact, the settings and the model, and with nothing else."""
+        about = [dict(self.settings), dict(self.model_inputs), one.fact, list(one.positions)]
+        return folder / "parts" / f"{digest_of(about)}.safetensors"
 
 
-def _finished(folder: Path, settings: Mapping[str, Any], model: Model) -> dict[str, FactTrace]:
-    """The facts of a trace that is complete in `folder`, if it was made the same way."""
+def _finished(
+    folder: Path, settings: Mapping[str, Any], model_inputs: Mapping[str, str]
+) -> dict[str, FactTrace]:
+    """The facts of a trace that is complete in `folder`, by their digests, if it was made the same way."""
     if not (Path(folder) / "trace.safetensors").exists():
         return {}
     old = Trace.load(folder)
-    same = old.fingerprint == model.fingerprint and dict(old.settings) == dict(settings)
-    return {fact.fact_id: fact for fact in old} if same else {}
+    if old.inputs.get("model") != model_inputs or dict(old.settings) != dict(settings):
+        return {}
+    digests = old.inputs["facts"]
+    return {digests[fact.fact_id]: fact for fact in old if fact.fact_id in digests}

@@ -54,13 +54,18 @@ def retained(forget: Sequence[Fact], retain: str | None) -> list[Fact]:
 
 
 def _generated(model: Model, path: Path, seed: int) -> Path:
-    """The text that an earlier run left there, or a new one."""
-    from locus.files.artefact import atomic_file
+    """The text that an earlier run made of the same model and seed, or a new one."""
+    from locus.files.artefact import atomic_file, load_json, save_json
+    from locus.input_digest import input_digests
     from locus.text import generated_text
 
-    if not path.exists():
-        paragraphs = generated_text(model, seed=seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as beside:
-            beside.write_text("\n\n".join(paragraphs) + "\n", "utf-8")
+    record = path.with_suffix(".json")
+    made_from = input_digests(model, seed=seed)
+    if path.exists() and record.exists() and load_json(record, "generated-text")["inputs"] == made_from:
+        return path
+    paragraphs = generated_text(model, seed=seed)
+    record.unlink(missing_ok=True)  # of another text
+    with atomic_file(path) as beside:
+        beside.write_text("\n\n".join(paragraphs) + "\n", "utf-8")
+    save_json(record, "generated-text", {"inputs": made_from})
     return path

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from locus.parallel.ranks import Ranks
 
 DELTA, ABOUT, HISTORY, STRENGTH_PLOT = "delta.safetensors", "edit.json", "history.jsonl", "strength.png"
+INPUTS = "inputs"
+"""In edit.json: the digests of what the edit was made from."""
 BATCH_TOKENS = 1024
 """Of the last question, whether it worked: less than any edit itself needs."""
 
@@ -36,15 +38,19 @@ def edit_into(
     tensorboard: bool = False,
     ranks: Ranks | None = None,
 ) -> WeightDelta:
-    """Run one edit and write its three files; a finished one of the same settings is taken as it is on resume.
+    """Run one edit and write its three files; a finished one of the same inputs is taken as it is on resume.
 
     Several processes run it together, and the first of them writes. With `tensorboard` its history is written as
     scalars besides, while it runs.
+
+    Raises:
+        InputError: the folder holds a finished edit, and it is not to be resumed or was made from other inputs.
     """
     from locus.delta import WeightDelta
     from locus.errors import InputError
     from locus.fact import trainable_facts
     from locus.files.artefact import load_json
+    from locus.input_digest import input_digests, refuse_changed
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -59,6 +65,14 @@ def edit_into(
         },
         "forget": [f.id for f in forget],
         "retain": [f.id for f in trainable_facts(retain)],
+        INPUTS: input_digests(
+            model,
+            facts={"forget facts": forget, "retain facts": trainable_facts(retain)},
+            settings=editor,
+            text=list(text),
+            mask=mask.digest,
+            method=method,
+        ),
     }
     if model.chat:
         about["chat"] = True
@@ -70,11 +84,8 @@ def edit_into(
         earlier = load_json(folder / ABOUT, "edit")
         if not resume:
             raise InputError(f"{folder} holds a finished edit: give another folder, or --resume to keep it")
-        if {k: earlier.get(k) for k in about} == about and earlier.get("chat", False) == model.chat:
-            return WeightDelta.load(folder / DELTA)
-        raise InputError(
-            f"{folder} holds an edit with other settings: give another folder, or delete it first"
-        )
+        refuse_changed(f"{folder} holds an edit", earlier.get(INPUTS), about[INPUTS])
+        return WeightDelta.load(folder / DELTA)
     history: list[Mapping[str, Any]] = []
     first = ranks is None or ranks.first
     together = {} if ranks is None or ranks.size == 1 else {"ranks": ranks}

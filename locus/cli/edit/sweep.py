@@ -124,6 +124,7 @@ def sweep_into(
     from locus.cli.edit.edit_folder import edit_into
     from locus.errors import InputError
     from locus.files.artefact import load_json, save_json
+    from locus.input_digest import digest_of, model_digests
     from locus.report.pareto_plot import Point, plot_front
 
     forget, retain, (training_text, unseen) = facts
@@ -132,6 +133,7 @@ def sweep_into(
         raise InputError(f"{out} holds a sweep: give another folder, or --resume to go on with it")
     known = load_json(out / POINTS, "sweep")["points"] if (out / POINTS).exists() else {}
     judge = Judge.of(model, forget, retain, unseen)
+    asked = digest_of([model_digests(model), judge.forget, judge.held_out, judge.text])
     points: list[Point] = []
     for budget in sweeping.budgets:
         located = scores.top(budget)
@@ -150,7 +152,7 @@ def sweep_into(
         if why:
             note(f"controls of {budget}: {why}")
         for number, one in zip((None, *range(len(beside))), (delta, *beside), strict=True):
-            keys = {s: json.dumps([budget, number, s, one.id]) for s in sweeping.strengths}
+            keys = {s: json.dumps([budget, number, s, one.id, asked]) for s in sweeping.strengths}
             if new := {key: scaled(model, one, s) for s, key in keys.items() if key not in known}:
                 known |= judge.ask(new)
                 save_json(out / POINTS, "sweep", {"points": known})

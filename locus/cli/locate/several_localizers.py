@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +35,10 @@ def compare_localizers(
     resume: bool,
     talking: Talking,
 ) -> None:
-    """Write NAME.safetensors for each localizer, locate.json and report.html; finished ones are taken again."""
+    """Write NAME.safetensors for each localizer, locate.json and report.html; on resume take up finished ones."""
     from locus.errors import InputError
     from locus.files.artefact import lock, save_json
+    from locus.input_digest import input_digests
     from locus.report import locate_report
     from tracing.comparing.compare_localizers import mask_overlaps
 
@@ -46,15 +46,23 @@ def compare_localizers(
         raise InputError(f"{folder} holds a finished comparison: give another folder, or --resume")
     say_costs(model, facts, retain, localizers, talking)
     how = {"budget": budget, "per_layer": per_layer, "parts": list(parts)}
-    more = {"repetitions": repetitions, "patience": patience, "of": _digest(model, facts, retain)}
+    more = {"repetitions": repetitions, "patience": patience}
     with lock(folder), talking.progress():
         rows: dict[str, LocatedRow] = {}
         masks: dict[str, WeightMask] = {}
         refused: dict[str, str] = {}
         for name, localizer in localizers.items():
-            about = {**how, **more, "settings": json.loads(json.dumps(dataclasses.asdict(localizer)))}
+            about = {
+                **how,
+                **more,
+                "settings": json.loads(json.dumps(dataclasses.asdict(localizer))),
+                "inputs": input_digests(
+                    model, facts={"facts": facts, "retain facts": retain}, settings=localizer
+                ),
+            }
             try:
-                rows[name], masks[name] = _one(folder, name, localizer, model, facts, retain, about)
+                done = _finished(folder, name, about) if resume else None
+                rows[name], masks[name] = done or _one(folder, name, localizer, model, facts, retain, about)
             except InputError as reason:
                 refused[name] = str(reason)
                 talking.note(f"{name}: {reason}")
@@ -113,18 +121,12 @@ def _one(
     retain: Sequence[Fact] | None,
     about: Mapping[str, Any],
 ) -> tuple[LocatedRow, WeightMask]:
-    """Run one localizer, or take what an earlier run of the same settings left."""
-    from locus.files.artefact import load_json, save_json
-    from locus.mask import WeightMask
+    """Run one localizer and keep what it found."""
+    from locus.files.artefact import save_json
     from locus.report.locate_report import LocatedRow
     from locus.scores import NeuronScores
     from tracing.comparing.compare_localizers import survey
 
-    record, path = folder / f"{name}.json", folder / f"{name}.safetensors"
-    if record.exists() and path.exists():
-        done = load_json(record, "located")
-        if done["about"] == about:
-            return LocatedRow(**done["row"]), WeightMask.load(path)
     found = survey(
         localizer,
         model,
@@ -149,6 +151,8 @@ def _one(
         },
         skipped=found.skipped,
     )
+    record, path = _files(folder, name)
+    record.unlink(missing_ok=True)  # of another mask
     found.mask.save(path)
     if isinstance(found.scores, NeuronScores):  # those of weights are as large as the model
         found.scores.save(folder / f"{name}.scores.safetensors")
@@ -156,14 +160,22 @@ def _one(
     return row, found.mask
 
 
-def _digest(model: Model, facts: Sequence[Fact], retain: Sequence[Fact] | None) -> str:
-    """What was asked of which model."""
-    text = json.dumps([model.fingerprint, [_words(f) for f in facts], [_words(f) for f in retain or ()]])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _finished(folder: Path, name: str, about: Mapping[str, Any]) -> tuple[LocatedRow, WeightMask] | None:
+    """What an earlier run made of the same inputs, settings and budget."""
+    from locus.files.artefact import load_json
+    from locus.mask import WeightMask
+    from locus.report.locate_report import LocatedRow
+
+    record, path = _files(folder, name)
+    if not record.exists() or not path.exists():
+        return None
+    done = load_json(record, "located")
+    return (LocatedRow(**done["row"]), WeightMask.load(path)) if done["about"] == about else None
 
 
-def _words(fact: Fact) -> list[Any]:
-    return [fact.prompt, fact.target, fact.subject, *fact.paraphrases]
+def _files(folder: Path, name: str) -> tuple[Path, Path]:
+    """A localizer's record and its mask."""
+    return folder / f"{name}.json", folder / f"{name}.safetensors"
 
 
 def _chance(masks: Mapping[str, WeightMask], model: Model) -> float:

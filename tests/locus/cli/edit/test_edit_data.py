@@ -77,7 +77,7 @@ def test_in_conversation_other_tokens_are_trained_on(place: Path, capsys: Any) -
     assert chat["chat"] is True and "chat" not in plain
     assert chat["outcome"]["forget_prob_before"] != plain["outcome"]["forget_prob_before"]
     assert edit(place, "facts.jsonl", "-o", str(place / "chat"), "--resume") == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "(model: chat form)" in capsys.readouterr().err
 
 
 def test_neighbours_can_be_what_stays(place: Path) -> None:
