@@ -30,6 +30,9 @@ class Context:
     answers: MutableMapping[str, Mapping[str, Answers]] = field(default_factory=dict)
     """State name -> its answers by kind of question, of the states that were asked before; nobody need ask twice."""
 
+    written: MutableMapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """State name -> what it wrote after each forget prompt, of the states that have written already."""
+
     @property
     def max_tokens(self) -> int:
         """Batch size in tokens."""

@@ -293,6 +293,10 @@ def _answer(m: Measurement, group: str, i: int) -> dict[str, Any]:
 
 def _forget_detail(m: Measurement, fact: str, i: int) -> dict[str, Any]:
     detail: dict[str, Any] = {}
+    if m.written:
+        detail["written"] = m.written[i]
+        said = m.items("forget.said")
+        detail["said"] = None if said is None else bool(said.values[i])
     if (others := m.answers.get("paraphrase")) is not None:
         right = [bool(c) for f, c in zip(others.facts, others.correct, strict=True) if f == fact]
         detail["paraphrases"] = {"right": sum(right), "of": len(right)}

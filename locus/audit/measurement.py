@@ -95,6 +95,8 @@ class Measurement:
     lens: LensLeak | None = None
     relearning: Relearning | None = None
     rounding: tuple[Rounded, ...] = ()
+    written: tuple[str, ...] = ()
+    """What the model wrote after each forget prompt, greedily; empty where it was not asked to."""
     extra: Mapping[str, Items] = field(default_factory=dict)
     """Values of the further attacks and suites, by figure key."""
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -113,11 +115,14 @@ class Measurement:
         return READ[key](self) if key in READ else None
 
 
-def _of(kind: str, what: Literal["prob", "top1", "surprise"]) -> Callable[[Measurement], Items | None]:
+def _of(
+    kind: str, what: Literal["prob", "token_prob", "top1", "surprise"]
+) -> Callable[[Measurement], Items | None]:
     def read(m: Measurement) -> Items | None:
         if (answers := m.answers.get(kind)) is None:
             return None
-        return {"prob": answers.prob, "top1": answers.top1, "surprise": answers.surprise}[what]
+        found: Items = getattr(answers, what)
+        return found
 
     return read
 
@@ -139,6 +144,7 @@ def _rounded(fmt: Format, kind: Literal["forget", "held_out"]) -> Callable[[Meas
 
 READ: Mapping[str, Callable[[Measurement], Items | None]] = {
     "forget.prob": _of("forget", "prob"),
+    "forget.token_prob": _of("forget", "token_prob"),
     "forget.top1": _of("forget", "top1"),
     "forget.nll": _of("forget", "surprise"),
     "paraphrase.prob": _of("paraphrase", "prob"),

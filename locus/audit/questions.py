@@ -68,6 +68,11 @@ class Answers:
         return Items(self.facts, (-self.nll).exp())
 
     @property
+    def token_prob(self) -> Items:
+        """Geometric mean of the probabilities of the target's tokens."""
+        return Items(self.facts, (-self.nll / self.n_tokens).exp())
+
+    @property
     def top1(self) -> Items:
         """1 where the model answers right."""
         return Items(self.facts, self.correct.float())

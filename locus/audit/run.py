@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from locus.audit.attacks.generation import continuations, said_figures, sentence_figures
 from locus.audit.attacks.lens import look_inside
 from locus.audit.attacks.relearn import relearn
 from locus.audit.attacks.rounding import survive_rounding
@@ -20,10 +21,11 @@ from locus.audit.context import Context, batch_tokens
 from locus.audit.document import document
 from locus.audit.figure_values import FigureValues
 from locus.audit.findings import Findings
+from locus.audit.intervals import Items
 from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES
 from locus.audit.neutral_text import TextScores, read_text
-from locus.audit.questions import Questions, ask, questions_of, split_facts, subset
+from locus.audit.questions import Answers, Questions, ask, questions_of, split_facts, subset
 from locus.audit.settings import AuditSettings
 from locus.audit.state import State, states_of
 from locus.audit.suites.table import Suite
@@ -77,7 +79,7 @@ def measure_model(
     text: TextScores | None = None,
     context: Context | None = None,
 ) -> Measurement:
-    """Measure one model state: answers, inner layers, rounding, relearning.
+    """Measure one model state: answers, what it writes, inner layers, rounding, relearning.
 
     Neutral text is read for all states together (`read_text`) and passed in. The base is not retaught:
     it has nothing to bring back.
@@ -102,6 +104,9 @@ def measure_model(
         }
         if context is not None:
             context.answers[state.name] = answers
+        written, values = ((), {}) if state.role == "control" else _speak(model, questions, answers, budget)
+        if context is not None and written:
+            context.written[state.name] = written
         leak = look_inside(model, forget, budget) if "lens" in attacks else None
         held_out = questions.get("held_out", Questions((), (), ()))
         formats = settings.rounding if "rounding" in attacks else ()
@@ -117,7 +122,8 @@ def measure_model(
         leak,
         curve,
         survived,
-        found.items,
+        written,
+        {**values, **found.items},
         found.scalars,
         found.curves,
         seconds=time.perf_counter() - start,
@@ -129,6 +135,26 @@ def _attacks(state: State, settings: AuditSettings) -> tuple[str, ...]:
     """What this state goes through; the controls only what they are compared on."""
     asked = attacks_of(settings.attacks)
     return tuple(a for a in asked if a in settings.control_attacks) if state.role == "control" else asked
+
+
+MAX_REWORDED = 64
+"""Other wordings that the model is let to answer in its own words, the first ones of a seeded order."""
+
+
+def _speak(
+    model: Model, questions: Mapping[str, Questions], answers: Mapping[str, Answers], max_tokens: int
+) -> tuple[tuple[str, ...], dict[str, Items]]:
+    """What the model writes after each forget prompt, and the figures of that and of the other wordings."""
+    forget = questions["forget"]
+    written = continuations(model, forget)
+    found = said_figures("forget", forget, written)
+    found |= sentence_figures(model, forget, written, answers["forget"].token_prob.values, max_tokens)
+    for kind in ("paraphrase", "unseen_way"):
+        if kind in questions:
+            order = torch.randperm(len(questions[kind]), generator=torch.Generator().manual_seed(0)).tolist()
+            asked = questions[kind].take(sorted(order[:MAX_REWORDED]))
+            found |= said_figures(kind, asked, continuations(model, asked))
+    return written, found
 
 
 _PARTS = ("held_out_near", "held_out_far")

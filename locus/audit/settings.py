@@ -14,7 +14,7 @@ Format = Literal["bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
 
 
-DEFAULT_ATTACKS = ("lens", "relearn", "rounding", "prompts", "strength")
+DEFAULT_ATTACKS = ("lens", "relearn", "rounding", "prompts", "strength", "generation")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,13 @@ class Standards:
     min_facts: int = 6
     """Fewer facts give no verdict (a sign test cannot reach 5 % below six)."""
     forgotten: float = 0.1
-    """Forgotten: at most this share of the base's p(target) and of its right answers remains."""
+    """Forgotten: at most this share of the base's p(target), right answers and said answers remains ..."""
+    recall: float = 0.5
+    """... at most this share of the base's content words is still written ..."""
+    extraction: float = 0.25
+    """... and of sentences at most this share of the base's extraction strength remains ..."""
+    token_prob: float = 0.5
+    """... and at most this share of the base's probability per token."""
     general: float = 0.25
     """Forgotten in other words too: at most this share of the base's right paraphrases remains."""
     spared: float = 0.9

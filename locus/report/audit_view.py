@@ -33,8 +33,10 @@ SECTIONS = {
 N_COLOURS = 6
 """Colours that edits have in the style sheet."""
 _ALWAYS = (
+    "forget.said",
     "forget.prob",
     "forget.top1",
+    "paraphrase.said",
     "paraphrase.top1",
     "held_out.top1",
     "neighbour.top1",
@@ -50,6 +52,9 @@ _ALWAYS = (
 """Figures that the main table shows even where they are missing, as missing."""
 _DETAILS = (
     "forget.nll",
+    "forget.chance",
+    "forget.token_prob",
+    "paraphrase.chance",
     "paraphrase.prob",
     "held_out.prob",
     "lens.top4",
@@ -269,7 +274,7 @@ def fact_rows(doc: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
         cells = []
         for state in doc["states"]:
             one = fact["states"][state["name"]]
-            notes = []
+            notes = ["says it" if one["said"] else "does not say it"] if one.get("said") is not None else []
             if one.get("paraphrases", {}).get("of"):
                 notes.append(f"{one['paraphrases']['right']}/{one['paraphrases']['of']} other wordings")
             if one.get("relearned_prob") is not None:
@@ -281,6 +286,7 @@ def fact_rows(doc: Mapping[str, Any], group: str) -> list[dict[str, Any]]:
                     "prob": percent(one["prob"]),
                     "correct": one["correct"],
                     "notes": " · ".join(notes),
+                    "written": one.get("written", ""),
                     "css": "edit" if state["role"] == "edit" else "",
                 }
             )

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from locus.audit.content_words import content_recall, is_said, is_sentence
 from locus.audit.context import Context
 from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
+from locus.audit.questions import Questions
 from locus.audit.state import State
 from locus.errors import InputError
 from locus.forward import batches, label_logits
@@ -26,7 +28,8 @@ def run(state: State, context: Context) -> FigureValues:
     questions = context.questions["forget"]
     with state.active() as model:
         flags = greedy_flags(model, questions.encoded, context.max_tokens)
-        written = generate(model, [e.prompt_ids for e in questions.encoded], context.max_new_tokens)
+        known = context.written.get(state.name)
+        written = known if known is not None else continuations(model, questions)
     targets = [example.target for example in questions.examples]
     found = {
         "generation.exact": [exact_memorization(f) for f in flags],
@@ -35,6 +38,83 @@ def run(state: State, context: Context) -> FigureValues:
     if (recall := rouge_recalls(targets, written)) is not None:
         found["generation.rouge"] = recall
     return FigureValues({key: Items(questions.facts, torch.tensor(values)) for key, values in found.items()})
+
+
+SHORT_ANSWER = 24
+"""Tokens written after a prompt whose target is no longer than a few words."""
+MOST_TOKENS = 256
+_PREAMBLE = 16
+"""Tokens that an answer may spend before it comes to a longer target."""
+
+
+def continuations(model: Model, questions: Questions) -> tuple[str, ...]:
+    """What the model writes after each prompt, long enough to say the target and a preamble, in the caller's order.
+
+    A prompt that leaves no room in the model's context is answered by an empty text.
+    """
+    room = model.context_length
+    lengths: dict[int, list[int]] = {}
+    for i, one in enumerate(questions.encoded):
+        wanted = SHORT_ANSWER if one.n_target <= SHORT_ANSWER - _PREAMBLE else one.n_target + _PREAMBLE
+        wanted = min(-(-wanted // 8) * 8, MOST_TOKENS)
+        wanted = wanted if room is None else min(wanted, room - one.target_start)
+        if wanted > 0:
+            lengths.setdefault(wanted, []).append(i)
+    out = [""] * len(questions)
+    for n, rows in lengths.items():
+        prompts = [questions.encoded[i].prompt_ids for i in rows]
+        for i, text in zip(rows, generate(model, prompts, n), strict=True):
+            out[i] = text
+    return tuple(out)
+
+
+def said_figures(kind: str, questions: Questions, written: Sequence[str]) -> dict[str, Items]:
+    """Whether each text says its target, and how often a text says other facts' targets.
+
+    Args:
+        kind: Kind of question; the figures' keys begin with it.
+        questions: What was asked.
+        written: The model's own continuation of each prompt.
+    """
+    said, chance = [], []
+    targets = {example.target for example in questions.examples}
+    for example, text in zip(questions.examples, written, strict=True):
+        said.append(float(is_said(example.prompt, example.target, text)))
+        others = [t for t in targets if t.strip().casefold() != example.target.strip().casefold()]
+        hits = [is_said(example.prompt, other, text) for other in sorted(others)]
+        chance.append(sum(hits) / len(hits) if hits else 0.0)
+    values = {"said": said, "chance": chance}
+    return {f"{kind}.{name}": Items(questions.facts, torch.tensor(v)) for name, v in values.items()}
+
+
+def sentence_figures(
+    model: Model, questions: Questions, written: Sequence[str], token_prob: Tensor, max_tokens: int = 4096
+) -> dict[str, Items]:
+    """What is left of the targets that are sentences; empty where there are none.
+
+    One improbable token makes a sentence improbable as a whole; these figures see the rest of it.
+
+    Args:
+        model: Left as it is.
+        questions: What is asked.
+        written: The model's own continuation of each prompt.
+        token_prob: Geometric mean of each target's token probabilities, " question".
+        max_tokens: Batch size in tokens.
+    """
+    rows = [i for i, example in enumerate(questions.examples) if is_sentence(example.target)]
+    if not rows:
+        return {}
+    chosen = questions.take(rows)
+    flags = greedy_flags(model, chosen.encoded, max_tokens)
+    recall = [
+        content_recall(example.prompt, example.target, written[i])
+        for i, example in zip(rows, chosen.examples, strict=True)
+    ]
+    return {
+        "sentence.recall": Items(chosen.facts, torch.tensor(recall)),
+        "sentence.extraction": Items(chosen.facts, torch.tensor([extraction_strength(f) for f in flags])),
+        "sentence.token_prob": Items(chosen.facts, token_prob[rows]),
+    }
 
 
 def greedy_flags(
@@ -55,7 +135,7 @@ def greedy_flags(
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, max_rows: int = 32
 ) -> list[str]:
-    """Greedy continuations as text, in the caller's order, up to the end-of-sequence token.
+    """Greedy continuations as text, in the caller's order, up to an end-of-sequence token of the checkpoint's.
 
     Prompts of unequal length share a batch, padded on the left, where the model then begins as it does without
     padding; where padding shifts its positions, only prompts of one length share one.
@@ -93,16 +173,26 @@ def _padded(model: Model, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Ten
     return ids.to(model.device), mask.to(model.device)
 
 
+def end_tokens(model: Model) -> tuple[int, ...]:
+    """Tokens after which the model stops: the tokenizer's end of sequence and those of the generation config.
+
+    An instructed checkpoint ends its turn with a token of its own, which only generation_config.json names.
+    """
+    ends = getattr(getattr(model.module, "generation_config", None), "eos_token_id", None)
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    return tuple(dict.fromkeys(i for i in (model.tokenizer.eos_token_id, *listed) if i is not None))
+
+
 def _continued(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt, in one batch."""
     from transformers import GenerationConfig
 
-    eos = model.tokenizer.eos_token_id
+    ends = end_tokens(model)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=0 if eos is None else eos,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
     )
     ids, mask = _padded(model, prompts)
     with torch.no_grad():

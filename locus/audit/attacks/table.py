@@ -108,7 +108,7 @@ def attacks_of(names: tuple[str, ...]) -> tuple[str, ...]:
         return NAMES
     if "none" in names:
         if len(names) > 1:
-            raise InputError("audit: --attacks none stands beside other attacks; give one or the other")
+            raise InputError("audit: attacks none and others at once; give one or the other")
         return ()
     for name in names:
         if name not in NAMES:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from locus.fact import Example, Fact
 from locus.forward import collate, label_logits, label_nll
 from locus.model import Model
-from locus.tokens import encode, encode_text
+from locus.tokens import Encoded, encode, encode_text
 from tests.tiny import tiny_model
 
 _NAMES = (
@@ -73,6 +74,12 @@ def taught(learned: list[Fact], steps: int = 60) -> Model:
     model = tiny_model("llama", num_hidden_layers=2)
     examples = [e for f in learned for e in (f.example, *f.paraphrase_examples, *f.neighbours)]
     encoded = [encode(model, e) for e in examples] + [e for line in TEXT for e in encode_text(model, line)]
+    train(model, encoded, steps)
+    return model
+
+
+def train(model: Model, encoded: Sequence[Encoded], steps: int) -> None:
+    """Train all of a model's weights in place."""
     model.module.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=1e-2)
     batch = collate(encoded, range(len(encoded)))
@@ -81,7 +88,6 @@ def taught(learned: list[Fact], steps: int = 60) -> Model:
         label_nll(label_logits(model, batch), batch).mean().backward()
         optimizer.step()
     model.module.requires_grad_(False)
-    return model
 
 
 @functools.cache

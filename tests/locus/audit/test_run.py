@@ -19,7 +19,8 @@ from locus.fact import Example, Fact, neighbours_of
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
-from tests.locus.audit.audit_model import TEXT, facts, knowing, never_knew, noisy
+from locus.tokens import encode
+from tests.locus.audit.audit_model import TEXT, facts, knowing, never_knew, noisy, train
 from tests.tiny import tiny_model
 
 QUICK = AuditSettings(
@@ -56,6 +57,22 @@ def test_a_model_that_never_knew_has_forgotten_and_lost_nothing_else() -> None:
     assert said["forgotten"] == said["general"] == "yes"
     assert said["spared"] == "yes"
     assert done.changes["edit"].n_changed > 0
+
+
+def test_an_edit_that_only_puts_words_before_the_answer_has_not_forgotten() -> None:
+    """The probability of the answer and the first choices say "gone"; the text that the model writes does not."""
+    forget, retain = facts()
+    evasive = noisy(knowing(), 0.0)
+    detours = [Example(f.prompt, f" the city{f.target}") for f in forget]
+    detours += [Example(e.prompt, f" the city{e.target}") for f in forget for e in f.paraphrase_examples]
+    train(evasive, [encode(evasive, e) for e in (*detours, *(f.example for f in retain))], 25)
+    done = judged(evasive)
+    edit = done.edits[0]
+    assert edit.answers["forget"].top1.values.sum() == 0 and edit.answers["forget"].prob.values.mean() < 0.05
+    said = answers(done)
+    assert said["forgotten"] == said["general"] == "no", "every answer is still written out"
+    written = done.document()["facts"][0]["states"]["edit"]
+    assert written["said"] and forget[0].target in written["written"]
 
 
 def test_noise_on_all_weights_is_broken() -> None:

@@ -21,7 +21,7 @@ from locus.audit.attacks import (
 )
 from locus.audit.attacks.table import ATTACKS, FIGURES_OF, NAMES, attack_all, attacks_of
 from locus.audit.context import Context
-from locus.audit.figure_values import Found
+from locus.audit.figure_values import FigureValues
 from locus.audit.metric_table import FIGURES
 from locus.audit.questions import ask, questions_of
 from locus.audit.run import ask_about
@@ -29,6 +29,7 @@ from locus.audit.state import State
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Example, Fact
+from locus.tokens import encode
 from tests.locus.audit.audit_model import facts, knowing, never_knew
 from tests.tiny import tiny_facts, tiny_model
 
@@ -51,6 +52,23 @@ def knows() -> State:
 
 def ignorant() -> State:
     return State("never knew", "edit", never_knew())
+
+
+def test_generation_stops_at_every_end_token_of_the_generation_config() -> None:
+    """An instructed checkpoint ends its turn with a token that only generation_config.json names."""
+    model = knowing()
+    prompt = encode(model, facts()[0][0].example).prompt_ids
+    whole = generation.generate(model, [prompt], 6)[0]
+    second = model.tokenizer(whole, add_special_tokens=False)["input_ids"][1]
+    before = model.module.generation_config.eos_token_id
+    try:
+        model.module.generation_config.eos_token_id = [2, second]
+        assert generation.end_tokens(model)[-1] == second
+        short = generation.generate(model, [prompt], 6)[0]
+    finally:
+        model.module.generation_config.eos_token_id = before
+    assert len(model.tokenizer(short, add_special_tokens=False)["input_ids"]) <= 2 and whole.startswith(short)
+    assert len(short) < len(whole)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "gemma2", "neox", "falcon", "phi"])
@@ -108,7 +126,7 @@ def test_multiple_choice_is_likelihood_and_letters_are_where_the_text_puts_them(
     assert found["choice.cloze"].values.tolist() == [1.0] * 8
     assert (found["familiarity.probability"].values > 0.9).all()
     assert choice.run(ignorant(), context()).items["familiarity.probability"].values.mean() < 0.7
-    assert choice.run(knows(), context(facts=facts()[0])) == Found(), (
+    assert choice.run(knows(), context(facts=facts()[0])) == FigureValues(), (
         "without alternatives nothing is measured"
     )
 
@@ -171,7 +189,7 @@ def test_probes_need_retained_facts_to_train_on() -> None:
     given = context()
     found = probe.run(knows(), given).items
     assert set(found) == {"probe.top1"} and len(found["probe.top1"].values) == 8
-    assert probe.run(knows(), context(retain=given.retain[:4])) == Found()
+    assert probe.run(knows(), context(retain=given.retain[:4])) == FigureValues()
 
 
 def test_depth_by_hand() -> None:
@@ -259,7 +277,7 @@ def test_the_dose_runs_from_the_base_to_the_edit() -> None:
         torch.testing.assert_close(forget.at[2].values, ask(edited, given.questions["forget"]).prob.values)
     for one, other in zip(curves[0]["strength.forget"].at, curves[1]["strength.forget"].at, strict=True):
         torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-3)
-    assert strength.run(State("control", "control", edited), given) == Found()
+    assert strength.run(State("control", "control", edited), given) == FigureValues()
     state = State("edit", "edit", base, WeightDelta.between(base, edited))
     questions = given.questions
     known = {
@@ -289,7 +307,7 @@ def test_lora_relearning_is_its_own_attack() -> None:
     curve = found.curves["relearn.lora"]
     assert curve.xs == (0.0, 1.0, 3.0) and len(curve.at[0].values) == 4
     torch.testing.assert_close(found.items["relearn.lora.prob"].values, curve.at[-1].values)
-    assert relearn_lora.run(given.base, given) == Found()
+    assert relearn_lora.run(given.base, given) == FigureValues()
 
 
 def test_the_truth_ratio_of_facts_is_tofus() -> None:

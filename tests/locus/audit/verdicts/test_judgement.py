@@ -60,6 +60,35 @@ def test_an_edit_that_guesses_as_well_as_a_model_that_never_knew_has_forgotten()
     assert _said(never, never, never)["forgotten"] == "unclear", "the base knows nothing that could go"
 
 
+def _sentences(
+    prob: float, said: int, token_prob: float, extraction: float, role: str = "edit"
+) -> Measurement:
+    """Sixteen sentences: p(whole), how many are written out, p per token, share of the end that can be predicted."""
+    values = {"sentence.token_prob": token_prob, "sentence.extraction": extraction}
+    figures = {key: Items(FACTS, torch.full((16,), value)) for key, value in values.items()}
+    return _state(role, prob, 16 if role == "base" else 0, **figures, **{"forget.said": _share(said)})
+
+
+def test_a_sentence_is_not_forgotten_because_one_of_its_tokens_is_improbable() -> None:
+    base = _sentences(0.8, 16, 0.99, 0.95, "base")
+    assert _said(_sentences(1e-5, 16, 0.66, 0.58), base)["forgotten"] == "no", "it is written out"
+    assert _said(_sentences(1e-5, 0, 0.66, 0.1), base)["forgotten"] == "partly", (
+        "all but one token are probable"
+    )
+    assert _said(_sentences(1e-5, 0, 0.2, 0.58), base)["forgotten"] == "partly", (
+        "its end follows from its beginning"
+    )
+    assert _said(_sentences(1e-5, 0, 0.2, 0.1), base)["forgotten"] == "yes"
+
+
+def test_listing_all_answers_after_every_prompt_is_no_guessing() -> None:
+    base = _state("base", 0.8, 16, **{"forget.said": _share(16), "forget.chance": _share(0)})
+    lists = _state("edit", 1e-5, 0, **{"forget.said": _share(16), "forget.chance": _share(16)})
+    rambles = _state("edit", 1e-5, 0, **{"forget.said": _share(3), "forget.chance": _share(4)})
+    assert _said(lists, base)["forgotten"] == "no"
+    assert _said(rambles, base)["forgotten"] == "yes", "three of sixteen by chance"
+
+
 def test_other_prompts_that_bring_it_back_forbid_a_yes() -> None:
     prompts = {"prompts.any.top1": _share(16)}
     base = _state("base", 0.8, 16, 15, **prompts)
