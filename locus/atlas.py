@@ -14,21 +14,32 @@ from locus.errors import InputError
 from locus.files.schema import built
 
 Role = Literal["gate", "gate_bias", "up", "up_bias", "down"]
-Site = Literal[
-    "block_in", "block_out", "attn_out", "mlp_out", "attn_q", "attn_k", "attn_v", "attn_z", "neuron"
-]
+Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "mlp_post"]
 
 _HOOK_NAMES: Mapping[str, str] = {
-    "block_in": "hook_resid_pre",
-    "block_out": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
-    "attn_q": "attn.hook_q",
-    "attn_k": "attn.hook_k",
-    "attn_v": "attn.hook_v",
-    "attn_z": "attn.hook_z",
-    "neuron": "mlp.hook_post",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "mlp_post": "mlp.hook_post",
 }
+
+
+OLD_SITES: Mapping[str, str] = {
+    "block_in": "resid_pre",
+    "block_mid": "resid_mid",
+    "block_out": "resid_post",
+    "attn_q": "q",
+    "attn_k": "k",
+    "attn_v": "v",
+    "attn_z": "z",
+    "neuron": "mlp_post",
+}
+"""Name of a site in the release before -> TransformerLens' name; read from files and options for one release."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Atlas:
     n_layers: int
     d_model: int
     d_mlp: int
-    """Neurons a layer."""
+    """Neurons per layer."""
     n_heads: int
     n_kv_heads: int
     d_head: int

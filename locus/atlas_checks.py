@@ -137,7 +137,7 @@ def _check_neurons(atlas: Atlas, module: nn.Module, part: NeuronPart, run: Calla
     right = _same(after[..., chosen], 2 * before[..., chosen]) if linear else moved
     if not right or not _same(after[..., others], before[..., others]):
         raise InputError(
-            f"{atlas.architecture}: {part.param} ({part.role}) does not hold one row a neuron of {down}'s "
+            f"{atlas.architecture}: {part.param} ({part.role}) does not hold one row per neuron of {down}'s "
             f"input: neurons that are normalized or mixed together have no exact names; {STILL}"
         )
 

@@ -92,7 +92,7 @@ class Names:
         return int(getattr(self._adapter.cfg, "n_key_value_heads", None) or self.n_heads)
 
     def projections(self, part: Literal["q", "k", "v"]) -> tuple[str, ...]:
-        """The projections that make queries, keys or values, one a layer; none where they make anything else too."""
+        """The projections that make queries, keys or values, one per layer; none where they make anything else too."""
         found = [self._translate(f"blocks.{i}.attn.{part}") for i in range(self.n_layers)]
         width = (self.n_heads if part == "q" else self.n_kv_heads()) * self.d_head
         alone = [name for name in found if name is not None and self.width(name, "out") == width]

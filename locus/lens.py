@@ -7,6 +7,7 @@ it as an attack: an edited model may still hold the answer at an inner layer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from locus.atlas import OLD_SITES
 from locus.errors import InputError
 from locus.files.artefact import load_tensors, save_tensors
-from locus.files.schema import understood
+from locus.files.schema import understood, value_of
 from locus.finite_checks import is_finite
 from locus.forward import batches, label_logits
 from locus.hooks import record
@@ -90,8 +92,8 @@ def _first_target(encoded: Encoded) -> Encoded:
     return Encoded(encoded.ids[:end], encoded.target_start, encoded.subject, encoded.tokens[:end])
 
 
-LensSite = Literal["block_out", "block_mid", "attn_out", "mlp_out"]
-LENS_SITES: tuple[LensSite, ...] = ("block_out", "block_mid", "attn_out", "mlp_out")
+LensSite = Literal["resid_post", "resid_mid", "attn_out", "mlp_out"]
+LENS_SITES: tuple[LensSite, ...] = ("resid_post", "resid_mid", "attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def lens_grid(
     model: Model,
     encoded: Encoded,
     fact_id: str,
-    site: LensSite = "block_out",
+    site: LensSite = "resid_post",
     k: int = 5,
     max_rows: int = 128,
     translate: Callable[[Tensor, int], Tensor] | None = None,
@@ -150,23 +152,23 @@ def lens_grid(
         translate: Applied to the states of a layer before they are read: a tuned lens' translator.
 
     Raises:
-        InputError: "block_mid" on a model whose attention and MLP read the same input (there is no such place), or
+        InputError: "resid_mid" on a model whose attention and MLP read the same input (there is no such place), or
             NaN or infinity, named by layer and example.
     """
     atlas, n = model.atlas, encoded.target_start
-    if site == "block_mid" and atlas.parallel:
+    if site == "resid_mid" and atlas.parallel:
         raise InputError(
             f"{model.name}: attention and MLP run side by side, there is no residual before the MLP"
         )
-    outputs = {"block_out": atlas.blocks, "attn_out": atlas.attn_out, "mlp_out": atlas.mlp_out}.get(
+    outputs = {"resid_post": atlas.blocks, "attn_out": atlas.attn_out, "mlp_out": atlas.mlp_out}.get(
         site, atlas.attn_out
     )
-    inputs = atlas.blocks if site == "block_mid" else ()
+    inputs = atlas.blocks if site == "resid_mid" else ()
     with record(model.module, outputs=[*outputs, atlas.blocks[-1]], inputs=inputs) as seen:
         ids = torch.tensor([encoded.ids[:n]], device=model.device)
         model.module(input_ids=ids, use_cache=False)
     states = [seen.outputs[name][0] for name in outputs]
-    if site == "block_mid":
+    if site == "resid_mid":
         states = [state + seen.inputs[name][0] for state, name in zip(states, atlas.blocks, strict=True)]
     if translate is not None:
         states = [translate(state, layer) for layer, state in enumerate(states)]
@@ -248,10 +250,13 @@ def load_grids(path: str | Path) -> list[LensGrid]:
     """Read what `save_grids` wrote. Raises InputError for anything else."""
     tensors, meta = load_tensors(Path(path), "lens")
     with understood(path, "lens", "run locus lens again"):
+        if old := sorted({one["site"] for one in meta["grids"]} & OLD_SITES.keys()):
+            now = ", ".join(f"{name} is now called {OLD_SITES[name]}" for name in old)
+            warnings.warn(f"{path}: {now}; the old name goes with the next release", stacklevel=2)
         return [
             LensGrid(
                 fact_id=one["fact_id"],
-                site=one["site"],
+                site=value_of(LensSite, OLD_SITES.get(one["site"], one["site"]), "site"),
                 tokens=tuple(one["tokens"]),
                 target=one["target"],
                 top_tokens=tuple(tuple(row) for row in one["top_tokens"]),

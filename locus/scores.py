@@ -81,7 +81,8 @@ class NeuronScores:
         Args:
             budget: A fraction (0.01, "1%") or a count (300, "300") of neurons.
             per_layer: Take that many of each layer instead of the whole model's best.
-            parts: Which weights of a neuron: its gate row, up row and down column (biases go with their rows).
+            parts: Which weights of a neuron: its key vectors (gate, up) and its value vector (down); biases go
+                with their key vectors.
 
         Raises:
             InputError: a budget that chooses no neuron or more than there are, or an unknown part.
@@ -90,7 +91,7 @@ class NeuronScores:
             self.choose(budget, per_layer=per_layer), parts, budget=str(budget), per_layer=per_layer
         )
 
-    def passing(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
+    def above_threshold(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
         """The weights of the neurons whose score is above a threshold.
 
         Raises:

@@ -205,7 +205,7 @@ class Trace:
         length; the band is 1.96 · sd / √n over the n facts that have such a position, 0 where n is 1.
 
         Returns:
-            kind -> token class -> {"effect": a value a layer, "band": a value a layer, "n": facts}.
+            kind -> token class -> {"effect": a value per layer, "band": a value per layer, "n": facts}.
         """
         out: dict[str, dict[str, dict[str, Any]]] = {}
         for kind in self.kinds:
@@ -259,7 +259,7 @@ class Trace:
         """Write trace.safetensors, trace.json and average.json into a folder, each atomically.
 
         trace.json is for people and scripts: the facts with their tokens, which engine answered, how many patched
-        forwards that were, and under `timing` tokens, seconds, tokens a second and the fraction of the machine's
+        forwards that were, and under `timing` tokens, seconds, tokens per second and the fraction of the machine's
         matrix peak, of all facts and of each. Everything but `timing` is the same, byte for byte, when the same
         facts are traced again with the same settings on the same machine, interrupted and resumed or not.
         """

@@ -1,4 +1,4 @@
-"""Find where a model keeps a fact: one file a localizer, one table of them all.
+"""Find where a model keeps a fact: one file per localizer, one table of them all.
 
 Every localizer is a frozen dataclass: its fields are its settings, `run(model, facts, retain)` gives its
 scores, `cost(model, facts, retain)` says beforehand what that takes.

@@ -1,6 +1,6 @@
 """Causal tracing (Meng et al. 2022, arXiv:2202.05262): which states carry the fact.
 
-Three runs of a prompt: clean; corrupted, its subject's embeddings spoilt; and corrupted with one state put back.
+Three runs of a prompt: clean; corrupted, with noise on its subject's embeddings; and corrupted with one state restored.
 A state that brings the answer back, alone, carried it. The grid of all (layer, position) is what `run` returns,
 for block outputs, MLP and attention outputs over windows of layers, the severed variants and single heads.
 """
@@ -42,7 +42,7 @@ from tracing.patching.grids import (
 )
 from tracing.patching.plain_engine import logits_of
 from tracing.patching.readout import METRICS, Metric, Readout
-from tracing.patching.resume import Parts
+from tracing.patching.resume import FinishedFacts
 from tracing.patching.runs import Answers, Asked, Inputs, Question, divergence
 from tracing.patching.sites import Kind, cells_of
 
@@ -147,15 +147,15 @@ class CausalTrace:
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise_multiple, self.noise_sd)
         settings = self._settings(corrupter)
         engine = Engine(model, self.engine, self.batch_tokens)
-        with Parts.open(folder, settings, model, resume, ranks) as parts:
-            for pack in parts.share(self._packs(model, prepared, engine)):
-                if any(parts.get(one) is None for one in pack):
+        with FinishedFacts.open(folder, settings, model, resume, ranks) as finished:
+            for pack in finished.share(self._packs(model, prepared, engine)):
+                if any(finished.get(one) is None for one in pack):
                     for one, trace in zip(pack, self._trace(model, pack, corrupter, engine), strict=True):
-                        parts.keep(one, trace)
-            traces = tuple(parts.collect(one) for one in prepared)
-            about = (model.fingerprint, model.atlas, model.name, _versions(), parts.inputs(prepared))
+                        finished.keep(one, trace)
+            traces = tuple(finished.collect(one) for one in prepared)
+            about = (model.fingerprint, model.atlas, model.name, _versions(), finished.inputs(prepared))
             result = Trace(traces, settings, *about)
-            parts.finish(result, prepared)
+            finished.finish(result, prepared)
         return result
 
     def _packs(self, model: Model, prepared: Sequence[Prepared], engine: Engine) -> list[list[Prepared]]:

@@ -81,7 +81,7 @@ class Engine:
 
     @cached_property
     def matrix_peak(self) -> float:
-        """Best rate of the machine's matrix products, in floating-point operations a second; measured once."""
+        """Best rate of the machine's matrix products, in floating-point operations per second; measured once."""
         return matrix_peak(self.model)
 
     def rows_at_once(self) -> int:

@@ -33,5 +33,5 @@ class Cost:
 class PublishedThreshold(Protocol):
     """A localizer whose paper keeps the neurons above a threshold."""
 
-    CUT: ClassVar[float]
+    PAPER_THRESHOLD: ClassVar[float]
     """That threshold, as a share of the highest score or as the paper scales it."""

@@ -1,7 +1,7 @@
 """Algebra of neuron scores: from several localizers, or several sets of facts, to one.
 
-All functions take and give `NeuronScores` of one model, so that their results are cut, saved and combined like
-any other.
+All functions take and give `NeuronScores` of one model, so that their results are turned into masks, saved and combined
+like any other.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rank_average(scores: Sequence[NeuronScores], weights: Sequence[float] = ()) 
 
     Args:
         scores: Of one model.
-        weights: One a localizer; none for equal ones.
+        weights: One per localizer; none for equal ones.
 
     Raises:
         InputError: nothing to average, scores of different models, or as many weights as there are not scores.

@@ -132,7 +132,7 @@ class TunedLensTraining:
     steps: int = 250
     """Optimizer steps."""
     tokens: int = 512
-    """Positions a step."""
+    """Positions per step."""
     learning_rate: float = 0.1
     """At the start; falls linearly to 0. The paper's 1.0 * (1 - momentum)."""
     momentum: float = 0.9

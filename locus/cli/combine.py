@@ -37,10 +37,10 @@ def combine(
         scale: Bring each file to this scale first: rank (0 to 1), z, robust-z, or max (divided by the largest).
         weights: Of rank-average, one a file.
         strength: Of what is taken away.
-        mask: Write the mask of the best besides.
+        mask: Also write the mask of the best, to this file.
         budget: Of that mask: a fraction (1%, 0.01) or a count (300) of the neurons.
         per_layer: Take that many from each layer.
-        parts: Which weights of a neuron: gate row, up row, down column.
+        parts: Which weights of a neuron: its key vectors (gate, up), its value vector (down).
     """
     from locus.errors import InputError
     from locus.scores import NeuronScores

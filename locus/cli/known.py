@@ -28,7 +28,7 @@ def known(
         model: Checkpoint folder, hub id, or smollm2.
         facts: Fact file, or demo-forget / demo-retain.
         out: Write the facts that the model answers right to this JSONL file.
-        min_prob: Ask for at least this probability of the target besides.
+        min_prob: Also ask for at least this probability of the target.
     """
     from rich.table import Table
 

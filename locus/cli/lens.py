@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, Running, Talking
 
-Site = Literal["block_out", "block_mid", "attn_out", "mlp_out"]
+Site = Literal["resid_post", "resid_mid", "attn_out", "mlp_out"]
 LENS = "lens.safetensors"
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def lens(
     /,
     *,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
-    sites: Annotated[tuple[Site, ...], Parameter(consume_multiple=True)] = ("block_out",),
+    sites: Annotated[tuple[Site, ...], Parameter(consume_multiple=True)] = ("resid_post",),
     top: int = 5,
     tuned: Path | None = None,
     text: Path | None = None,
@@ -44,7 +44,7 @@ def lens(
     Args:
         model: Checkpoint folder, hub id, or smollm2.
         facts: A fact file, or demo-forget.
-        out: Folder for lens.safetensors, lens.json, a picture a fact.
+        out: Folder for lens.safetensors, lens.json, a picture per fact.
         sites: What is read: the residual stream after each block, before its MLP, or what attention or the
             MLP alone write.
         top: Likeliest tokens kept in each cell.
@@ -52,15 +52,15 @@ def lens(
             stopped training goes on with --resume.
         text: What a tuned lens is trained on, paragraphs; the default is everyday text that comes with locus.
         steps: Of that training.
-        attribution: Write besides what each layer, head and neuron adds to the target's logit (direct logit
-            attribution): attribution.safetensors, attribution.json, a picture a fact.
+        attribution: Also write what each layer, head and neuron adds to the target's logit (direct logit
+            attribution): attribution.safetensors, attribution.json, a picture per fact.
     """
     from locus.errors import InputError
     from locus.files.artefact import lock
 
     if (out / LENS).exists() and not running.resume:
         raise InputError(f"{out} holds a finished lens: give another folder, or --resume to write it anew")
-    if tuned is not None and tuple(sites) != ("block_out",):
+    if tuned is not None and tuple(sites) != ("resid_post",):
         raise InputError(
             "--tuned: a tuned lens reads the residual stream after blocks: leave --sites at block_out"
         )
@@ -89,7 +89,7 @@ def tuned_lens_at(
         found.check(model)
         return found
     training = TunedLensTraining(steps=steps, seed=running.seed)
-    talking.note(f"tuned lens: {training.cost(model)}; unembeddings of all layers besides")
+    talking.note(f"tuned lens: {training.cost(model)}; and unembeddings of all layers")
     state = path.parent / f"{path.stem}-training"
     lens = training.run(model, neutral_text(text), folder=state, resume=running.resume)
     lens.save(path)
@@ -101,12 +101,12 @@ def lens_into(
     folder: Path,
     model: Model,
     facts: Sequence[Fact],
-    sites: Sequence[Site] = ("block_out",),
+    sites: Sequence[Site] = ("resid_post",),
     top: int = 5,
     ranks: Ranks | None = None,
     tuned: TunedLens | None = None,
 ) -> list[LensGrid]:
-    """Read the facts through the lens and write lens.safetensors, lens.json and a picture a fact and site.
+    """Read the facts through the lens and write lens.safetensors, lens.json and a picture per fact and site.
 
     Several processes share the facts, and the pictures.
     """

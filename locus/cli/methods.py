@@ -16,9 +16,9 @@ TITLE = """# Localizers
 
 Written by `locus methods --markdown` from the docstrings; `locus methods NAME` shows the same on the terminal. Every
 one is called alike, `locus locate MODEL FACTS --method NAME --budget 1% -o mask.safetensors`, or in Python
-`LOCALIZERS[NAME](option=value).run(model, facts, retain).top("1%")`. A neuron of a gated MLP is its gate row, up row
-and down column; `--parts` says which of them a mask takes. How the neuron localizers do where the truth is known:
-[benchmarks](../benchmarks/README.md).
+`LOCALIZERS[NAME](option=value).run(model, facts, retain).top("1%")`. A neuron of a gated MLP is its key vectors (gate
+and up) and its value vector (down); `--parts` says which of them a mask takes. How the neuron
+localizers do where the truth is known: [benchmarks](../benchmarks/README.md).
 """
 
 

@@ -7,7 +7,9 @@ method and for the same names in the TOML files of `locus run`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from locus.atlas import OLD_SITES
 
 RENAMED: dict[str, str] = {
     "--account": "--estimate-memory",
@@ -31,18 +33,28 @@ RENAMED: dict[str, str] = {
 }
 """Old option -> the option that does the same now."""
 
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {"--sites": OLD_SITES}
+"""Option -> old value -> the value that means the same now."""
+
 
 def current_options(argv: Sequence[str]) -> list[str]:
-    """The command line with every old option name replaced; one note for each name that was old."""
+    """The command line with every old option name and value replaced; one note for each that was old."""
     known = dict(RENAMED) | {_negated(old): _negated(new) for old, new in RENAMED.items()}
     current: list[str] = []
     noted: set[str] = set()
+    last_option = ""
     for position, word in enumerate(argv):
         if word == "--":
             return [*current, *argv[position:]]
         option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            current.append(_current_value(last_option, word, noted))
+            continue
+        last_option = known.get(option, option)
+        if equals:
+            value = _current_value(last_option, value, noted)
         if option not in known:
-            current.append(word)
+            current.append(f"{option}{equals}{value}")
             continue
         if option not in noted:
             warnings.warn(
@@ -52,6 +64,17 @@ def current_options(argv: Sequence[str]) -> list[str]:
             noted.add(option)
         current.append(f"{known[option]}{equals}{value}")
     return current
+
+
+def _current_value(option: str, value: str, noted: set[str]) -> str:
+    """The value of an option by its name of today; a note where it was old."""
+    new = RENAMED_VALUES.get(option, {}).get(value, value)
+    if new != value and value not in noted:
+        warnings.warn(
+            f"{option} {value} is now called {new}; the old name goes with the next release", stacklevel=3
+        )
+        noted.add(value)
+    return new
 
 
 def _negated(option: str) -> str:

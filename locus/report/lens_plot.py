@@ -51,8 +51,8 @@ def plot_lens(grid: LensGrid, path: str | Path, lens: str = "logit lens") -> Pat
     axis.set_yticks([0.5 + i for i in ticks], [str(i) for i in ticks], fontsize=8)
     axis.set_ylabel("layer")
     place = {
-        "block_out": "after each block",
-        "block_mid": "before each MLP",
+        "resid_post": "after each block",
+        "resid_mid": "before each MLP",
         "attn_out": "attention's share",
         "mlp_out": "the MLP's share",
     }[grid.site]

@@ -30,8 +30,8 @@ _METRICS = {
     "rank": "minus the number of tokens ranked above the answer",
 }
 _CORRUPTIONS = {
-    "gaussian": "spoilt with Gaussian noise",
-    "uniform": "spoilt with uniform noise",
+    "gaussian": "corrupted with Gaussian noise",
+    "uniform": "corrupted with uniform noise",
     "swap": "exchanged for that of another fact",
     "mean": "replaced by the mean subject",
     "prompt": "exchanged, with the rest of the prompt, for that of another fact",

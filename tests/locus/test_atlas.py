@@ -144,8 +144,8 @@ def test_values_equal_a_transformer_bridge(arch: str) -> None:
     model = tiny_model(arch)
     atlas, twin = model.atlas, bridge(model)
     ids = model.tokenizer(tiny_facts()[0].prompt, return_tensors="pt").input_ids
-    outputs = {"block_out": atlas.blocks, "attn_out": atlas.attn_out, "mlp_out": atlas.mlp_out}
-    inputs = {"block_in": atlas.blocks, "attn_z": atlas.attn_z, "neuron": atlas.neuron_in}
+    outputs = {"resid_post": atlas.blocks, "attn_out": atlas.attn_out, "mlp_out": atlas.mlp_out}
+    inputs = {"resid_pre": atlas.blocks, "z": atlas.attn_z, "mlp_post": atlas.neuron_in}
     named_out = [name for names in outputs.values() for name in names]
     named_in = [name for names in inputs.values() for name in names]
     with torch.no_grad():
@@ -346,7 +346,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
         {**_SMALL, "residual_multiplier": 0.2},
         "hook_attn_out.*rescales",
     ),
-    ("BitNetConfig", "BitNetForCausalLM", _SMALL, "one row a neuron"),
+    ("BitNetConfig", "BitNetForCausalLM", _SMALL, "one row per neuron"),
     ("OPTConfig", "OPTForCausalLM", {**_OPT, "do_layer_norm_before": False}, "ln_final"),
     ("OPTConfig", "OPTForCausalLM", {**_OPT, "word_embed_proj_dim": 16}, "ln_final"),
     ("T5Config", "T5ForConditionalGeneration", {"d_model": 32, "d_ff": 48, "num_layers": 2}, "one stack"),
@@ -411,8 +411,8 @@ def swapped(atlas: Atlas) -> Atlas:
         ("olmo2", lambda a: wrong(a, mlp_out=a.mlp), "is not its input"),
         ("opt", lambda a: wrong(a, mlp_out=a.blocks), "is not its input"),
         ("llama", lambda a: wrong(a, attn_out=a.attn_out[::-1]), "is not its input"),
-        ("llama", swapped, "one row a neuron"),
-        ("phi3", swapped, "one row a neuron"),
+        ("llama", swapped, "one row per neuron"),
+        ("phi3", swapped, "one row per neuron"),
     ],
 )
 def test_a_false_atlas_is_caught(arch: str, mistake: Any, reason: str) -> None:
@@ -427,14 +427,14 @@ def test_a_false_atlas_is_caught(arch: str, mistake: Any, reason: str) -> None:
 
 def test_hook_names() -> None:
     atlas = tiny_model("llama").atlas
-    assert atlas.hook_name("block_in", 0) == "blocks.0.hook_resid_pre"
-    assert atlas.hook_name("block_out", 2) == "blocks.2.hook_resid_post"
+    assert atlas.hook_name("resid_pre", 0) == "blocks.0.hook_resid_pre"
+    assert atlas.hook_name("resid_post", 2) == "blocks.2.hook_resid_post"
     assert atlas.hook_name("attn_out", 1) == "blocks.1.hook_attn_out"
     assert atlas.hook_name("mlp_out", 1) == "blocks.1.hook_mlp_out"
-    assert atlas.hook_name("attn_z", 1) == "blocks.1.attn.hook_z"
-    assert atlas.hook_name("neuron", 1) == "blocks.1.mlp.hook_post"
+    assert atlas.hook_name("z", 1) == "blocks.1.attn.hook_z"
+    assert atlas.hook_name("mlp_post", 1) == "blocks.1.mlp.hook_post"
     with pytest.raises(InputError, match="layers 0 to 2"):
-        atlas.hook_name("neuron", 3)
+        atlas.hook_name("mlp_post", 3)
 
 
 def test_json_of_something_else_is_refused() -> None:

@@ -30,7 +30,7 @@ def test_the_last_layer_is_the_models_own_answer(arch):
 def test_entropy_and_kl_are_what_their_names_say():
     model = tiny_model("llama")
     encoded = encode(model, tiny_facts()[0])
-    grid = lens_grid(model, encoded, "tower", "block_out")
+    grid = lens_grid(model, encoded, "tower", "resid_post")
     first = model.atlas.blocks[0]
     with record(model.module, outputs=[first]) as seen:
         final = model.module(torch.tensor([encoded.prompt_ids])).logits[0].softmax(-1)
@@ -53,8 +53,8 @@ def test_the_residual_before_the_mlp_plus_the_mlp_is_the_block():
     try:
         with torch.no_grad():
             weight.zero_()
-        mid = lens_grid(model, encoded, "tower", "block_mid")
-        out = lens_grid(model, encoded, "tower", "block_out")
+        mid = lens_grid(model, encoded, "tower", "resid_mid")
+        out = lens_grid(model, encoded, "tower", "resid_post")
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -65,7 +65,7 @@ def test_the_residual_before_the_mlp_plus_the_mlp_is_the_block():
 def test_parallel_blocks_have_no_middle():
     model = tiny_model("gptj")
     with pytest.raises(InputError, match="side by side"):
-        lens_grid(model, encode(model, tiny_facts()[0]), "tower", "block_mid")
+        lens_grid(model, encode(model, tiny_facts()[0]), "tower", "resid_mid")
 
 
 def test_rows_at_once_do_not_matter_and_grids_survive_saving(tmp_path):

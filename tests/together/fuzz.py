@@ -237,7 +237,7 @@ def make_world(world: Path) -> None:
         world / "scores" / "scores.safetensors"
     )
     CausalTrace(samples=2).run(small, some[:2], folder=world / "trace")
-    grid = lens_grid(small, encode(small, some[0]), some[0].id, "block_out", 3)
+    grid = lens_grid(small, encode(small, some[0]), some[0].id, "resid_post", 3)
     save_grids([grid], world / "lens" / "lens.safetensors", {"model": "tiny"})
     settings = AuditSettings(attacks=("none",))
     judge(small, {"edit": edit}, some[:1], some[1:], ["Some neutral text."] * 3, settings=settings).save(

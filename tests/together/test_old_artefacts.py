@@ -49,7 +49,9 @@ def test_trace_and_its_page(old):
 
 
 def test_lens(old):
-    grids = load_grids(old / "lens" / "lens.safetensors")
+    with pytest.warns(UserWarning, match="block_out is now called resid_post"):
+        grids = load_grids(old / "lens" / "lens.safetensors")
+    assert {grid.site for grid in grids} == {"resid_post"}
     assert len(grids) == 3 and all(torch.isfinite(grid.prob).all() for grid in grids)
 
 

@@ -27,7 +27,7 @@ OVER: tuple[Over, ...] = ("paraphrases", "facts", "seeds")
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class LocalizerComparison:
     """One localizer's answer."""
 
     scores: Any
@@ -35,7 +35,7 @@ class Surveyed:
     mask: WeightMask
     """Its best, at the budget."""
     cost: Cost
-    """What was foretold."""
+    """What was estimated before the run."""
     seconds: float
     """Wall time of one run."""
     stability: Mapping[Over, Stability]
@@ -44,7 +44,7 @@ class Surveyed:
     """Why there is no stability; "" where there is."""
 
 
-def survey(
+def compare_localizer(
     localizer: Localizer,
     model: Model,
     facts: Sequence[Fact],
@@ -55,8 +55,8 @@ def survey(
     parts: Sequence[str] = ("gate", "up", "down"),
     repetitions: int = 0,
     patience: float = 60.0,
-) -> Surveyed:
-    """Run one localizer, cut its scores, and repeat it where that is cheap enough.
+) -> LocalizerComparison:
+    """Run one localizer, take the mask of its best scores, and repeat it where that is cheap enough.
 
     Args:
         localizer: Any of the table.
@@ -90,7 +90,7 @@ def survey(
                     localizer, model, facts, retain, over=over, budget=budget, repetitions=repetitions
                 )
         skipped = "" if found else "nothing to repeat it on"
-    return Surveyed(scores, mask, cost, seconds, found, skipped)
+    return LocalizerComparison(scores, mask, cost, seconds, found, skipped)
 
 
 def _repeatable(localizer: Localizer, facts: Sequence[Fact], over: Over) -> bool:

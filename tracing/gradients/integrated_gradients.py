@@ -69,7 +69,7 @@ def integrated_gradients(
 
 
 def integrated_cost(model: Model, encoded: Sequence[Encoded], steps: int) -> Cost:
-    """Of the one-token way: a forward a target token, then single tokens through half of the blocks."""
+    """Of the one-token way: a forward per target token, then single tokens through half of the blocks."""
     points = steps * (model.atlas.n_layers + 1) / 2
     forwards = sum(one.n_target * (1 + points / len(one.ids)) for one in encoded)
     backwards = sum(one.n_target * points / len(one.ids) for one in encoded)

@@ -1,8 +1,9 @@
 """Every neuron's activation and the gradient that reaches it, seen once in a single backward pass.
 
-A neuron is one unit between an MLP's up and down projections. The loss depends on its gate row, its up row
-and its down column only through its activation h, so the sum over positions of h * dL/dh equals the sum of
-weight * gradient over the down column, and over the up row of a gated MLP: no weight gradient is needed.
+A neuron is one unit between an MLP's up and down projections. The loss depends on its key vectors (rows of gate and
+up) and its value vector (column of down) only through its activation h. So the sum over positions of h * dL/dh equals
+the sum of weight * gradient over the value vector, and over the up key vector of a gated MLP: no weight gradient is
+needed.
 """
 
 from __future__ import annotations
@@ -150,5 +151,5 @@ def visit_neurons(
 
 
 def neuron_grid(model: Model) -> Float[Tensor, "layer neuron"]:
-    """Zeros, one a neuron, to accumulate in (float32 on the model's device)."""
+    """Zeros, one per neuron, to accumulate in (float32 on the model's device)."""
     return torch.zeros(model.atlas.n_layers, model.atlas.d_mlp, device=model.device)

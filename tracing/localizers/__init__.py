@@ -1,1 +1,1 @@
-"""Localizers: one method a file. `tracing/__init__.py` lists them."""
+"""Localizers: one method per file. `tracing/__init__.py` lists them."""

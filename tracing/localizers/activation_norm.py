@@ -1,9 +1,9 @@
 """Activation norm: how much each neuron writes while the target is predicted.
 
-    score = mean over the positions that predict a target token of |h| * ||v||,  v the neuron's down column.
+    score = mean over the positions that predict a target token of |h| * ||v||,  v the neuron's value vector.
 
 Source: "Act" in Chang et al. 2024 (arXiv:2311.09060), who found it far behind the localizers that look at the
-target. Cost: one forward an example, no backward.
+target. Cost: one forward per example, no backward.
 
 Use it as the baseline that sees the text but not the answer: what beats random and not this one has found
 where the model is busy, not where the fact is. Scores favour the last layers, whose activations are largest.
@@ -36,7 +36,7 @@ from tracing.localizer import Cost
 
 
 def down_norms(model: Model) -> Float[Tensor, "layer neuron"]:
-    """Euclidean norm of every neuron's down column: what one unit of its activation writes."""
+    """Euclidean norm of every neuron's value vector: what one unit of its activation writes."""
     norms = neuron_grid(model)
     for layer, parts in enumerate(model.atlas.neurons):
         for part in parts:
@@ -79,13 +79,13 @@ def mean_activations(
 
 @dataclass(frozen=True)
 class ActivationNorm:
-    """Mean |activation| x norm of the down column while the target is predicted."""
+    """Mean |activation| x norm of the value vector while the target is predicted."""
 
     positions: Literal["all", "prediction"] = "prediction"
     """Average over all positions, or over those whose logits predict a target token."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward a fact."""
+        """One forward per fact."""
         return Cost(len(facts), 0)
 
     def run(

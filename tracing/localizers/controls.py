@@ -2,7 +2,7 @@
 
     random           u, uniform in [0, 1]; with a layer profile, that many of each layer come first
     random-layers    u + 1 in a few layers drawn at random
-    largest-norm     ||v||, v the neuron's down column
+    largest-norm     ||v||, v the neuron's value vector
     all-neurons      1
 
 Use them always: a located mask is worth its trouble only where it beats random masks of the same size, and of the
@@ -40,7 +40,7 @@ class RandomNeurons:
     seed: int = 0
     """Same seed, same neurons."""
     profile: tuple[int, ...] = ()
-    """Neurons a layer, e.g. a mask's `neurons_per_layer`; the top sum(profile) neurons then have just this
+    """Neurons per layer, e.g. a mask's `neurons_per_layer`; the top sum(profile) neurons then have just this
     profile. Empty: uniform over the model."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
@@ -117,7 +117,7 @@ class RandomLayers:
 
 @dataclass(frozen=True)
 class LargestNorm:
-    """The neurons with the largest down column: what writes most, whatever it writes."""
+    """The neurons with the largest value vector: what writes most, whatever it writes."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
         """Free."""

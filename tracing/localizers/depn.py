@@ -33,7 +33,7 @@ from tracing.localizers.knowledge_neurons import share_of_coarse
 class PrivacyNeurons:
     """Neurons that carry the tokens of private texts."""
 
-    CUT: ClassVar[float] = 0.5
+    PAPER_THRESHOLD: ClassVar[float] = 0.5
     """Scores above it are candidates of at least one text."""
 
     steps: int = 20
@@ -44,7 +44,7 @@ class PrivacyNeurons:
     """How attributions are computed: one token at a time (exact), or whole forwards."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """A forward a target token, and single tokens through half of the blocks."""
+        """A forward per target token, and single tokens through half of the blocks."""
         return integrated_cost(model, encode_facts(model, facts), self.steps)
 
     def run(

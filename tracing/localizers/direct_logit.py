@@ -7,7 +7,7 @@ follow from their slices of the output and down projections, with a post norm's 
 (Gemma-2, OLMo-2). Shares of all layers, the embedding and the constant add up to the logit, exactly.
 
 Use it to see who speaks at the end; it does not show who found the answer: a part that works through later ones has
-no share. `locus lens --attribution` writes the shares of layers, heads and neurons. Cost: one forward a fact.
+no share. `locus lens --attribution` writes the shares of layers, heads and neurons. Cost: one forward per fact.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class DirectLogit:
     """Each neuron's direct share of the target's logit: who speaks at the end."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward a fact."""
+        """One forward per fact."""
         return Cost(len(facts), 0)
 
     def run(

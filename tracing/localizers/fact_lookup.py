@@ -12,7 +12,7 @@ A neuron's score orders by its MLP's score first, then by its own saliency, so t
 after the other, as whole MLPs with a budget of as many layers' neurons.
 
 Use it before editing whole MLPs: the study found such MLPs to withstand relearning and other question forms better
-than those found by their effect on the output. Cost: a clean and `samples` corrupted forwards a fact, twice, so that
+than those found by their effect on the output. Cost: a clean and `samples` corrupted forwards per fact, twice, so that
 one fact's states are held at a time; a block's forward for each layer with heads, layer below it and draw; a
 saliency pass.
 """
@@ -126,7 +126,7 @@ class _Pair:
     model: Model
     clean: Recorded
     corrupted: Recording
-    """Outputs of the MLPs and inputs of the output projections, a row a draw."""
+    """Outputs of the MLPs and inputs of the output projections, a row per draw."""
     directions: Float[Tensor, "layer entry"]
     """What one unit of each entry of the heads' outputs adds to the target's logit at the last position."""
     last: int

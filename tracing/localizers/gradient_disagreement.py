@@ -1,14 +1,15 @@
 """Where two gradients disagree: rows or columns (PCGU) and whole tensors (MemFlex).
 
 - `ContrastiveVectors`, after PCGU (Yu et al. 2023, "Unlearning Bias in Language Models by Partitioning Gradients"):
-  every weight matrix is cut into its rows (or columns); those whose gradients for the target and for a contrastive
+  every weight matrix is divided into its rows (or columns); those whose gradients for the target and for a contrastive
   answer have the lowest cosine similarity are where the model tells the two apart. The contrast is each fact's first
   alternative; without alternatives, the retain set. Score = minus the cosine.
 - `DisagreeingTensors`, after MemFlex (Tian et al. 2024, arXiv:2407.01920): whole tensors whose gradients on the forget
   and on the retain set have a cosine below 0.92 and whose mean |forget gradient| is above 6e-4.
-  Score = mean |gradient| / 6e-4 where the cosine is below its limit, else 0; `passing` is the paper's cut.
+  Score = mean |gradient| / 6e-4 where the cosine is below its limit, else 0; `above_threshold(1)` is the
+  paper's choice.
 
-Use them where an editor takes rows, columns or tensors. Cost: one forward and one backward an example of either
+Use them where an editor takes rows, columns or tensors. Cost: one forward and one backward per example of either
 set; memory of two gradients.
 """
 
@@ -75,7 +76,7 @@ class UnitScores:
         }
         return self._mask(chosen, {"budget": str(budget), "per_layer": per_layer})
 
-    def passing(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
+    def above_threshold(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
         """The units whose score is above a threshold; `parts` is not used.
 
         Raises:
@@ -125,12 +126,12 @@ class ContrastiveVectors:
     """Rows or columns whose gradients for the target and a contrastive answer agree least."""
 
     units: Literal["rows", "columns"] = "rows"
-    """How weight matrices are cut."""
+    """How weight matrices are divided."""
     parameters: tuple[str, ...] = ("*",)
     """Names or shell patterns; of these, the two-dimensional ones are scored."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward and one backward an example of either set."""
+        """One forward and one backward per example of either set."""
         n_examples = len(facts) + len(alternatives_of(facts) or retain or ())
         return Cost(n_examples, n_examples)
 
@@ -162,7 +163,7 @@ class ContrastiveVectors:
 class DisagreeingTensors:
     """Whole tensors with large forget gradients that point elsewhere than the retain gradients."""
 
-    CUT: ClassVar[float] = 1.0
+    PAPER_THRESHOLD: ClassVar[float] = 1.0
     """Scores above it pass both of the paper's limits."""
 
     cosine: float = 0.92
@@ -173,7 +174,7 @@ class DisagreeingTensors:
     """Names or shell patterns of the parameters that are scored."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward and one backward an example of either set."""
+        """One forward and one backward per example of either set."""
         n_examples = len(facts) + len(retain or ())
         return Cost(n_examples, n_examples)
 

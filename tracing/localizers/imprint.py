@@ -1,6 +1,6 @@
 """Imprint: value vectors that point where training on the target would push them. A method of ours.
 
-Gradient descent on a text changes the down column v of neuron i along
+Gradient descent on a text changes the value vector v of neuron i along
     A_i = sum over positions t of h_it g_t,   g_t the gradient of the objective at the MLP's output,
 so a column that was written for this text still leans that way. Two signs of it are added up, each as a robust
 z-score within its layer (median and median absolute deviation), clipped to [-1, `clip`]:
@@ -9,19 +9,19 @@ z-score within its layer (median and median absolute deviation), clipped to [-1,
   out what saliency mostly measures, the sizes of activations, gradients and columns. The objective is the log-odds
   of the target, z_y - logsumexp of the other logits: unlike log p, its gradient does not vanish where the
   model is already sure. |A_i|^2 = h_i' K h_i with K the positions' Gram matrix of g, so one backward is enough.
-- balance: how much longer v_i is than the neuron's up (and gate) row foretells. Scaling v and shrinking the up row
-  by the same factor changes nothing, and weight decay settles each neuron where the two agree; what was
+- balance: how much longer v_i is than the neuron's key vectors (up and gate) predict. Scaling v and shrinking the up
+  key vector by the same factor changes nothing, and weight decay settles each neuron where the two agree; what was
   written into the column afterwards stands out. This part is blind to the target: it finds columns that were
   changed after pretraining, whatever for, if that made them longer. Set `balance=0` for knowledge that came with
   pretraining, or where columns may only have turned.
 
 The gradient of a model that knows the text by heart is no longer the one that taught it. So it is taken with the text
 half forgotten: the activations of the `dimmed` share of each layer's neurons with the largest imbalance are
-multiplied by `dim` in that pass, which is the same as scaling their columns down. Without balance, dim all of them
-a little (`balance=0 dimmed=1 dim=0.8`).
+multiplied by `dim` in that pass, which is the same as scaling their value vectors down. Without balance, dim all of
+them a little (`balance=0 dimmed=1 dim=0.8`).
 
 Use it for text memorized by fine-tuning; on the INJ benchmark (benchmarks/README.md, with its parts left out one by
-one) it finds several times what saliency finds. Cost: one forward and one backward an example.
+one) it finds several times what saliency finds. Cost: one forward and one backward per example.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Imprint:
     alignment: float = 2.0
     """Weight of the cosine's z-score."""
     balance: float = 1.0
-    """Weight of the z-score of the column's length beyond what the up row foretells; 0 leaves it out."""
+    """Weight of the z-score of the value vector's length beyond what the key vectors predict; 0 leaves it out."""
     clip: float = 6.0
     """Largest z-score that counts."""
     dim: float = 0.6
@@ -71,7 +71,7 @@ class Imprint:
     """Share of each layer's neurons that is dimmed: those with the largest imbalance; 1 for all."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward and one backward a fact, none where alignment has no weight."""
+        """One forward and one backward per fact, none where alignment has no weight."""
         n_examples = len(facts) if self.alignment else 0
         return Cost(n_examples, n_examples)
 
@@ -111,7 +111,7 @@ def alignment_of(
     *,
     batch_tokens: int = 4096,
 ) -> Float[Tensor, "layer neuron"]:
-    """Cosine of every down column with the gradient of the target's log-odds in it, mean over facts.
+    """Cosine of every value vector with the gradient of the target's log-odds in it, mean over facts.
 
     Args:
         model: Left as it is.
@@ -162,7 +162,7 @@ def log_odds(model: Model, batch: Batch) -> Float[Tensor, " label"]:
 
 
 def imbalance_of(model: Model) -> Float[Tensor, "layer neuron"]:
-    """ln of each down column's norm, beyond what a robust line in ln of its row norms foretells in its layer."""
+    """ln of each value vector's norm, beyond what a robust line in ln of its key norms predicts in its layer."""
     columns = down_norms(model).log()
     residual = torch.zeros_like(columns)
     for layer, rows in enumerate(row_norms(model)):
@@ -171,7 +171,7 @@ def imbalance_of(model: Model) -> Float[Tensor, "layer neuron"]:
 
 
 def row_norms(model: Model) -> list[Float[Tensor, "role neuron"]]:
-    """Norms of every neuron's up row and, where there is one, its gate row."""
+    """Norms of every neuron's up key vector and, where there is one, its gate key vector."""
     d_mlp = model.atlas.d_mlp
     found = []
     for parts in model.atlas.neurons:

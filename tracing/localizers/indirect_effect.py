@@ -4,7 +4,7 @@ The question of causal tracing (Meng et al. 2022, arXiv:2202.05262), asked of si
 corrupted by noise, how much likelier does the target become when one neuron, at all positions, gets the activation
 of the clean run? To first order (attribution patching, Nanda 2023) that is
     sum over positions of (h_clean - h_corrupted) * d log p(target) / dh,   taken in the corrupted run,
-mean over draws of the noise and over facts. Cost: a fact's clean forward, and one forward and one backward a draw.
+mean over draws of the noise and over facts. Cost: a fact's clean forward, and one forward and one backward per draw.
 
 Use it where the subject matters: unlike saliency it ignores neurons that are as active without it, such as those
 that only know the kind of answer. For exact effects of single cells see `CausalTrace`.
@@ -51,7 +51,7 @@ class TracedNeurons:
     """Of the draws."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """A clean forward, and a forward and a backward a draw, for each fact."""
+        """A clean forward, and a forward and a backward per draw, for each fact."""
         return Cost(len(facts) * (1 + self.samples), len(facts) * self.samples)
 
     def run(

@@ -41,7 +41,7 @@ from tracing.localizer import Cost
 class KnowledgeNeurons:
     """Neurons that carry a fact's answer at the position that predicts it."""
 
-    CUT: ClassVar[float] = 0.5
+    PAPER_THRESHOLD: ClassVar[float] = 0.5
     """Scores above it are refined knowledge neurons of at least one fact."""
 
     steps: int = 20

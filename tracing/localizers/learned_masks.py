@@ -13,8 +13,8 @@ Both as localizers of memorized text: Chang et al. 2024 (arXiv:2311.09060), the 
 penalty weighs a mean over gates, and training ends while the gates can still be told apart. A gate stays open where
 shutting it would cost more than penalty / number of gates; above a few hundred nats all gates fall together and
 their order is what counts. The defaults ordered best on the dev sentences of the INJ benchmark
-(benchmarks/README.md). Cost: one forward and one backward an example and step, 15 to 60 times gradient saliency; use
-them when the number of facts is small. NLL is in nats a target token, the mean over examples.
+(benchmarks/README.md). Cost: one forward and one backward per example and step, 15 to 60 times gradient saliency; use
+them when the number of facts is small. NLL is in nats per target token, the mean over examples.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def gated_nll(
     gates: Float[Tensor, "mask layer neuron"],
     around: Around | None = None,
 ) -> Float[Tensor, " mask"]:
-    """NLL of the targets behind `gates`, in nats a token; its gradient goes into the gates.
+    """NLL of the targets behind `gates`, in nats per token; its gradient goes into the gates.
 
     Batch by batch: the graph of one is gone before the next is made.
 
@@ -120,7 +120,7 @@ class LearnedMask(abc.ABC):
     stop: float
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """At most one forward and one backward a fact and step."""
+        """At most one forward and one backward per fact and step."""
         return Cost(len(facts), len(facts)) * self.steps
 
     def run(
@@ -259,7 +259,7 @@ class HardConcrete(LearnedMask):
     """Random gates whose locations are trained by Adam under a penalty on their number."""
 
     METHOD: ClassVar[str] = "hard-concrete"
-    CUT: ClassVar[float] = 0.5
+    PAPER_THRESHOLD: ClassVar[float] = 0.5
     """Gates above it are open more likely than not."""
 
     penalty: float = 1000.0

@@ -17,11 +17,11 @@ their accuracy; squared error has a closed form and does not jump with single fa
 
 Use it for relations with few answers and many subjects (countries and continents, athletes and sports); a retain set of
 the same relations is probed with the facts. It needs at least two answers with `least` facts each in some
-relation, and with fewer than some 30 facts a relation the curve is mostly noise. It cannot work where every fact has
+relation, and with fewer than some 30 facts per relation the curve is mostly noise. It cannot work where every fact has
 its own answer: see `fact-lookup` for these. On SmolLM2, for the continents of 48 countries, decodability climbs from
 .07 to .57 in the first nine layers, and stays below 0 with the answers shuffled (benchmarks/README.md).
 
-Cost: one forward a fact of either set, and a saliency pass.
+Cost: one forward per fact of either set, and a saliency pass.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LookupProbe:
     """Penalty, in units of the centred states' mean squared norm."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward a fact of either set, and a saliency pass over the facts."""
+        """One forward per fact of either set, and a saliency pass over the facts."""
         return Cost(2 * len(facts) + len(retain or ()), len(facts))
 
     def run(
@@ -161,7 +161,7 @@ def decodability(
     Equals refitting the probe without each subject, the penalty staying as it is.
 
     Args:
-        states: One a fact; their scale does not matter.
+        states: One per fact; their scale does not matter.
         answers: Class of each fact.
         subjects: Facts of one subject are left out together.
         ridge: Penalty in units of the centred states' mean squared norm.

@@ -2,8 +2,8 @@
 
 For a neuron with activation h, the change of the target's log-probability when h is removed is to first order
     s = sum over positions of h * d log p(target) / dh,
-which equals weight * gradient summed over its down column, or over its up row (see `neuron_gradients`). Cost: one
-forward and one backward an example; no weight gradient, memory of one [layer, neuron] grid.
+which equals weight * gradient summed over its value vector, or over its up key vector (see `neuron_gradients`). Cost:
+one forward and one backward per example; no weight gradient, memory of one [layer, neuron] grid.
 
 Sources: Michel et al. 2019 (arXiv:1905.10650) for h * gradient as importance; SalUn (Fan et al. 2024,
 arXiv:2310.12508) for summing over the forget set before the absolute value; the ratio against a retain set is
@@ -57,7 +57,7 @@ class GradientSaliency:
     """Sum over all positions, or only over those whose logits predict a target token."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward and one backward an example, over both sets when they are contrasted."""
+        """One forward and one backward per example, over both sets when they are contrasted."""
         n_examples = len(facts) + (len(retain or ()) if self.contrast != "none" else 0)
         return Cost(n_examples, n_examples)
 
@@ -139,7 +139,7 @@ class ActivationGradient:
     """When the absolute value is taken; see `GradientSaliency`."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward and one backward a fact."""
+        """One forward and one backward per fact."""
         return Cost(len(facts), len(facts))
 
     def run(

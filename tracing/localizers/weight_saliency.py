@@ -10,12 +10,12 @@ With g the gradient of the mean log p(target) over the forget facts, g_r over th
                                                 mu, the same order without its overflow; mu = 1e-6 as in its code
 
 Scores take the gradients' place in memory: weights + one gradient + one mask of the chosen few, and for the scores
-that need two gradients, or one an example, a second of one group of parameters (`groups` of them, one after the
-other). The cut is a streaming one (`threshold`); nothing is ever sorted. Sums are kept in the weights' dtype: in
+that need two gradients, or one per example, a second of one group of parameters (`groups` of them, one after the
+other). The k best are found in a stream (`top_k`); nothing is ever sorted. Sums are kept in the weights' dtype: in
 bfloat16 small contributions round away, so give few large batches there.
 
 Use it where single weights are edited (masked fine-tuning in SalUn's way); neurons are coarser but keep their
-gradients, optimizer and artefact small. Cost: one forward and one backward a fact, times `groups`.
+gradients, optimizer and artefact small. Cost: one forward and one backward per fact, times `groups`.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class WeightScores:
         provenance = {"method": self.method, "settings": dict(self.settings), **how}
         return WeightMask(entries, self.fingerprint, provenance)
 
-    def passing(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
+    def above_threshold(self, threshold: float, *, parts: Sequence[str] = PARTS) -> WeightMask:
         """The weights whose score is above a threshold.
 
         Raises:
             InputError: there are none.
         """
         values = self._allowed(parts)
-        mask = WeightMask(  # a parameter after the other: all at once would be a byte a weight
+        mask = WeightMask(  # a parameter after the other: all at once would be a byte per weight
             {name: Selection.of(tensor > threshold) for name, tensor in values.items()},
             self.fingerprint,
             {
@@ -240,7 +240,7 @@ def mean_gradients(
 
 
 def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over facts of the squared gradient of log p(target): one backward a fact."""
+    """Mean over facts of the squared gradient of log p(target): one backward per fact."""
     encoded = encode_facts(model, facts)
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
 

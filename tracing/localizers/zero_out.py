@@ -2,13 +2,13 @@
 
     score = mean over facts of log p(target) - log p(target | the neuron is 0 at all positions)
 
-Source: "Zero-out" in Chang et al. 2024 (arXiv:2311.09060). One run a neuron is dear, so first-order scores
+Source: "Zero-out" in Chang et al. 2024 (arXiv:2311.09060). One run per neuron is expensive, so first-order scores
 (`GradientSaliency`, signed) choose the candidates and only those are run: silencing a neuron changes nothing
 before its layer's output, so each run starts at the next block (`replay`). Neurons that are not candidates keep
 their first-order score, scaled to stay below every candidate.
 
 Use it where an effect must be real and not a slope: saturated answers (p near 1), or a short list to be checked.
-Cost: one forward and one backward a fact, then about candidates / 2 forwards of it.
+Cost: one forward and one backward per fact, then about candidates / 2 forwards of it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ZeroOut:
     """How the runs are computed: replayed from the changed layer on, or whole forwards."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """The first-order scores, then half a forward a candidate and fact."""
+        """The first-order scores, then half a forward per candidate and fact."""
         n_runs = len(facts) * self._count(model)
         return Cost(len(facts) + n_runs / 2, len(facts))
 
@@ -90,7 +90,8 @@ def silenced_drop(
     reads = tuple(range(encoded.target_start - 1, n_pos))
     everywhere = tuple(range(n_pos))
     cells = [
-        Cell((Patch("neuron", (layer, layer + 1), everywhere, "zero", (neuron,)),)) for layer, neuron in where
+        Cell((Patch("mlp_post", (layer, layer + 1), everywhere, "zero", (neuron,)),))
+        for layer, neuron in where
     ]
     readout = Readout("logprob", torch.tensor(encoded.target_ids))
     answers = engine.answer(Question(inputs, inputs, reads), cells, readout)

@@ -30,13 +30,13 @@ from tracing.patching.sites import Site
 Values = Mapping[tuple[Site, int], Float[Tensor, "_ pos _"]]
 """(site, layer) -> what it is in a run, or its gradient there."""
 
-FIXED: tuple[Site, ...] = ("attn_q", "attn_k")
+FIXED: tuple[Site, ...] = ("q", "k")
 """Sites in front of a softmax."""
 
 
 def needed_for(sites: Iterable[tuple[Site, int]]) -> set[tuple[Site, int]]:
     """The head outputs whose gradients the fix of some sites takes."""
-    return {("attn_z", layer) for site, layer in sites if site in FIXED}
+    return {("z", layer) for site, layer in sites if site in FIXED}
 
 
 @torch.no_grad()
@@ -55,13 +55,13 @@ def fixed_effects(
         model: Left as it is.
         question: The two runs.
         sites: What is patched; those not in `FIXED` are ignored.
-        base: The base run's values of these sites and of "attn_z" in the same layers.
+        base: The base run's values of these sites and of "z" in the same layers.
         other: The other run's.
-        gradients: At "attn_z".
+        gradients: At "z".
         positions: Whose queries and keys differ; elsewhere the effect is 0.
 
     Returns:
-        (site, layer) -> effect; query heads for "attn_q", key/value heads for "attn_k".
+        (site, layer) -> effect; query heads for "q", key/value heads for "k".
     """
     out: dict[tuple[Site, int], Tensor] = {}
     for site in FIXED:
@@ -81,7 +81,7 @@ def _effects_at(
     positions: list[int],
 ) -> dict[int, Float[Tensor, "draw pos _"]]:
     base, other, gradients = values
-    atlas, keys = model.atlas, site == "attn_k"
+    atlas, keys = model.atlas, site == "k"
     n_heads = atlas.n_kv_heads if keys else atlas.n_heads
     found = {layer: torch.zeros(question.samples, question.n_pos, n_heads) for layer in layers}
     alone = _mixes_heads(model, question, site, layers[0], positions, base, other)
@@ -89,10 +89,8 @@ def _effects_at(
         for head in range(n_heads) if alone else (None,):
             changed = _outputs(model, question, site, layers, group, head, base, other)
             for layer in layers:
-                change = changed[layer] - _wide(base["attn_z", layer])
-                effect = (
-                    (change * _wide(gradients["attn_z", layer])).unflatten(-1, (atlas.n_heads, -1)).sum(-1)
-                )
+                change = changed[layer] - _wide(base["z", layer])
+                effect = (change * _wide(gradients["z", layer])).unflatten(-1, (atlas.n_heads, -1)).sum(-1)
                 effect = (
                     effect.sum(1, keepdim=True) if keys else effect[:, group]
                 )  # all later queries see a key
@@ -115,8 +113,8 @@ def _mixes_heads(
     """Whether the first head's queries (or keys) change other heads' output: a norm over all of them (OLMo-2)."""
     atlas = model.atlas
     changed = _outputs(model, question, site, [layer], positions, 0, base, other)[layer]
-    width = changed.shape[-1] // (atlas.n_heads if site == "attn_q" else atlas.n_kv_heads)
-    was = _wide(base["attn_z", layer])
+    width = changed.shape[-1] // (atlas.n_heads if site == "q" else atlas.n_kv_heads)
+    was = _wide(base["z", layer])
     return not torch.allclose(
         changed[..., width:], was[..., width:].expand_as(changed[..., width:]), 1e-3, 1e-5
     )
@@ -135,7 +133,7 @@ def _outputs(
     """What each layer's heads give when their queries or keys at these positions (one head's alone) are exchanged."""
     atlas = model.atlas
     columns = slice(None) if head is None else slice(head * atlas.d_head, (head + 1) * atlas.d_head)
-    projections = atlas.attn_q if site == "attn_q" else atlas.attn_k
+    projections = atlas.attn_q if site == "q" else atlas.attn_k
     got: dict[int, Tensor] = {}
 
     def exchange(layer: int) -> Callable[[Tensor], Tensor]:
@@ -149,7 +147,7 @@ def _outputs(
     def put_back(layer: int) -> Callable[[Tensor], Tensor]:
         def patch(state: Tensor) -> Tensor:
             got[layer] = _wide(state)
-            return base["attn_z", layer].to(state).expand_as(state)
+            return base["z", layer].to(state).expand_as(state)
 
         return patch
 

@@ -1,6 +1,6 @@
-"""How a prompt is spoilt: noise on the subject's embeddings, or other tokens in its place.
+"""How a prompt is corrupted: noise on the subject's embeddings, or other tokens in its place.
 
-Every corruption replaces the embedding module's output at some positions, one replacement a draw. Draws come
+Every corruption replaces the embedding module's output at some positions, one replacement per draw. Draws come
 from a generator seeded by the run's seed and the fact's id, one after the other, so that neither the order
 of the facts nor the number of draws changes a draw.
 
@@ -170,7 +170,7 @@ class Corrupter:
     def _other_prompts(
         self, model: Model, prepared: Prepared, samples: int, generator: torch.Generator
     ) -> Inputs:
-        """Other facts' prompts of the same length before this fact's target, one a draw."""
+        """Other facts' prompts of the same length before this fact's target, one per draw."""
         length = prepared.encoded.target_start
         own = prepared.encoded.prompt_ids
         donors = sorted(

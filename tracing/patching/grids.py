@@ -92,9 +92,9 @@ def assemble(
         )
         cells[list(estimates.exact)], known[list(estimates.exact)] = answered, True
     mean, error = cells.mean(dim=1), standard_error(cells)
-    clean, spoilt = (answers.other, answers.base) if denoising else (answers.base, answers.other)
+    clean, corrupted = (answers.other, answers.base) if denoising else (answers.base, answers.other)
     clean_score, clean_prob = clean.double().mean(dim=0).tolist()
-    corrupted_score, corrupted_prob = spoilt.double().mean(dim=0).tolist()
+    corrupted_score, corrupted_prob = corrupted.double().mean(dim=0).tolist()
     at_base = (base.mean(), standard_error(base[None])[0])
     certain = {kind: grids.fill(kind, known, torch.tensor(True)) for kind in grids.index}
     return FactTrace(

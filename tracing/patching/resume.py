@@ -17,7 +17,7 @@ from tracing.patching.corruption import Prepared
 
 
 @dataclass(frozen=True)
-class Parts:
+class FinishedFacts:
     """The finished facts of one run: in a folder, or in memory if there is none."""
 
     folder: Path | None
@@ -42,7 +42,7 @@ class Parts:
         model: Model,
         resume: bool,
         ranks: Ranks = ALONE,
-    ) -> Iterator[Parts]:
+    ) -> Iterator[FinishedFacts]:
         """Hold the folder of parts for this run; it is gone afterwards if it is empty.
 
         Raises:

@@ -24,9 +24,7 @@ Kind = str
 """What a trace restores: one of `KINDS`, or a part of one head: "head:3" its output, "query:3", "key:1", "value:1"
 (keys and values by their own heads' numbers, of which some models have fewer)."""
 
-HEAD_PARTS: Mapping[str, Site] = MappingProxyType(
-    {"head": "attn_z", "query": "attn_q", "key": "attn_k", "value": "attn_v"}
-)
+HEAD_PARTS: Mapping[str, Site] = MappingProxyType({"head": "z", "query": "q", "key": "k", "value": "v"})
 """Kinds of one head -> their site."""
 
 KINDS = ("block", "mlp", "attn", "block-no-mlp", "block-no-attn")
@@ -82,18 +80,18 @@ def _cell(kind: Kind, atlas: Atlas, layer: int, positions: tuple[int, ...], wind
     around = (max(0, first), min(last, first + window))
     match kind:
         case "block":
-            return Cell((Patch("block_out", one, positions),))
+            return Cell((Patch("resid_post", one, positions),))
         case "mlp":
             return Cell((Patch("mlp_out", around, positions),))
         case "attn":
             return Cell((Patch("attn_out", around, positions),))
         case "block-no-mlp":
             return Cell(
-                (Patch("block_out", one, positions), Patch("mlp_out", (layer + 1, last), positions, "base"))
+                (Patch("resid_post", one, positions), Patch("mlp_out", (layer + 1, last), positions, "base"))
             )
         case "block-no-attn":
             return Cell(
-                (Patch("block_out", one, positions), Patch("attn_out", (layer + 1, last), positions, "base"))
+                (Patch("resid_post", one, positions), Patch("attn_out", (layer + 1, last), positions, "base"))
             )
     site, head = _head(kind, atlas)
     entries = tuple(range(head * atlas.d_head, (head + 1) * atlas.d_head))
@@ -107,7 +105,7 @@ def _head(kind: Kind, atlas: Atlas) -> tuple[Site, int]:
         some = [f"{part}:0 …" for part in HEAD_PARTS]
         raise InputError(f"kind {kind!r}: not one of {', '.join((*KINDS, *some))}")
     site = HEAD_PARTS[name]
-    if site != "attn_z" and not atlas.attn_q:
+    if site != "z" and not atlas.attn_q:
         raise InputError(
             f"kind {kind!r}: {atlas.architecture} makes queries, keys and values in one projection, where they have "
             "no names of their own; head:N restores what a head gives"
@@ -121,23 +119,23 @@ def _head(kind: Kind, atlas: Atlas) -> tuple[Site, int]:
 def module_of(atlas: Atlas, site: Site, layer: int) -> tuple[str, Literal["output", "input"]]:
     """Module and side at which a site is read and written."""
     match site:
-        case "block_in":
+        case "resid_pre":
             return atlas.blocks[layer], "input"
-        case "block_out":
+        case "resid_post":
             return atlas.blocks[layer], "output"
         case "attn_out":
             return atlas.attn_out[layer], "output"
         case "mlp_out":
             return atlas.mlp_out[layer], "output"
-        case "attn_q":
+        case "q":
             return atlas.attn_q[layer], "output"
-        case "attn_k":
+        case "k":
             return atlas.attn_k[layer], "output"
-        case "attn_v":
+        case "v":
             return atlas.attn_v[layer], "output"
-        case "attn_z":
+        case "z":
             return atlas.attn_z[layer], "input"
-        case "neuron":
+        case "mlp_post":
             return atlas.neuron_in[layer], "input"
 
 

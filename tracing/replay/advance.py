@@ -15,32 +15,32 @@ from torch import Tensor
 from locus.hooks import patched
 from tracing.patching.sites import Patch, Site, module_of
 from tracing.replay.blocks import Rows
-from tracing.replay.context import Work
+from tracing.replay.context import ReplayContext
 from tracing.replay.packing import INNER, Chunk, Packed, Track, rows_of
 
 
-class Wave:
+class PatchedRows:
     """The states of some tracks, all held, while they go through the blocks side by side."""
 
-    def __init__(self, work: Work, tracks: Sequence[Track]) -> None:
-        self.work, self.tracks = work, tracks
-        positions = [work.positions(track) for track in tracks]
+    def __init__(self, context: ReplayContext, tracks: Sequence[Track]) -> None:
+        self.context, self.tracks = context, tracks
+        positions = [context.positions(track) for track in tracks]
         self.packed = Packed.of_tracks(positions, [track.of for track in tracks])
         self.starts = torch.tensor([track.start for track in tracks])
         self.restored = torch.tensor([track.restored_until for track in tracks])
         self.of = torch.tensor([track.of for track in tracks])
-        self.diverges = torch.tensor([work.runs[track.of].diverges for track in tracks])
+        self.diverges = torch.tensor([context.runs[track.of].diverges for track in tracks])
         self.offsets = [0, *accumulate(self.packed.lengths)]
         self.row = {
             (i, q): self.offsets[i] + n for i, held in enumerate(positions) for n, q in enumerate(held)
         }
         self.admitted = 0
-        self.device = work.device
-        shape = (len(self.packed.positions), work.samples, work.blocks.model.atlas.d_model)
-        self.states = torch.empty(shape, dtype=work.runs[0].recorded.hidden[0].dtype, device=self.device)
-        last = torch.zeros(len(tracks), max(q.n_pos for q in work.questions), dtype=torch.bool)
+        self.device = context.device
+        shape = (len(self.packed.positions), context.samples, context.blocks.model.atlas.d_model)
+        self.states = torch.empty(shape, dtype=context.runs[0].recorded.hidden[0].dtype, device=self.device)
+        last = torch.zeros(len(tracks), max(q.n_pos for q in context.questions), dtype=torch.bool)
         for i, track in enumerate(tracks):
-            last[i, list(work.questions[track.of].reads)] = True
+            last[i, list(context.questions[track.of].reads)] = True
         self.is_read = last[self.packed.track, self.packed.positions]
 
     def admit(self, layer: int) -> None:
@@ -55,47 +55,47 @@ class Wave:
         rows = slice(self.offsets[new.start], self.offsets[new.stop])
         if rows.stop > rows.start:
             of, positions = self.of[self.packed.track[rows]], self.packed.positions[rows]
-            self.states[rows] = self.work.base_hidden(layer, of, positions)
+            self.states[rows] = self.context.base_hidden(layer, of, positions)
         inside = [i for i in new if self.tracks[i].enters_inside]
         if inside:
             self._enter_inside(inside, layer - 1)
-        self._patch_states(new, layer - 1, "block_out")
+        self._patch_states(new, layer - 1, "resid_post")
 
     def through(self, layer: int) -> None:
         """Run all admitted tracks through a block that is not the last."""
-        self._patch_states(range(self.admitted), layer, "block_in")
+        self._patch_states(range(self.admitted), layer, "resid_pre")
         active = self.packed.first(self.admitted)
         if not len(active.positions):
             return
-        for pieces in active.calls(self.work.samples, self.work.budget):
+        for pieces in active.calls(self.context.samples, self.context.budget):
             chunk = active.chunk(pieces)
             for draws in self._draws(len(chunk.source)):
                 out = self._block(layer, chunk, draws)
                 _put(self.states, chunk, draws, out)
-        self._patch_states(range(self.admitted), layer, "block_out")
+        self._patch_states(range(self.admitted), layer, "resid_post")
 
     def through_last(self, layer: int) -> None:
         """Run all admitted tracks through the last block, and only where they are read."""
-        self._patch_states(range(self.admitted), layer, "block_in")
+        self._patch_states(range(self.admitted), layer, "resid_pre")
         active = self.packed.first(self.admitted)
         if not len(active.positions):
             return
-        for pieces in active.calls(self.work.samples, 4 * self.work.budget):
+        for pieces in active.calls(self.context.samples, 4 * self.context.budget):
             is_read = self.is_read[active.rows]
             read = active.chunk(pieces, is_read)
             rest = active.chunk(pieces, ~is_read)
             for draws in self._draws(len(read.source) + len(rest.source)):
                 out = self._block(layer, read, draws, before=rest if len(rest.source) else None)
                 _put(self.states, read, draws, out)
-        self._patch_states(range(self.admitted), layer, "block_out")
+        self._patch_states(range(self.admitted), layer, "resid_post")
 
     def final(self, of: int) -> tuple[list[int], Float[Tensor, "track sample read d_model"]]:
         """The tracks of one question, and outputs of the last block where they are read; the recorded ones where a
         track has no row."""
-        work, tracks = self.work, (self.of == of).nonzero().flatten()
-        reads, runs = torch.tensor(work.questions[of].reads), work.runs[of]
-        base, other = runs.base.hidden(work.n_layers, reads), runs.other.hidden(work.n_layers, reads)
-        out = base.expand(work.samples, -1, -1).repeat(len(tracks), 1, 1, 1).to(self.device)
+        context, tracks = self.context, (self.of == of).nonzero().flatten()
+        reads, runs = torch.tensor(context.questions[of].reads), context.runs[of]
+        base, other = runs.base.hidden(context.n_layers, reads), runs.other.hidden(context.n_layers, reads)
+        out = base.expand(context.samples, -1, -1).repeat(len(tracks), 1, 1, 1).to(self.device)
         restored = reads[None, :] < self.restored[tracks][:, None]
         since = reads[None, :] >= runs.diverges
         for track, read in (restored & since).nonzero().tolist():
@@ -107,9 +107,9 @@ class Wave:
 
     def _draws(self, rows: int) -> list[slice]:
         """All draws at once, or some at a time where a track alone is too long for that."""
-        samples = self.work.samples
-        at_once = max(1, min(samples, self.work.budget // max(1, rows)))
-        if rows * samples <= 2 * self.work.budget:
+        samples = self.context.samples
+        at_once = max(1, min(samples, self.context.budget // max(1, rows)))
+        if rows * samples <= 2 * self.context.budget:
             at_once = samples
         return [slice(i, min(i + at_once, samples)) for i in range(0, samples, at_once)]
 
@@ -123,10 +123,10 @@ class Wave:
         states: Tensor | None = None,
     ) -> Float[Tensor, "batch n d_model"]:
         """One call of a block."""
-        n_draws, blocks = draws.stop - draws.start, self.work.blocks
+        n_draws, blocks = draws.stop - draws.start, self.context.blocks
         of = self.of[chunk.track.amax(dim=1)]
         rows, n_base, n_other = self._rows(chunk, n_draws, before, inside)
-        prefix = self.work.prefix(layer, of, n_base, n_other, draws)
+        prefix = self.context.prefix(layer, of, n_base, n_other, draws)
         states = self.states if states is None else states
         if before is not None:
             early, _, _ = self._rows(before, n_draws)
@@ -134,7 +134,7 @@ class Wave:
                 prefix.append(blocks.keys_only(layer, _take(states, before, draws), early))
         n_rows = chunk.track.shape[1] + (before.track.shape[1] if before is not None else 0)
         for question in of.tolist():
-            self.work.rows_run[question] += n_rows * n_draws
+            self.context.rows_run[question] += n_rows * n_draws
         with self._patches_inside(layer, chunk, draws):
             return blocks(layer, _take(states, chunk, draws), rows, prefix)
 
@@ -145,18 +145,18 @@ class Wave:
 
     def _enter_inside(self, tracks: Sequence[int], layer: int) -> None:
         """Run block `layer` on the rows that a patch inside it changes; their inputs are the base run's."""
-        work = self.work
+        context = self.context
         changed = []
         for i in tracks:
             own = set(self.tracks[i].positions_in(layer))
-            changed.append([q for q in work.positions(self.tracks[i]) if q in own])
+            changed.append([q for q in context.positions(self.tracks[i]) if q in own])
         packed = Packed.of_tracks(changed, [self.tracks[i].of for i in tracks], tracks).first(len(tracks))
         held = torch.tensor([self.row[i, q] for i, here in zip(tracks, changed, strict=True) for q in here])
         if not len(held):
             return
         by_row = torch.argsort(packed.rows)
-        states = work.base_hidden(layer, self.of[packed.track[by_row]], packed.positions[by_row])
-        for pieces in packed.calls(work.samples, work.budget):
+        states = context.base_hidden(layer, self.of[packed.track[by_row]], packed.positions[by_row])
+        for pieces in packed.calls(context.samples, context.budget):
             chunk = packed.chunk(pieces)
             for draws in self._draws(len(chunk.source)):
                 _put(states, chunk, draws, self._block(layer, chunk, draws, inside=True, states=states))
@@ -165,7 +165,7 @@ class Wave:
     def _patch_states(self, tracks: Iterable[int], layer: int, site: Site) -> None:
         """Set what goes in or comes out of a block where a track patches it."""
         places = [
-            Place(patch, self.tracks[i].of, self.row[i, q], q)
+            PatchedRow(patch, self.tracks[i].of, self.row[i, q], q)
             for i in tracks
             for patch in self.tracks[i].patches
             if patch.site == site and patch.layers[0] <= layer < patch.layers[1]
@@ -177,15 +177,15 @@ class Wave:
             new = self._new(alike, site, layer, slice(None)).to(self.states)
             columns = alike[0].patch.columns
             if columns is None:
-                self.states[rows] = new.expand(-1, self.work.samples, -1)
+                self.states[rows] = new.expand(-1, self.context.samples, -1)
             else:
                 self.states[rows[:, None], :, torch.tensor(columns)] = new[..., list(columns)].transpose(1, 2)
 
     def _new(
-        self, alike: Sequence[Place], site: Site, layer: int, draws: slice
+        self, alike: Sequence[PatchedRow], site: Site, layer: int, draws: slice
     ) -> Float[Tensor, "place _ _"]:
         positions = torch.tensor([place.position for place in alike])
-        new = self.work.value(alike[0].of, alike[0].patch, site, layer, positions, draws)
+        new = self.context.value(alike[0].of, alike[0].patch, site, layer, positions, draws)
         return new.transpose(0, 1)
 
     def _patches_inside(self, layer: int, chunk: Chunk, draws: slice) -> AbstractContextManager[None]:
@@ -195,16 +195,16 @@ class Wave:
         }
         if not inner:
             return nullcontext()
-        wanted: dict[Site, list[Place]] = {}
+        wanted: dict[Site, list[PatchedRow]] = {}
         track, position = chunk.track.flatten(), chunk.positions.flatten()
         rows = torch.isin(track, torch.tensor(list(inner))).nonzero().flatten()
         for row, i, q in zip(rows.tolist(), track[rows].tolist(), position[rows].tolist(), strict=True):
             for patch in inner[i]:
                 if q in patch.positions:
-                    wanted.setdefault(patch.site, []).append(Place(patch, self.tracks[i].of, row, q))
+                    wanted.setdefault(patch.site, []).append(PatchedRow(patch, self.tracks[i].of, row, q))
         outputs: dict[str, Callable[[Tensor], Tensor]] = {}
         inputs: dict[str, Callable[[Tensor], Tensor]] = {}
-        model = self.work.blocks.model
+        model = self.context.blocks.model
         for site, places in wanted.items():
             name, side = module_of(model.atlas, site, layer)
             hook = partial(self._written, site, layer, places, chunk.track.shape[0], draws)
@@ -218,7 +218,7 @@ class Wave:
         ]
 
     def _written(
-        self, site: Site, layer: int, places: Sequence[Place], groups: int, draws: slice, state: Tensor
+        self, site: Site, layer: int, places: Sequence[PatchedRow], groups: int, draws: slice, state: Tensor
     ) -> Tensor:
         """What flows through one site, with the patches of the rows that have some."""
         batch, n, width = state.shape
@@ -238,7 +238,7 @@ class Wave:
 
 
 @dataclass(frozen=True)
-class Place:
+class PatchedRow:
     """One row that a patch overwrites."""
 
     patch: Patch
@@ -248,9 +248,9 @@ class Place:
     position: int
 
 
-def _alike(places: Sequence[Place]) -> list[list[Place]]:
+def _alike(places: Sequence[PatchedRow]) -> list[list[PatchedRow]]:
     """Places whose values come from the same source, and can be written together."""
-    groups: dict[tuple[int, str, tuple[int, ...] | None], list[Place]] = {}
+    groups: dict[tuple[int, str, tuple[int, ...] | None], list[PatchedRow]] = {}
     for place in places:
         groups.setdefault((place.of, place.patch.source, place.patch.columns), []).append(place)
     return list(groups.values())

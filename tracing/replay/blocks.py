@@ -94,7 +94,7 @@ class PrefixCache:
 
 
 def _for_batch(tensor: Tensor, batch: int) -> Tensor:
-    """One row a draw -> one a batch element; draws run fastest in a batch."""
+    """One row a draw -> one per batch element; draws run fastest in a batch."""
     draws = tensor.shape[0]
     if draws == batch:
         return tensor
@@ -113,7 +113,7 @@ class Rows:
     visible: Bool[Tensor, "group n _"]
     """Which keys belong to the same patched run; that a key stands before its query is the model's mask's to say."""
     draws: int
-    """Batch elements a group; the batch is `group * draws`, draws fastest."""
+    """Batch elements per group; the batch is `group * draws`, draws fastest."""
     _made: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def once(self, what: str, source: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ class Rows:
         return self._made[key]
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """One row a group -> one a batch element; a single group is left to broadcast."""
+        """One row per group -> one per batch element; a single group is left to broadcast."""
         return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(self.draws, dim=0)
 
 

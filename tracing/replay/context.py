@@ -24,8 +24,8 @@ from tracing.replay.recorded_runs import Runs
 
 
 @dataclass
-class Work:
-    """What all waves of some questions share; all of them have the same number of draws."""
+class ReplayContext:
+    """What all batches of tracks of some questions share; all of them have the same number of draws."""
 
     questions: Sequence[Question]
     runs: Sequence[Runs]
@@ -37,7 +37,7 @@ class Work:
     """Rows times blocks so far, of each question."""
 
     @classmethod
-    def of(cls, questions: Sequence[Question], runs: Sequence[Runs], budget: int) -> Work:
+    def of(cls, questions: Sequence[Question], runs: Sequence[Runs], budget: int) -> ReplayContext:
         """Put recorded questions side by side."""
         longest = max(runs, key=lambda r: r.recorded.blocks.n_pos)
         return cls(questions, runs, budget, longest.recorded.blocks, [r.rows_run for r in runs])
@@ -82,7 +82,7 @@ class Work:
     ) -> list[tuple[Tensor, Tensor]]:
         """Recorded keys and values that the sequences of one call attend to: the base runs' first `n_base`, then
         `n_other` of the other runs' from where they diverge. Where the sequences are of several questions, one
-        row a sequence and draw, filled up with zeros that no row sees."""
+        row per sequence and draw, filled up with zeros that no row sees."""
         one = int(of[0])
         if bool((of == one).all()):
             runs = self.runs[one]

@@ -1,4 +1,4 @@
-"""Which rows travel together: patched runs packed side by side, in waves and chunks of bounded size.
+"""Which rows travel together: patched runs packed side by side, in batches and chunks of bounded size.
 
 A patch at (layer l, position t) changes only rows of positions >= t from layer l on. Those rows of one run are a
 `Track`. Many tracks, of any length and of any position, are packed one behind the other into a sequence; a mask
@@ -19,12 +19,12 @@ from torch import Tensor
 from tracing.patching.sites import Cell, Patch
 from tracing.replay.blocks import Rows
 
-INNER = ("attn_out", "mlp_out", "attn_q", "attn_k", "attn_v", "attn_z", "neuron")
-_SEEN_LATER = ("block_in", "attn_k", "attn_v")
+INNER = ("attn_out", "mlp_out", "q", "k", "v", "z", "mlp_post")
+_SEEN_LATER = ("resid_pre", "k", "v")
 """Sites that change later positions of their own block too, so that all rows go through it."""
 
 _MIN_SEQUENCE = 64
-"""Rows of one packed sequence: more make attention over each other's masked keys dear, fewer copy the prefix
+"""Rows of one packed sequence: more make attention over each other's masked keys expensive, fewer copy the prefix
 more often."""
 
 
@@ -109,7 +109,7 @@ def _restored_until(patches: tuple[Patch, ...], diverges: int) -> int | None:
     first = patches[0]
     if (
         len(patches) > 1
-        or first.site not in ("block_in", "block_out")
+        or first.site not in ("resid_pre", "resid_post")
         or first.layers[1] - first.layers[0] > 1
     ):
         return None
@@ -183,9 +183,9 @@ class Packed:
         )
 
     def calls(self, draws: int, budget: int) -> list[list[slice]]:
-        """Cut between tracks into calls of about `budget` rows (times draws), each of some sequences of rows.
+        """Divide between tracks into calls of about `budget` rows (times draws), each of some sequences of rows.
 
-        A track is never cut, so that a call may be as large as the longest of them.
+        A track is never divided, so that a call may be as large as the longest of them.
         """
         per_call = max(1, budget // draws)
         longest = max(self.lengths)

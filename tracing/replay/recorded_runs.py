@@ -60,8 +60,8 @@ class View:
         self, site: Site, layer: int, positions: Int[Tensor, " k"], draws: slice = slice(None)
     ) -> Float[Tensor, "_ k _"]:
         """Values of a site at some positions."""
-        if site in ("block_in", "block_out"):
-            found = self.hidden(layer + (site == "block_out"), positions)
+        if site in ("resid_pre", "resid_post"):
+            found = self.hidden(layer + (site == "resid_post"), positions)
         else:
             own = None if self.own is None else self.own.sites[site, layer]
             found = self._at(self.whole.sites[site, layer], own, positions)
@@ -74,9 +74,9 @@ class View:
             return []
         if self.own is None:
             return [(whole[0][:, :, start:stop], whole[1][:, :, start:stop])]
-        cut = min(stop, self.own.start)
-        pieces = [(whole[0][:, :, start:cut], whole[1][:, :, start:cut])] if start < cut else []
-        lo, hi = max(start, cut) - self.own.start, stop - self.own.start
+        shared = min(stop, self.own.start)
+        pieces = [(whole[0][:, :, start:shared], whole[1][:, :, start:shared])] if start < shared else []
+        lo, hi = max(start, shared) - self.own.start, stop - self.own.start
         if hi > lo:
             own = (self.own.keys[layer][draws, :, lo:hi], self.own.values[layer][draws, :, lo:hi])
             pieces.append(own)
@@ -119,7 +119,7 @@ class Runs:
         """Width of a site's vector."""
         atlas = self.model.atlas
         queries, keys = atlas.n_heads * atlas.d_head, atlas.n_kv_heads * atlas.d_head
-        widths = {"attn_q": queries, "attn_k": keys, "attn_v": keys, "attn_z": queries, "neuron": atlas.d_mlp}
+        widths = {"q": queries, "k": keys, "v": keys, "z": queries, "mlp_post": atlas.d_mlp}
         return widths.get(site, atlas.d_model)
 
 
@@ -135,7 +135,7 @@ def record_runs(
     whole, branch = (question.base, question.other) if base_is_whole else (question.other, question.base)
     if whole.samples > 1:
         raise CannotReplay("both runs have several draws")
-    sites = sorted((set(other_sites) | set(base_sites)) - {"block_in", "block_out"})
+    sites = sorted((set(other_sites) | set(base_sites)) - {"resid_pre", "resid_post"})
     atlas = model.atlas
     names = {
         (site, layer): module_of(atlas, site, layer) for site in sites for layer in range(atlas.n_layers)

@@ -24,9 +24,9 @@ from locus.progress import task
 from tracing.patching.readout import Readout
 from tracing.patching.runs import Answers, Asked, Question
 from tracing.patching.sites import Cell, sources_needed
-from tracing.replay.advance import Wave
+from tracing.replay.advance import PatchedRows
 from tracing.replay.blocks import CannotReplay, Tail, masked_attention
-from tracing.replay.context import Work, side_by_side
+from tracing.replay.context import ReplayContext, side_by_side
 from tracing.replay.packing import Track, track_of
 from tracing.replay.recorded_runs import record_runs
 
@@ -126,76 +126,82 @@ def _answer(model: Model, asked: Sequence[Asked], budget: int) -> list[Answers]:
     answers: list[Answers | None] = [None] * len(asked)
     with task("patched forwards, replayed", sum(len(one.cells) for one in asked)) as line:
         for group in side_by_side(runs):
-            work = Work.of([asked[i].question for i in group], [runs[i] for i in group], budget)
-            found = _answer_group(work, [asked[i] for i in group], line.advance)
+            context = ReplayContext.of([asked[i].question for i in group], [runs[i] for i in group], budget)
+            found = _answer_group(context, [asked[i] for i in group], line.advance)
             for i, answer in zip(group, found, strict=True):
                 answers[i] = answer
     return [answer for answer in answers if answer is not None]
 
 
-def _answer_group(work: Work, asked: Sequence[Asked], advance: Callable[[int], None]) -> list[Answers]:
-    tails = [Tail.of(runs.recorded, one.question.reads) for runs, one in zip(work.runs, asked, strict=True)]
+def _answer_group(
+    context: ReplayContext, asked: Sequence[Asked], advance: Callable[[int], None]
+) -> list[Answers]:
+    tails = [
+        Tail.of(runs.recorded, one.question.reads) for runs, one in zip(context.runs, asked, strict=True)
+    ]
     ends = [
-        _unpatched(work, tail, i, one.readout) for i, (tail, one) in enumerate(zip(tails, asked, strict=True))
+        _unpatched(context, tail, i, one.readout)
+        for i, (tail, one) in enumerate(zip(tails, asked, strict=True))
     ]
     scores = [
-        base.expand(work.samples, -1).repeat(len(one.cells), 1, 1)
+        base.expand(context.samples, -1).repeat(len(one.cells), 1, 1)
         for (base, _), one in zip(ends, asked, strict=True)
     ]
-    for tracks in _waves(_tracks(work, asked), work):
-        wave = Wave(work, tracks)
-        _through_all_blocks(wave, tracks[0].entry, work.n_layers)
+    for tracks in _batches_of_tracks(_tracks(context, asked), context):
+        rows = PatchedRows(context, tracks)
+        _through_all_blocks(rows, tracks[0].entry, context.n_layers)
         for i in sorted({track.of for track in tracks}):
-            own, final = wave.final(i)
+            own, final = rows.final(i)
             got = tails[i].scores(final.flatten(0, 1), asked[i].readout, _LOGIT_ROWS)
-            scores[i][[tracks[t].cell for t in own]] = got.unflatten(0, (-1, work.samples))
+            scores[i][[tracks[t].cell for t in own]] = got.unflatten(0, (-1, context.samples))
         advance(len(tracks))
     return [
-        Answers(base, other, cells, rows / work.n_layers)
-        for (base, other), cells, rows in zip(ends, scores, work.rows_run, strict=True)
+        Answers(base, other, cells, rows / context.n_layers)
+        for (base, other), cells, rows in zip(ends, scores, context.rows_run, strict=True)
     ]
 
 
-def _unpatched(work: Work, tail: Tail, of: int, readout: Readout) -> tuple[Tensor, Tensor]:
+def _unpatched(context: ReplayContext, tail: Tail, of: int, readout: Readout) -> tuple[Tensor, Tensor]:
     """The scores of both runs of one question."""
-    reads, runs = torch.tensor(work.questions[of].reads), work.runs[of]
+    reads, runs = torch.tensor(context.questions[of].reads), context.runs[of]
     base, other = (
-        tail.scores(run.hidden(work.n_layers, reads), readout, _LOGIT_ROWS) for run in (runs.base, runs.other)
+        tail.scores(run.hidden(context.n_layers, reads), readout, _LOGIT_ROWS)
+        for run in (runs.base, runs.other)
     )
     return base, other
 
 
-def _tracks(work: Work, asked: Sequence[Asked]) -> list[Track]:
+def _tracks(context: ReplayContext, asked: Sequence[Asked]) -> list[Track]:
     """What has to be computed for all cells of all questions."""
     found = [
-        track_of(i, cell, work.runs[of].diverges, work.n_layers, one.question.reads, of)
+        track_of(i, cell, context.runs[of].diverges, context.n_layers, one.question.reads, of)
         for of, one in enumerate(asked)
         for i, cell in enumerate(one.cells)
     ]
     return [track for track in found if track is not None]
 
 
-def _waves(tracks: Sequence[Track], work: Work) -> list[list[Track]]:
+def _batches_of_tracks(tracks: Sequence[Track], context: ReplayContext) -> list[list[Track]]:
     """Tracks whose states are held at the same time, those of one question and of like length together."""
-    limit = work.n_layers * work.budget // work.samples
-    waves: list[list[Track]] = []
+    limit = context.n_layers * context.budget // context.samples
+    batches: list[list[Track]] = []
     held = 0
     for track in sorted(tracks, key=lambda t: (t.of, -t.start, t.entry, t.cell)):
-        rows = len(work.positions(track))
-        if not waves or held + rows > limit:
-            waves.append([])
+        rows = len(context.positions(track))
+        if not batches or held + rows > limit:
+            batches.append([])
             held = 0
-        waves[-1].append(track)
+        batches[-1].append(track)
         held += rows
-    return [sorted(wave, key=lambda t: (t.entry, t.of, -t.start, t.cell)) for wave in waves]
+    return [sorted(batch, key=lambda t: (t.entry, t.of, -t.start, t.cell)) for batch in batches]
 
 
-def _through_all_blocks(wave: Wave, first: int, n_layers: int) -> None:
+def _through_all_blocks(rows: PatchedRows, first: int, n_layers: int) -> None:
     """Up to what the last block gives where it is read."""
     for layer in range(first, n_layers):
-        wave.admit(layer)
+        rows.admit(layer)
         if layer < n_layers - 1:
-            wave.through(layer)
+            rows.through(layer)
         else:
-            wave.through_last(layer)
-    wave.admit(n_layers)
+            rows.through_last(layer)
+    rows.admit(n_layers)

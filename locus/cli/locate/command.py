@@ -67,8 +67,8 @@ def locate(
         threshold: Instead of a budget: all whose score is above this number, or above what the method's paper
             has (paper).
         per_layer: Take that many from each layer instead of the whole model's best.
-        parts: Which weights of a neuron: gate row, up row, down column.
-        scores: Write the scores themselves to this file besides.
+        parts: Which weights of a neuron: its key vectors (gate, up), its value vector (down).
+        scores: Write the scores too, to this file.
         repetitions: With several methods: how often each is run again on other words, half of the facts, another
             seed, to see whether its mask stays.
         patience: Seconds a run may take to be repeated.
@@ -182,21 +182,21 @@ def locate_mask(
     threshold: str | None = None,
     batch_tokens: int | None = None,
 ) -> tuple[WeightMask, Any]:
-    """Run a localizer and cut its scores at a budget or a threshold; says first what it will cost.
+    """Run a localizer and choose by a budget or a threshold; says first what it will cost.
 
     Without `batch_tokens` a batch holds what keeps the device busy and no more, so that several processes find
     enough of them to share; one process makes the same.
     """
-    cut = None if threshold is None else _cut_of(localizer, threshold)
+    least = None if threshold is None else _threshold_of(localizer, threshold)
     talking.note(f"locate: {localizer.cost(model, facts, retain)}")
     at_once = batch_tokens or (_CPU_TOKENS if model.device.type == "cpu" else _GPU_TOKENS)
     scored = localizer.run(model, facts, retain, batch_tokens=at_once)
-    if cut is not None:
-        return scored.passing(cut, parts=parts), scored
+    if least is not None:
+        return scored.above_threshold(least, parts=parts), scored
     return scored.top(budget, per_layer=per_layer, parts=parts), scored
 
 
-def _cut_of(localizer: Any, threshold: str) -> float:
+def _threshold_of(localizer: Any, threshold: str) -> float:
     """A threshold as a number; "paper" is the localizer's own."""
     from locus.errors import InputError
     from tracing.localizer import PublishedThreshold
@@ -206,7 +206,7 @@ def _cut_of(localizer: Any, threshold: str) -> float:
             raise InputError(
                 f"--threshold paper: {type(localizer).__name__} has none of its own; give a number or a --budget"
             )
-        return localizer.CUT
+        return localizer.PAPER_THRESHOLD
     try:
         return float(threshold)
     except ValueError:

@@ -125,9 +125,9 @@ def _one(
     from locus.files.artefact import save_json
     from locus.report.locate_report import LocatedRow
     from locus.scores import NeuronScores
-    from tracing.comparing.compare_localizers import survey
+    from tracing.comparing.compare_localizers import compare_localizer
 
-    found = survey(
+    found = compare_localizer(
         localizer,
         model,
         facts,

@@ -77,3 +77,13 @@ def test_a_method_reads_its_old_options() -> None:
             "[edit]", NeuronDescent, {"enough": 0.5, "dose_goal": 0.25, "dose_curve": [1.0]}
         )
     assert (descent.prob_stop, descent.strength_goal, descent.strength_curve) == (0.5, 0.25, (1.0,))
+
+
+def test_an_old_value_is_replaced_behind_its_option_only() -> None:
+    with pytest.warns(UserWarning, match="--sites block_out is now called resid_post") as noted:
+        assert current_options(["lens", "block_out", "--sites", "block_out", "attn_out", "--top", "3"]) == [
+            *["lens", "block_out", "--sites", "resid_post", "attn_out", "--top", "3"],
+        ]
+    assert len(noted) == 1
+    with pytest.warns(UserWarning, match="block_mid is now called resid_mid"):
+        assert current_options(["--sites=block_mid"]) == ["--sites=resid_mid"]

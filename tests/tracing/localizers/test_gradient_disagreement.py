@@ -68,7 +68,7 @@ def test_disagreeing_tensors_pass_both_limits(arch: str) -> None:
     differing = {name for name, cosine in cosines.items() if cosine < limits[0]}
     large = {name for name, size in sizes.items() if size > limits[1]}
     localizer = DisagreeingTensors(cosine=limits[0], magnitude=limits[1])
-    mask = localizer.run(model, tiny_facts(), RETAIN).passing(1.0)
+    mask = localizer.run(model, tiny_facts(), RETAIN).above_threshold(1.0)
     assert set(mask.entries) == differing & large
     assert differing - large and large - differing and differing & large
     assert all(selection.kind == "all" for selection in mask.entries.values())
@@ -80,7 +80,7 @@ def test_disagreeing_tensors_refuse() -> None:
     with pytest.raises(InputError, match="disagreeing-tensors"):
         DisagreeingTensors().run(model, tiny_facts())
     with pytest.raises(InputError, match="no score is above"):
-        DisagreeingTensors(cosine=2.0).run(model, tiny_facts(), RETAIN).passing(1e9)
+        DisagreeingTensors(cosine=2.0).run(model, tiny_facts(), RETAIN).above_threshold(1e9)
 
 
 def test_saved_scores_come_back(tmp_path) -> None:  # type: ignore[no-untyped-def]

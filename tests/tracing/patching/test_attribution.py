@@ -39,7 +39,7 @@ def test_tiny_corruptions_are_linear(arch: str, metric: str) -> None:
     if model.atlas.attn_q:
         kinds += ["query:2", "key:1", "value:0"]
     cells = [c for kind in kinds for row in cells_of(kind, model.atlas, range(2, 9), 1) for c in row]
-    cells.append(Cell((Patch("neuron", (1, 2), (3,), columns=(0, 5)),)))
+    cells.append(Cell((Patch("mlp_post", (1, 2), (3,), columns=(0, 5)),)))
     for points in (1, 3):
         found, base = estimate(model, question, readout, cells, points=points)
         exact = answer_plainly(model, question, cells, readout)
@@ -58,7 +58,7 @@ def test_integrated_gradients_are_nearer_at_the_embedding() -> None:
         Corrupter.of(model, [one], "gaussian", 3.0, 1.0).inputs(model, one, 4), Inputs(one.ids), one.reads
     )
     readout = Readout("logprob", torch.tensor(one.encoded.target_ids))
-    whole = [Cell((Patch("block_in", (0, 1), one.positions),))]
+    whole = [Cell((Patch("resid_pre", (0, 1), one.positions),))]
     exact = answer_plainly(model, question, whole, readout).cells[0, :, 0]
     errors = [
         (estimate(model, question, readout, whole, points=k)[0][0] - exact).abs().mean() for k in (1, 32)
@@ -93,10 +93,10 @@ def test_the_attention_fix_is_exact_behind_which_all_is_linear(arch: str) -> Non
     question, readout, one = saturated(model)
     atlas = model.atlas
     position = one.positions[1]
-    sites = [("attn_q", 1), ("attn_k", 1), ("attn_z", 1)]
+    sites = [("q", 1), ("k", 1), ("z", 1)]
     other, _, _ = _run(model, question.other, question, readout, sites, gradient=False)  # type: ignore[arg-type]
     base, score, gradients = _run(model, question.base, question, readout, sites, gradient=True)  # type: ignore[arg-type]
-    for kind, site, names in (("query:3", "attn_q", atlas.attn_q), ("key:1", "attn_k", atlas.attn_k)):
+    for kind, site, names in (("query:3", "q", atlas.attn_q), ("key:1", "k", atlas.attn_k)):
         cell = cells_of(kind, atlas, [position], 1)[1][0]
         columns = list(cell.patches[0].columns or ())
 
@@ -111,7 +111,7 @@ def test_the_attention_fix_is_exact_behind_which_all_is_linear(arch: str) -> Non
             record(model.module, inputs=[atlas.attn_z[1]]) as seen,
         ):
             logits_of(model, question.base, question.reads, question.samples)
-        change = (seen.inputs[atlas.attn_z[1]] - base["attn_z", 1]) * gradients["attn_z", 1]
+        change = (seen.inputs[atlas.attn_z[1]] - base["z", 1]) * gradients["z", 1]
         found, _ = estimate(model, question, readout, [cell])
         torch.testing.assert_close(found[0], score + change.sum((1, 2)), atol=1e-5, rtol=1e-5)
         unfixed, _ = estimate(model, question, readout, [cell], fix_attention=False)

@@ -17,31 +17,31 @@ def track(*patches: Patch, diverges: int = 2, reads: tuple[int, ...] = (5,)) -> 
 
 
 def test_where_a_patched_run_leaves_the_base_run() -> None:
-    restored = track(Patch("block_out", (1, 2), (3,)))
+    restored = track(Patch("resid_post", (1, 2), (3,)))
     assert restored is not None and (restored.entry, restored.start, restored.restored_until) == (2, 3, 0)
     window = track(Patch("mlp_out", (0, 3), (4,)))
     assert window is not None and (window.entry, window.start, window.enters_inside) == (1, 4, True)
-    before = track(Patch("block_in", (1, 2), (3,)))
+    before = track(Patch("resid_pre", (1, 2), (3,)))
     assert before is not None and (before.entry, before.enters_inside) == (1, False)
 
 
 def test_the_first_corrupted_position_restored_needs_no_row() -> None:
-    first = track(Patch("block_out", (1, 2), (2,)))
+    first = track(Patch("resid_post", (1, 2), (2,)))
     assert first is not None and (first.start, first.restored_until) == (3, 3)
-    stretch = track(Patch("block_out", (1, 2), (0, 1, 2, 3)))
+    stretch = track(Patch("resid_post", (1, 2), (0, 1, 2, 3)))
     assert stretch is not None and (stretch.start, stretch.restored_until) == (4, 4)
-    gap = track(Patch("block_out", (1, 2), (2, 4)))
+    gap = track(Patch("resid_post", (1, 2), (2, 4)))
     assert gap is not None and (gap.start, gap.restored_until) == (2, 0)
-    severed = track(Patch("block_out", (1, 2), (2,)), Patch("mlp_out", (2, 4), (2,), "base"))
+    severed = track(Patch("resid_post", (1, 2), (2,)), Patch("mlp_out", (2, 4), (2,), "base"))
     assert severed is not None and (severed.start, severed.restored_until) == (2, 0)
     window = track(Patch("mlp_out", (1, 2), (2,)))
     assert window is not None and window.restored_until == 0
 
 
 def test_what_changes_nothing_is_not_run() -> None:
-    assert track(Patch("block_out", (1, 2), (0, 1))) is None, "before the runs differ"
-    assert track(Patch("block_out", (3, 4), (4,))) is None, "last layer, not read"
-    assert track(Patch("block_out", (3, 4), (5,))) is not None
+    assert track(Patch("resid_post", (1, 2), (0, 1))) is None, "before the runs differ"
+    assert track(Patch("resid_post", (3, 4), (4,))) is None, "last layer, not read"
+    assert track(Patch("resid_post", (3, 4), (5,))) is not None
     assert track(Patch("mlp_out", (2, 2), (4,))) is None, "no layer"
     assert track(Patch("mlp_out", (1, 3), (4,), "base")) is None, "the base run's own values"
     assert track(Patch("mlp_out", (1, 2), (0,), "zero")) is not None, "zero is neither run's value"
@@ -110,9 +110,9 @@ def test_windows_are_clipped_and_severed_paths_start_behind() -> None:
     assert rows[6][0].patches[0].layers == (1, 11) and rows[11][0].patches[0].layers == (6, 12)
     severed = cells_of("block-no-mlp", atlas, [3], 10)[4][0]
     assert [(p.site, p.layers, p.source) for p in severed.patches] == [
-        ("block_out", (4, 5), "other"),
+        ("resid_post", (4, 5), "other"),
         ("mlp_out", (5, 12), "base"),
     ]
-    assert sources_needed([severed]) == ({"block_out"}, {"mlp_out"})
+    assert sources_needed([severed]) == ({"resid_post"}, {"mlp_out"})
     head = cells_of("head:1", atlas, [3], 10)[0][0].patches[0]
     assert head.columns == tuple(range(8, 16))

@@ -109,25 +109,25 @@ def odd_cells(model: Model, n_pos: int) -> list[Cell]:
     """Patches that no grid makes: several positions and layers at once, neurons, zeros and means, mixtures."""
     last, end = n_pos - 1, model.atlas.n_layers
     return [
-        Cell((Patch("block_out", (0, 1), (2, 3, 5)),)),
-        Cell((Patch("block_out", (0, 2), (4, last)),)),
-        Cell((Patch("block_in", (0, 1), (3,)),)),
-        Cell((Patch("block_in", (1, 2), (last,)),)),
-        Cell((Patch("neuron", (1, 2), (3, 4), columns=(0, 7, 31)),)),
-        Cell((Patch("attn_z", (0, end), (5,), columns=(0, 1, 2)),)),
+        Cell((Patch("resid_post", (0, 1), (2, 3, 5)),)),
+        Cell((Patch("resid_post", (0, 2), (4, last)),)),
+        Cell((Patch("resid_pre", (0, 1), (3,)),)),
+        Cell((Patch("resid_pre", (1, 2), (last,)),)),
+        Cell((Patch("mlp_post", (1, 2), (3, 4), columns=(0, 7, 31)),)),
+        Cell((Patch("z", (0, end), (5,), columns=(0, 1, 2)),)),
         Cell((Patch("mlp_out", (1, 2), (1, 4), "zero"),)),
         Cell((Patch("mlp_out", (0, 1), (0,), "zero"),)),
         Cell((Patch("attn_out", (1, 3), (last,), "mean"),)),
-        Cell((Patch("block_out", (end - 1, end), (last,)),)),
-        Cell((Patch("block_out", (end - 1, end), (2,)),)),
+        Cell((Patch("resid_post", (end - 1, end), (last,)),)),
+        Cell((Patch("resid_post", (end - 1, end), (2,)),)),
         Cell(
             (
                 Patch("mlp_out", (0, 1), (4,)),
                 Patch("attn_out", (1, 2), (6,)),
-                Patch("block_out", (1, 2), (5,)),
+                Patch("resid_post", (1, 2), (5,)),
             )
         ),
-        Cell((Patch("block_out", (0, 1), (3,)), Patch("neuron", (1, 2), (last,), "zero", columns=(3,)))),
+        Cell((Patch("resid_post", (0, 1), (3,)), Patch("mlp_post", (1, 2), (last,), "zero", columns=(3,)))),
         Cell((Patch("mlp_out", (1, 1), (4,)),)),
         Cell(()),
     ]
@@ -188,7 +188,7 @@ def test_all_restored_is_exactly_the_clean_run() -> None:
     model = tiny_model("llama")
     facts = prepared(model)
     question, readout = question_of(model, facts, 0)
-    whole = Cell((Patch("block_in", (0, 1), facts[0].positions),))
+    whole = Cell((Patch("resid_pre", (0, 1), facts[0].positions),))
     got = answer_by_replay(model, question, [whole], readout)
     torch.testing.assert_close(got.cells[0], got.other.expand(3, -1), atol=1e-6, rtol=1e-5)
 
