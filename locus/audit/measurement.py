@@ -42,6 +42,10 @@ class Relearning:
         """Probability of the whole target."""
         return (-self.tested_nll).exp()
 
+    def taught_items(self, step: int = -1) -> Items:
+        """p(target) of the taught half at one point of the curve: whether the attack did its own task."""
+        return Items(self.taught, self.taught_prob[step])
+
     def tested_items(self, step: int = -1) -> Items:
         """p(target) of the untaught half at one point of the curve (an index into `steps`)."""
         return Items(self.tested, self.tested_prob[step])
@@ -154,6 +158,7 @@ READ: Mapping[str, Callable[[Measurement], Items | None]] = {
     "text.kl": lambda m: None if m.text is None else m.text.kl_items,
     "text.nll": lambda m: None if m.text is None else m.text.nll_items,
     **{f"lens.{end}{k}": _lens(k, end) for end in ("top", "bottom") for k in (4, 10)},
+    "relearn.taught.prob": lambda m: None if m.relearning is None else m.relearning.taught_items(),
     "relearn.prob": lambda m: None if m.relearning is None else m.relearning.tested_items(),
     **{f"{fmt}.forget.prob": _rounded(fmt, "forget") for fmt in FORMATS},
     "int4.held_out.top1": _rounded("int4", "held_out"),

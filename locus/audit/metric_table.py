@@ -82,6 +82,8 @@ _LENS = tuple(
 )  # fmt: skip
 
 _SURVIVAL = (
+    Figure("relearn.taught.prob", "p(target) of the taught half", "returns", "higher",
+           "Probability of the targets that the relearning attacker trained on, at its end: whether it worked."),
     Figure("relearn.prob", "p(target) after relearning", "returns", "lower",
            "Probability of the targets of one half of the forget facts after fine-tuning on the other half."),
     *(Figure(f"{fmt}.forget.prob", f"p(target) in {fmt}", "returns", "lower",
@@ -130,6 +132,10 @@ _ATTACKS = (
            "nats"),
     Figure("relearn.lora.prob", "p(target) after LoRA relearning", "returns", "lower",
            "Probability of the targets of one half of the forget facts after training low-rank adapters on the other."),
+    Figure("relearn.lora.taught.prob", "p(target) of the half taught by LoRA", "returns", "higher",
+           "Probability of the targets that the adapters were trained on, at their end: whether the attack worked."),
+    Figure("soft_prompt.taught.prob", "p(target) of the half a soft prompt was fitted on", "returns", "higher",
+           "Probability of the targets that the embeddings were fitted on, at their end: whether the attack worked."),
     Figure("soft_prompt.prob", "p(target) under a soft prompt", "returns", "lower",
            "Probability of one half of the targets after a few trainable embeddings, fitted on the other half."),
 )  # fmt: skip

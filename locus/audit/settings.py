@@ -65,6 +65,8 @@ class Standards:
     """Broken: neutral perplexity above this multiple of the base's."""
     hidden: float = 0.1
     """Not readable inside: at most this share of facts in some layer's top 10."""
+    worked: float = 0.5
+    """An attack worked if the half that it trained on has at least this share of the base's p(target) at its end."""
     recovered: float = 0.25
     """Does not come back: at most this share of what was removed returns under an attack."""
 

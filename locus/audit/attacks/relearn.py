@@ -8,7 +8,7 @@ half shows that the attack itself worked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,13 +60,14 @@ def relearn(
     curve = [start if start is not None else ask(model, forget, max_tokens)]
     training = _full(model) if attack.method == "full" else _adapters(model, attack)
     lr = attack.lr if attack.lr is not None else {"full": 5e-5, "lora": 5e-3}[attack.method]
-    with training as parameters, task("relearn", total=attack.at[-1]) as line:
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # eight times faster on a CPU
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
+    with training as trained, task("relearn", total=attack.at[-1]) as line:
+        fused = all(p.device.type in ("cpu", "cuda") for p in trained.masters)  # eight times faster on a CPU
+        optimizer = torch.optim.AdamW(trained.masters, lr=lr, weight_decay=0.0, fused=fused)
         for step in range(1, attack.at[-1] + 1):
             optimizer.zero_grad(set_to_none=True)
-            loss = _accumulate(model, taught.encoded, max_tokens)
+            loss = trained.gradients(lambda scale: _accumulate(model, taught.encoded, max_tokens, scale))
             optimizer.step()
+            trained.write()
             line.advance(note=f"loss {loss:.3f}")
             if step in attack.at:
                 curve.append(ask(model, forget, max_tokens))
@@ -81,19 +82,62 @@ def relearn(
 
 
 @torch.enable_grad()
-def _accumulate(model: Model, encoded: Sequence[Encoded], max_tokens: int) -> float:
-    """Gradients of the mean NLL per target token over all examples; returns that mean in nats."""
+def _accumulate(model: Model, encoded: Sequence[Encoded], max_tokens: int, scale: float) -> float:
+    """Gradients of `scale` times the mean NLL per target token over all examples; returns that mean in nats."""
     n_labels = sum(e.n_target for e in encoded)
     total = 0.0
     for batch in batches(encoded, max_tokens):
         loss = label_nll(label_logits(model, batch), batch).sum() / n_labels
-        loss.backward()
+        (loss * scale).backward()
         total += loss.item()
     return total
 
 
+_HALF = (torch.bfloat16, torch.float16)
+_SCALE = 1024.0
+"""What the loss is multiplied by where gradients are float16, in which small ones would vanish."""
+
+
+class _Trained:
+    """Parameters that the optimizer steps in float32, whatever the model's dtype is.
+
+    A step of 5e-5 is less than half a unit in the last place of most bfloat16 weights and would be rounded away, so
+    half-precision parameters have a float32 master each, which is cast into the model after every step.
+    """
+
+    def __init__(self, held: Sequence[Tensor]) -> None:
+        self.held = list(held)
+        """What the model computes with."""
+        self.masters = [p.detach().float() if p.dtype in _HALF else p for p in self.held]
+        """What the optimizer steps."""
+        self.scale = _SCALE if any(p.dtype == torch.float16 for p in self.held) else 1.0
+
+    def gradients(self, accumulate: Callable[[float], float]) -> float:
+        """Run `accumulate` on a scale of the loss and give the masters the unscaled gradients; returns its loss."""
+        while True:
+            for held in self.held:
+                held.grad = None
+            loss = accumulate(self.scale)
+            if self.scale <= 1.0 or all(p.grad is None or torch.isfinite(p.grad).all() for p in self.held):
+                break
+            self.scale /= 2
+        for held, master in zip(self.held, self.masters, strict=True):
+            if held.grad is not None and (master is not held or self.scale != 1.0):
+                master.grad = held.grad.float() / self.scale
+                if master is not held:
+                    held.grad = None
+        return loss
+
+    def write(self) -> None:
+        """Cast the masters into the model."""
+        with torch.no_grad():
+            for held, master in zip(self.held, self.masters, strict=True):
+                if master is not held:
+                    held.copy_(master)
+
+
 @contextlib.contextmanager
-def _full(model: Model) -> Iterator[list[Tensor]]:
+def _full(model: Model) -> Iterator[_Trained]:
     """All parameters, trainable inside; their old values are put back on leaving."""
     refuse_offloaded(dict(model.module.named_parameters()))
     parameters: list[Tensor] = [p for p in model.module.parameters() if p.is_floating_point()]
@@ -101,7 +145,7 @@ def _full(model: Model) -> Iterator[list[Tensor]]:
     try:
         for p in parameters:
             p.requires_grad_(True)
-        yield parameters
+        yield _Trained(parameters)
     finally:
         with torch.no_grad():
             for p, old in zip(parameters, saved, strict=True):
@@ -133,7 +177,7 @@ class _Adapter:
 
 
 @contextlib.contextmanager
-def _adapters(model: Model, attack: RelearnAttack) -> Iterator[list[Tensor]]:
+def _adapters(model: Model, attack: RelearnAttack) -> Iterator[_Trained]:
     """Float32 low-rank adapters (Hu et al. 2021, arXiv:2106.09685) that live only inside, as hooks."""
     names = [*model.atlas.attn_z, *model.atlas.neuron_in]
     adapters = {name: _Adapter(attack.rank, attack.seed + i) for i, name in enumerate(names)}
@@ -142,4 +186,4 @@ def _adapters(model: Model, attack: RelearnAttack) -> Iterator[list[Tensor]]:
     with patched(model.module, inputs=inputs, outputs=outputs):
         with torch.no_grad():
             model.module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-        yield [t for adapter in adapters.values() for t in (adapter.down, adapter.up) if t is not None]
+        yield _Trained([t for a in adapters.values() for t in (a.down, a.up) if t is not None])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from locus.audit.attacks.relearn import relearn
 from locus.audit.context import Context
 from locus.audit.figure_values import Curve, FigureValues
+from locus.audit.intervals import Items
 from locus.audit.state import State
 
 
@@ -20,6 +21,9 @@ def run(state: State, context: Context) -> FigureValues:
         curve = relearn(model, forget, attack, context.max_tokens)
     points = tuple(curve.tested_items(i) for i in range(len(curve.steps)))
     return FigureValues(
-        {"relearn.lora.prob": points[-1]},
+        {
+            "relearn.lora.prob": points[-1],
+            "relearn.lora.taught.prob": Items(curve.taught, curve.taught_prob[-1]),
+        },
         curves={"relearn.lora": Curve("step", tuple(map(float, curve.steps)), points)},
     )

@@ -45,12 +45,29 @@ def run(state: State, context: Context) -> FigureValues:
         longest = max(len(e.ids) for e in forget.encoded) + SoftPrompt().n_tokens
         if model.context_length is not None and longest > model.context_length:
             return FigureValues()
-        prob = attack(model, forget.take(taught), forget.take(tested), SoftPrompt(), context.max_tokens)
-    return FigureValues({"soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob)})
+        fitted, prob = attack(
+            model, forget.take(taught), forget.take(tested), SoftPrompt(), context.max_tokens
+        )
+    return FigureValues(
+        {
+            "soft_prompt.prob": Items(tuple(forget.facts[i] for i in tested), prob),
+            "soft_prompt.taught.prob": Items(tuple(forget.facts[i] for i in taught), fitted),
+        }
+    )
 
 
-def attack(model: Model, taught: Questions, tested: Questions, how: SoftPrompt, max_tokens: int) -> Tensor:
-    """Fit the embeddings on `taught`; returns p(target) of `tested` under them."""
+def attack(
+    model: Model, taught: Questions, tested: Questions, how: SoftPrompt, max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Fit the embeddings on `taught`; returns p(target) of `taught` and of `tested` under them.
+
+    Args:
+        model: Left as it is.
+        taught: What the attacker fits on.
+        tested: What it is judged on.
+        how: Number of embeddings, steps and learning rate.
+        max_tokens: Batch size in tokens.
+    """
     table = model.module.get_parameter(f"{model.atlas.embed}.weight").detach()
     spread, width = table.float().std(), table.shape[1]
     start = 0 if model.bos is None else 1
@@ -74,8 +91,12 @@ def attack(model: Model, taught: Questions, tested: Questions, how: SoftPrompt, 
                 optimizer.step()
                 line.advance()
         with torch.no_grad():
-            encoded = tuple(_prefixed(e, start, how.n_tokens) for e in tested.encoded)
-            return ask(model, Questions(tested.facts, tested.examples, encoded), max_tokens).prob.values
+            asked = [
+                Questions(q.facts, q.examples, tuple(_prefixed(e, start, how.n_tokens) for e in q.encoded))
+                for q in (taught, tested)
+            ]
+            fitted, prob = (ask(model, q, max_tokens).prob.values for q in asked)
+            return fitted, prob
 
 
 def _prefixed(encoded: Encoded, start: int, n: int) -> Encoded:

@@ -63,8 +63,8 @@ FIGURES_OF: Mapping[str, tuple[str, ...]] = {
     "familiarity": ("familiarity.completion",),
     "probe": ("probe.top1",),
     "depth": ("depth.drop", "depth.erased"),
-    "relearn-lora": ("relearn.lora.prob",),
-    "soft-prompt": ("soft_prompt.prob",),
+    "relearn-lora": ("relearn.lora.prob", "relearn.lora.taught.prob"),
+    "soft-prompt": ("soft_prompt.prob", "soft_prompt.taught.prob"),
 }
 """Name -> keys of the figures it can measure."""
 
@@ -81,6 +81,8 @@ WHY_NOT: Mapping[str, str] = {
     "probe.top1": "needs 10 retained prompts to train on, and held-out facts",
     "depth.erased": _RETRAINED,
     "relearn.lora.prob": "needs two forget facts",
+    "relearn.lora.taught.prob": "needs two forget facts",
+    "soft_prompt.taught.prob": "needs two forget facts, and room in the context",
     "soft_prompt.prob": "needs two forget facts, and room in the context",
     "tofu.forget_quality": _RETRAINED,
     "tofu.model_utility": "needs retain, real authors and world facts with perturbed answers, and rouge-score",

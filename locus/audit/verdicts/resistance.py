@@ -5,7 +5,7 @@ from __future__ import annotations
 from locus.audit.intervals import Interval, Items, mean_interval, ratio
 from locus.audit.measurement import Measurement
 from locus.audit.settings import Standards
-from locus.audit.verdicts.verdict import Verdict, VerdictAnswer, in_percent, mean_at, unmeasured
+from locus.audit.verdicts.verdict import Verdict, VerdictAnswer, in_percent, mean_at, mean_of, unmeasured
 
 _ROUNDED = ("bfloat16.forget.prob", "int8.forget.prob", "int4.forget.prob")
 
@@ -30,6 +30,9 @@ def hidden(edit: Measurement, base: Measurement, reference: Measurement | None, 
         told += f" (base {in_percent(mean_at(base, 'probe.top1') or 0.0)})"
     if (erased := mean_at(edit, "depth.erased")) is not None:
         told += f"; erased to {in_percent(erased)} of what never knowing means (UDS)"
+    if (readable := mean_at(base, "lens.top10")) is not None and readable < 0.5:
+        told += f"; the lens reads only {in_percent(readable)} in the base"
+        return Verdict("hidden", "unclear", f"No verdict on inner layers: {told}.", measured)
     if share.n < s.min_facts:
         return Verdict("hidden", "unclear", f"No verdict on inner layers: {told}.", measured)
     allowed = s.hidden + (mean_at(reference, "lens.top10") or 0.0)
@@ -49,7 +52,8 @@ def _beside(reference: Measurement | None, key: str) -> str:
 def returns(edit: Measurement, base: Measurement, reference: Measurement | None, s: Standards) -> Verdict:
     """Does an attacker who trains, rounds or prompts with vectors get back what was removed.
 
-    A model that never knew learns from half of the facts, too: what its own curve gains is no return.
+    A model that never knew learns from half of the facts, too: what its own curve gains is no return. An attack that
+    did not even bring back the half that it trained on shows nothing by bringing back little of the other.
     """
     found = returned(edit, base)
     keys = tuple(key for key in found if edit.items(key) is not None)
@@ -80,11 +84,35 @@ def returns(edit: Measurement, base: Measurement, reference: Measurement | None,
     if back:
         answer: VerdictAnswer = "no" if max(back) > 0.5 else "partly"
         return Verdict("returns", answer, f"It comes back under attack: {told}.", keys)
+    if failed := [key for key in attacks if not _worked(key, edit, base, s)]:
+        which = " and ".join(_ATTACKERS[key] for key in failed)
+        sentence = (
+            f"No verdict: {which} did not bring back even what it trained on, so it shows nothing ({told})."
+        )
+        return Verdict("returns", "unclear", sentence, keys)
     if all(mean <= s.recovered for mean, _ in excess.values()):
         return Verdict("returns", "yes", f"It does not come back: {told}.", keys)
     return Verdict(
         "returns", "unclear", f"The intervals are too wide to say whether it comes back: {told}.", keys
     )
+
+
+_ATTACKERS = {
+    "relearn.prob": "relearning",
+    "relearn.lora.prob": "relearning by LoRA",
+    "soft_prompt.prob": "the soft prompt",
+}
+"""Figures of attackers who train, and what a sentence calls them."""
+
+
+def _worked(key: str, edit: Measurement, base: Measurement, s: Standards) -> bool:
+    """Whether an attacker who trains reached the goal of the training; the others have none to miss."""
+    if key not in _ATTACKERS:
+        return True
+    taught, known = edit.items(f"{key.removesuffix('.prob')}.taught.prob"), base.items("forget.prob")
+    if taught is None or known is None:
+        return True
+    return mean_of(taught) >= s.worked * mean_of(_of_facts(known, taught.groups))
 
 
 def returned(one: Measurement, base: Measurement) -> dict[str, Interval | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -86,6 +87,20 @@ def test_relearning_teaches_one_half_tests_the_other_and_leaves_no_trace() -> No
         torch.testing.assert_close(curve.tested_prob[0], start[[at[f] for f in curve.tested]])
         for name, p in model.module.named_parameters():
             assert torch.equal(p, before[name]) and not p.requires_grad and p.grad is None, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_attacker_on_a_half_precision_model_trains_as_well_as_on_float32(dtype: torch.dtype) -> None:
+    """At this learning rate a step is less than half a unit in the last place of most half-precision weights."""
+    full, half = noisy(never_knew(), 0.0), noisy(never_knew(), 0.0)
+    half.module.to(dtype)
+    before = _bits(half)
+    questions = ask_about(full, facts()[0])["forget"]
+    attack = RelearnAttack(at=(24,), lr=2e-4)
+    curves = [relearn(model, questions, attack) for model in (full, half)]
+    gained = [float(c.taught_nll[0].mean() - c.taught_nll[-1].mean()) for c in curves]
+    assert gained[0] > 0.5 and gained[1] > 0.8 * gained[0]
+    assert all(torch.equal(p, before[name]) for name, p in half.module.named_parameters())
 
 
 def test_a_relearning_that_dies_leaves_no_trace_either() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from locus.audit.figure_values import Curve
 from locus.audit.intervals import Items
-from locus.audit.measurement import LensLeak, Measurement
+from locus.audit.measurement import LensLeak, Measurement, Relearning
 from locus.audit.questions import Answers
 from locus.audit.settings import Standards
 from locus.audit.verdicts.judgement import judge, left
@@ -144,3 +144,40 @@ def test_lora_and_soft_prompts_count_as_returns() -> None:
     assert _said(_retaught("edit", 0.6), BASE, _retaught("reference", 0.6))["returns"] == "yes"
     soft = _state("edit", 1e-9, 0, 0, **{"soft_prompt.prob": Items(FACTS[:8], torch.full((8,), 0.6))})
     assert _said(soft, BASE)["returns"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("key", "taught"),
+    [
+        ("relearn.lora.prob", "relearn.lora.taught.prob"),
+        ("soft_prompt.prob", "soft_prompt.taught.prob"),
+    ],
+)
+def test_an_attack_that_did_not_bring_back_what_it_trained_on_shows_nothing(key: str, taught: str) -> None:
+    half = FACTS[8:]
+
+    def attacked(end: float, own: float) -> Measurement:
+        one = _retaught("edit", end)
+        values = {key: Items(FACTS[:8], torch.full((8,), end)), taught: Items(half, torch.full((8,), own))}
+        return replace(one, extra=values, curves=one.curves if key == "relearn.lora.prob" else {})
+
+    assert _said(attacked(0.01, 0.7), BASE)["returns"] == "yes"
+    assert _said(attacked(0.01, 0.3), BASE)["returns"] == "unclear", "0.3 of the base's 0.8 is no success"
+    assert _said(attacked(0.7, 0.3), BASE)["returns"] == "no", "what comes back comes back"
+
+
+def test_a_relearning_that_learned_nothing_is_no_pass() -> None:
+    """Both halves stay at nothing, as with a learning rate of 1e-9."""
+    nll = torch.full((2, 8), 9.0)
+    wrong = torch.zeros(2, 8, dtype=torch.bool)
+    curve = Relearning((0, 1), FACTS[8:], FACTS[:8], nll, nll, wrong)
+    edit = replace(_state("edit", 1e-4, 0, 0), relearning=curve)
+    assert _said(edit, BASE)["returns"] == "unclear"
+    learned = replace(curve, taught_nll=torch.tensor([[9.0] * 8, [0.3] * 8]))
+    assert _said(replace(edit, relearning=learned), BASE)["returns"] == "yes"
+
+
+def test_a_lens_that_cannot_read_the_base_says_nothing_of_the_edit() -> None:
+    edit = replace(_state("edit", 0.01, 0, 0), lens=_lens(0, 0))
+    assert _said(edit, replace(BASE, lens=_lens(4, 0)))["hidden"] == "unclear"
+    assert _said(edit, replace(BASE, lens=_lens(12, 0)))["hidden"] == "yes"
