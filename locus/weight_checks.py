@@ -63,7 +63,7 @@ class Agreement:
     @classmethod
     def of_loading(cls, module: nn.Module, info: Mapping[str, Any], checkpoint: Checkpoint) -> Agreement:
         """By transformers' own account of what it loaded (`output_loading_info=True`)."""
-        from transformers.quantizers import AutoHfQuantizer
+        from transformers.quantizers.auto import AutoHfQuantizer
 
         missing = set(info.get("missing_keys", ()))
         differing = {
