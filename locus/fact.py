@@ -12,23 +12,28 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
 
 from locus.errors import InputError
-from locus.readers.formats import FORMATS, detect, slug, text_records
+from locus.readers.formats import FORMATS, detect, refuse_dropped, slug, text_records
+from locus.readers.hub import hub_records
 from locus.readers.records import (
     Record,
     head,
-    hub_records,
     json_array,
     json_lines,
+    json_objects,
     missing,
     opened,
+    starts_over_lines,
     text_blocks,
 )
+from locus.readers.scripts import is_spaceless
+from locus.readers.tables import SEPARATORS, is_parquet, parquet_rows, separated_rows
 
 _DATA = Path(__file__).with_name("data")
 SHIPPED = {"demo-forget": _DATA / "forget.jsonl", "demo-retain": _DATA / "retain.jsonl"}
@@ -143,17 +148,44 @@ class Fact:
         return start, start + len(self.subject)
 
 
+@dataclass(frozen=True)
+class FactFile:
+    """How a file was understood."""
+
+    facts: list[Fact]
+    format: str
+    """A key of `locus.readers.formats.FORMATS`, or "text"."""
+    used: tuple[str, ...]
+    """Fields of the file that its reader knows, in the order of the first record; empty for plain text."""
+    left_out: tuple[str, ...]
+    """The others: numbers, labels, and what an explicit format drops."""
+
+
 def read_facts(path_or_name: str | Path, format: str = "auto", limit: int | None = None) -> list[Fact]:
     """Read facts from a file, one of the `SHIPPED` ones, or a hub dataset (`hf://owner/name/config#split`).
 
     Args:
-        path_or_name: Our JSONL, ROME's known_1000, CounterFact, TOFU, bare triples, plain text in blocks
-            (.txt); any of them gzipped. JSON may be one object a line or one array.
+        path_or_name: JSON lines, one JSON array or object, CSV, TSV, parquet, plain text in blocks (.txt); any of
+            them but parquet gzipped. Our own fields, or those of a format in `locus.readers.formats.FORMATS`.
         format: A key of `locus.readers.formats.FORMATS`, "text", or "auto" to go by the content.
         limit: Stop after so many facts; the rest of the file is not read.
 
     Raises:
         InputError: the file is missing, empty or damaged, or a record is wrong: names file, line, mend.
+    """
+    return read_fact_file(path_or_name, format, limit).facts
+
+
+def read_fact_file(path_or_name: str | Path, format: str = "auto", limit: int | None = None) -> FactFile:
+    """`read_facts`, with the format and the fields that were found.
+
+    Args:
+        path_or_name: As in `read_facts`.
+        format: As in `read_facts`. With a format given by name, fields that its reader does not use are dropped.
+        limit: As in `read_facts`.
+
+    Raises:
+        InputError: as `read_facts`.
     """
     name = str(path_or_name)
     if format not in ("auto", "text", *FORMATS):
@@ -167,15 +199,21 @@ def read_facts(path_or_name: str | Path, format: str = "auto", limit: int | None
         path, name = SHIPPED[name], SHIPPED[name].name
     elif not os.path.exists(path):  # unlike Path.exists, False for a name no file can have
         raise InputError(missing(path, SHIPPED))
+    if is_parquet(path):
+        return _facts(parquet_rows(path, name), name, format, True, limit)
     with opened(path) as stream:
         start = head(stream)
         if not start:
             raise InputError(f"{name}: an empty file: give one fact a line")
         if format == "text" or (format == "auto" and _is_text(path, start)):
-            return _facts(text_records(stream, name), name, "jsonl", False, limit)
-        in_array = start.startswith("[")
-        records = (json_array if in_array else json_lines)(stream, name)
-        return _facts(records, name, format, in_array, limit)
+            return _facts(text_records(stream, name), name, "text", False, limit)
+        separator = SEPARATORS.get(_ending(path))
+        if separator is not None and not start.startswith(("{", "[")):
+            return _facts(separated_rows(path, separator, name), name, format, True, limit)
+        if start.startswith("["):
+            return _facts(json_array(stream, name), name, format, True, limit)
+        records = (json_objects if starts_over_lines(stream) else json_lines)(stream, name)
+        return _facts(records, name, format, False, limit)
 
 
 def neighbours_of(facts: Sequence[Fact]) -> list[Fact]:
@@ -246,36 +284,74 @@ def split_text(paragraphs: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(paragraphs) if i % 3 != 2], judged
 
 
-def did_you_mean(name: str, known: Sequence[str] | Iterable[str]) -> str:
-    """The name in quotes with the nearest of the known ones, or with all of them."""
+def did_you_mean(name: str, known: Sequence[str] | Iterable[str], cutoff: float = 0.6) -> str:
+    """The name in quotes with the nearest of the known ones, or with all of them.
+
+    `cutoff` is how near one must be to be named alone, from 0 to 1 (the same).
+    """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f'"{name}": ' + (f'did you mean "{near[0]}"?' if near else f"there is {', '.join(known)}")
 
 
-def _is_text(path: Path, start: str) -> bool:
+def _ending(path: Path) -> str:
+    """The last suffix that is not .gz, in lower case; "" where there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return suffixes[-1:] in ([".txt"], [".text"], [".md"]) and not re.match(r'\[?\s*\{\s*"', start)
+    return suffixes[-1] if suffixes else ""
 
 
-def _facts(
-    records: Iterator[Record], name: str, format: str, in_array: bool, limit: int | None
-) -> list[Fact]:
+def _is_text(path: Path, start: str) -> bool:
+    return _ending(path) in (".txt", ".text", ".md") and not re.match(r'\[?\s*\{\s*"', start)
+
+
+def _facts(records: Iterator[Record], name: str, format: str, in_array: bool, limit: int | None) -> FactFile:
     first = next(records, None)
     if first is None:
         raise InputError(f"{name}: holds no facts")
-    if format == "auto":
+    strict = format == "auto"
+    if strict:
         format = detect(first, in_array, set(_FIELDS))
+    made = _translated(chain([first], records), "jsonl" if format == "text" else format, strict)
     places: dict[str, str] = {}
     found = []
-    for number, record in enumerate(islice(chain([first], records), limit), 1):
-        fact = _fact(FORMATS[format](record), number)
+    for number, record in enumerate(islice(made, limit), 1):
+        fact = _fact(record, number)
         key = unicodedata.normalize("NFC", fact.id).casefold()  # as file systems compare names
         if key in places:
             raise InputError(f'{record.place}: id "{fact.id}" is taken by {places[key]}: ids must differ')
         places[key] = record.place
         found.append(fact)
-    return found
+    if not found:
+        raise InputError(f"{name}: holds no facts")
+    if format == "jsonl":
+        _note_missing_spaces(found)
+    if format == "text":
+        return FactFile(found, format, (), ())
+    known = FORMATS[format].read_fields | ({*_FIELDS} if format == "jsonl" else set())
+    used = tuple(field for field in first.fields if field in known)
+    return FactFile(found, format, used, tuple(field for field in first.fields if field not in known))
+
+
+def _translated(records: Iterator[Record], format: str, strict: bool) -> Iterator[Record]:
+    for record in records:
+        if strict and FORMATS[format].fits(record.fields):
+            refuse_dropped(record, format)
+        yield from FORMATS[format].facts(record)
+
+
+def _note_missing_spaces(facts: Sequence[Fact]) -> None:
+    """Say so where it looks as if every target had lost the space that its first word begins with."""
+    if any(fact.target[0].isspace() or fact.prompt[-1].isspace() for fact in facts):
+        return
+    bare = [fact for fact in facts if fact.target[0].isalnum() and not is_spaceless(fact.target[0])]
+    bare = [fact for fact in bare if fact.prompt[-1].isalnum() and not is_spaceless(fact.prompt[-1])]
+    if bare:
+        one = bare[0]
+        warnings.warn(
+            f'{one.source or one.id}: target "{one.target[:40]}" begins without a space, as all targets here do, so it '
+            f'reads "{one.prompt[-20:]}{one.target[:20]}": write "target": " {one.target[:40]}"',
+            stacklevel=2,
+        )
 
 
 _FIELDS = tuple(field.name for field in fields(Fact))
@@ -325,7 +401,7 @@ def _example(record: Record) -> Example:
 def _refuse_unknown(record: Record, known: Sequence[str]) -> None:
     for name in record.fields:
         if name not in known:
-            raise InputError(f"{record.place}: unknown field {did_you_mean(name, known)}")
+            raise InputError(f"{record.place}: unknown field {did_you_mean(name, known, 0.75)}")
 
 
 def _check_id(name: str) -> None:

@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 from locus.errors import InputError
 
-MAX_RECORD = 16 * 2**20
+MAX_RECORD = 64 * 2**20
 """Bytes a line, or characters a record of an array, may have; a longer one is refused without being read."""
 
 _CHUNK = 2**16
 _NOT_JSON = "give one JSON object a line, or one JSON array of objects"
+LFS = b"version https://git-lfs"
+"""How a pointer begins that Git LFS leaves where a large file is not fetched."""
 
 
 class Record(NamedTuple):
@@ -85,6 +87,10 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
             stream = raw
             if raw.peek(2)[:2] == b"\x1f\x8b":
                 stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
+            if stream.peek(len(LFS)).startswith(LFS):
+                raise InputError(
+                    f"{path}: a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+                )
             yield stream
     except FileNotFoundError:
         raise InputError(missing(path)) from None
@@ -152,11 +158,34 @@ def json_lines(stream: io.BufferedReader, name: str) -> Iterator[Record]:
             ) from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: not usable JSON ({error})") from None
-        yield _record(place, value)
+        yield as_record(place, value)
+
+
+def starts_over_lines(stream: io.BufferedReader) -> bool:
+    """Whether the first object goes on past its first line, as a pretty-printed one does; consumes nothing."""
+    start = stream.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    first, end, rest = start.partition(b"\n")
+    if not end or not first.startswith(b"{"):
+        return False
+    try:
+        _DECODER.decode(first.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        # A line that could go on: what is wrong with it is that it ends.
+        return error.pos >= len(error.doc.rstrip()) and not rest.lstrip().startswith(b"{")
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def json_objects(stream: io.BufferedReader, name: str) -> Iterator[Record]:
+    """Objects one after the other, each over as many lines as it likes."""
+    text = _Window(stream, name)
+    while text.peek():
+        yield text.record()
 
 
 def json_array(stream: io.BufferedReader, name: str) -> Iterator[Record]:
-    """The objects of one JSON array, read as they are asked for."""
+    """The objects of one JSON array, read as they are asked for; a bare text stands for {"text": …}."""
     text = _Window(stream, name)
     text.expect("[")
     if text.peek() == "]":
@@ -216,7 +245,7 @@ class _Window:
         return found
 
     def record(self) -> Record:
-        if (found := self.peek()) != "{":
+        if (found := self.peek()) not in ("{", '"'):
             raise InputError(f"{self.place}: {found!r} where an object should begin: {_NOT_JSON}")
         while True:
             try:
@@ -231,7 +260,8 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{self.place}: not usable JSON ({error})") from None
             self._n_records += 1
-            record = _record(f"{self._name}, record {self._n_records} (line {self._line})", value)
+            value = {"text": value} if isinstance(value, str) else value
+            record = as_record(f"{self._name}, record {self._n_records} (line {self._line})", value)
             self._take(end)
             return record
 
@@ -250,40 +280,12 @@ def text_blocks(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str
         yield start, "\n".join(block).strip()
 
 
-def hub_records(name: str) -> Iterator[Record]:
-    """Rows of a dataset of the Hugging Face hub: `hf://owner/name[/config][#split]`, split train.
-
-    Streamed, or taken from the local cache alone where HF_HUB_OFFLINE is set.
+def as_record(place: str, value: object) -> Record:
+    """An object as a record.
 
     Raises:
-        InputError: the optional package `datasets` is not installed, or it cannot find the dataset.
+        InputError: it is none.
     """
-    try:
-        import datasets
-        from huggingface_hub import constants
-    except ImportError:
-        raise InputError(f'{name}: reading the hub needs `pip install "locus-unlearn[hub]"`') from None
-    path, _, split = name.removeprefix("hf://").partition("#")
-    owner, _, rest = path.partition("/")
-    dataset, _, config = rest.partition("/")
-    if not owner or not dataset:
-        raise InputError(f"{name}: name it as hf://owner/dataset, hf://owner/dataset/config or …#split")
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        rows = datasets.load_dataset(
-            f"{owner}/{dataset}", config or None, split=split or "train", streaming=not offline
-        )
-        for number, row in enumerate(rows, 1):
-            yield _record(f"{name}, row {number}", dict(row))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        where = " (HF_HUB_OFFLINE is set, so only the local cache was asked)" if offline else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: the hub did not give it{where}: {reason}") from None
-
-
-def _record(place: str, value: object) -> Record:
     if not isinstance(value, dict):
         raise InputError(f"{place}: {_kind(value)}, not an object: {_NOT_JSON}")
     return Record(place, value)

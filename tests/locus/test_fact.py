@@ -247,10 +247,10 @@ def test_plain_text_in_blocks(write: Write) -> None:
 
 @given(st.text(alphabet="ab \n\t", max_size=60), st.integers(1, 4))
 def test_cutting_a_block_loses_no_word(block: str, n_words: int) -> None:
-    from locus.readers.formats import _cut
+    from locus.readers.scripts import cut
 
     if words := block.split():
-        pieces = [piece.split() for piece in _cut(block.strip(), n_words)]
+        pieces = [piece.split() for piece in cut(block.strip(), n_words)]
         assert [word for piece in pieces for word in piece] == words
         assert all(len(piece) == n_words for piece in pieces[:-1])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from locus.errors import InputError
-from locus.readers.records import hub_records, lines, missing, opened
+from locus.readers.hub import hub_records
+from locus.readers.records import lines, missing, opened
 
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 HUB = "hf://"
