@@ -18,7 +18,7 @@ from locus.audit.intervals import Interval, Items, difference, mean_interval, ra
 from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES, figure_of
 from locus.audit.questions import KINDS
-from locus.audit.verdicts.controls import compare_states
+from locus.audit.verdicts.controls import SAME_SIZE, compare_states, size_ratio
 from locus.audit.verdicts.judgement import judge
 from locus.audit.verdicts.resistance import recovered
 from locus.audit.verdicts.verdict import Verdict
@@ -29,8 +29,10 @@ SCHEMA = 1
 def document(audit: Findings) -> dict[str, Any]:
     """The audit as plain JSON values, every interval computed."""
     base, standards = audit.base, audit.settings.standards
-    controls = audit.controls
-    verdicts = {edit.name: judge(edit, base, controls, standards, audit.reference) for edit in audit.edits}
+    controls = {edit.name: _of_equal_size(audit, edit) for edit in audit.edits}
+    verdicts = {
+        edit.name: judge(edit, base, controls[edit.name], standards, audit.reference) for edit in audit.edits
+    }
     return {
         "schema": SCHEMA,
         "model": dict(audit.model),
@@ -47,7 +49,7 @@ def document(audit: Findings) -> dict[str, Any]:
                 **(interval_json(c.difference) or {}),
             }
             for edit in audit.edits
-            for c in compare_states(edit, base, controls, standards)
+            for c in compare_states(edit, base, controls[edit.name], standards)
         ],
         "verdicts": {
             name: [asdict(v) | {"evidence": list(v.evidence)} for v in vs] for name, vs in verdicts.items()
@@ -55,10 +57,36 @@ def document(audit: Findings) -> dict[str, Any]:
         "headline": {name: headline(vs) for name, vs in verdicts.items()},
         "facts": _facts(audit),
         "relations": _relations(audit),
-        "missing": [dict(one) for one in audit.missing],
+        "missing": [*(dict(one) for one in audit.missing), *_unequal(audit)],
         "versions": dict(audit.versions),
         "seconds": rounded(audit.seconds),
     }
+
+
+def _of_equal_size(audit: Findings, edit: Measurement) -> list[Measurement]:
+    """The controls that an edit may be compared with."""
+    return [c for c in audit.controls if abs(_size_ratio(audit, edit, c) - 1) <= SAME_SIZE]
+
+
+def _size_ratio(audit: Findings, edit: Measurement, control: Measurement) -> float:
+    return size_ratio(audit.changes[edit.name], audit.changes[control.name])
+
+
+def _size_ratios(audit: Findings, control: Measurement) -> dict[str, float | None]:
+    return {edit.name: rounded(_size_ratio(audit, edit, control)) for edit in audit.edits}
+
+
+def _unequal(audit: Findings) -> list[dict[str, str]]:
+    """Controls that an edit is not compared with, and why."""
+    return [
+        {
+            "what": f"{control.name} beside {edit.name}",
+            "why": f"it has {ratio_:.3g} times as many weights, so it is no control of equal size",
+        }
+        for edit in audit.edits
+        for control in audit.controls
+        if abs((ratio_ := _size_ratio(audit, edit, control)) - 1) > SAME_SIZE
+    ]
 
 
 def headline(verdicts: Sequence[Verdict]) -> str:
@@ -170,7 +198,7 @@ def _state(one: Measurement, audit: Findings) -> dict[str, Any]:
         "change": None if change is None else change.to_json(),
         "seconds": rounded(one.seconds),
         "processor_seconds": rounded(one.processor_seconds),
-    }
+    } | ({} if one.role != "control" else {"size_ratio": _size_ratios(audit, one)})
 
 
 def _mean(items: Items | None, share: bool = True) -> Interval | None:

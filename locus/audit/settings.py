@@ -69,6 +69,18 @@ class Standards:
     """An attack worked if the half that it trained on has at least this share of the base's p(target) at its end."""
     recovered: float = 0.25
     """Does not come back: at most this share of what was removed returns under an attack."""
+    min_controls: int = 5
+    """Fewer controls of equal size give no verdict on whether the place mattered."""
+    place_figures: tuple[str, ...] = ("forget.prob", "held_out.top1", "text.kl", "relearn.prob")
+    """The figures by which the place is judged, declared before; p-values are corrected for their number (Holm)."""
+
+    def __post_init__(self) -> None:
+        if self.min_controls < 5:
+            raise InputError(
+                f"audit: min_controls is {self.min_controls}; fewer than 5 show nothing: give 5 or more"
+            )
+        if not self.place_figures:
+            raise InputError("audit: place_figures is empty; name at least one figure")
 
 
 @dataclass(frozen=True)

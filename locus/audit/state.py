@@ -93,7 +93,8 @@ def states_of(
     """The base first, then the edits, the controls, and the reference where there is one.
 
     Raises:
-        InputError: no edit, a name given twice or empty, or a checkpoint that cannot be compared with the base.
+        InputError: no edit, a name given twice or empty, a checkpoint that cannot be compared with the base, or a
+            control that is an edit or another control.
     """
     if not edits:
         raise InputError("audit: there is no edit to audit; give at least one delta or checkpoint")
@@ -110,10 +111,42 @@ def states_of(
                 states.append(State(name, role, what))  # type: ignore[arg-type]
             else:
                 states.append(State(name, role, base, what))  # type: ignore[arg-type]
+    _refuse_copies(edits, controls)
     if never_knew is not None:
         comparable(base, never_knew, NEVER_KNEW)
         states.append(State(NEVER_KNEW, "reference", never_knew))
     return tuple(states)
+
+
+def _refuse_copies(
+    edits: Mapping[str, WeightDelta | Model], controls: Mapping[str, WeightDelta | Model]
+) -> None:
+    """Refuse a control that does the same to the weights as an edit or as another control."""
+    seen = dict(edits)
+    for name, control in controls.items():
+        if twin := next((other for other, what in seen.items() if _same_change(control, what)), None):
+            raise InputError(
+                f"audit: {name} is {twin} itself, bit for bit, and no control: make controls with "
+                "`locus edit --controls`, or give each once"
+            )
+        seen[name] = control
+
+
+def _same_change(a: WeightDelta | Model, b: WeightDelta | Model) -> bool:
+    """Whether two edits of one base leave the same weights."""
+    if isinstance(a, WeightDelta) and isinstance(b, WeightDelta):
+        return a.id == b.id
+    if isinstance(a, Model) and isinstance(b, Model):
+        theirs = dict(b.module.named_parameters())
+        return all(torch.equal(p, theirs[name]) for name, p in a.module.named_parameters())
+    delta, model = (a, b) if isinstance(a, WeightDelta) else (b, a)
+    assert isinstance(delta, WeightDelta) and isinstance(model, Model)
+    held = dict(model.module.named_parameters(remove_duplicate=False))
+    for name, change in delta.changes.items():
+        values = change.selection.take(held[resolve(name, held, "the model")]).cpu()
+        if not torch.equal(values.to(change.new.dtype), change.new):
+            return False
+    return bool(delta.changes)
 
 
 def comparable(base: Model, other: Model, name: str) -> None:

@@ -54,6 +54,8 @@ class WeightChange:
     """Of the whole model."""
     lost_cast: float | None = None
     """Share of the entries the edit changed that its cast to the checkpoint's dtype took back; None where unknown."""
+    n_allowed: int | None = None
+    """Weights of the mask that the edit kept to, as its delta says; None where it does not."""
 
     @property
     def n_changed(self) -> int:
@@ -85,6 +87,7 @@ class WeightChange:
             "lost_bfloat16": lost / changed if changed else 0.0,
             "lost_cast": self.lost_cast,
             "off_mask": self.off_mask,
+            "n_allowed": self.n_allowed,
             "tensors": [
                 asdict(t) | {"shape": list(t.shape), "singular_values": list(t.singular_values)}
                 for t in self.tensors
@@ -98,7 +101,14 @@ def change_of(base: Model, edit: WeightDelta | Model, mask: WeightMask | None = 
     allowed = None if mask is None else {canonical(name): chosen for name, chosen in mask.entries.items()}
     tensors = tuple(_one(name, selection, old, new, allowed) for name, selection, old, new in pieces)
     cast = edit.rounding.fraction_vanished if isinstance(edit, WeightDelta) else None
-    return WeightChange(tensors, sum(p.numel() for p in base.module.parameters()), cast)
+    n_parameters = sum(p.numel() for p in base.module.parameters())
+    return WeightChange(tensors, n_parameters, cast, _n_allowed(edit, sum(t.n_changed for t in tensors)))
+
+
+def _n_allowed(edit: WeightDelta | Model, n_changed: int) -> int | None:
+    """Size of the mask, where the delta says it and does not contradict itself."""
+    said = edit.provenance.get("n_weights") if isinstance(edit, WeightDelta) else None
+    return said if isinstance(said, int) and said >= n_changed else None
 
 
 def _of_delta(delta: WeightDelta) -> Iterator[tuple[str, Selection, Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from locus.cli.edit.controls import why_no_controls
 from locus.cli.edit.edit_data import retained
 from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_from, settings_of
 from locus.errors import InputError
@@ -157,7 +158,7 @@ def audit_edits(
     for path in dict.fromkeys([*own, *controls]):
         beside[f"control {len(beside) + 1}"] = _read(path, loading)
     masks = {} if mask is None else dict.fromkeys(judged, WeightMask.load(mask))
-    return judge(
+    done = judge(
         model,
         judged,
         forget,
@@ -169,6 +170,9 @@ def audit_edits(
         suites=suites,
         settings=settings,
     )
+    refused = {name: why for name, path in edits.items() if (why := why_no_controls(Path(path)))}
+    said = [{"what": f"controls of {name}", "why": why} for name, why in refused.items()]
+    return dataclasses.replace(done, missing=(*done.missing, *said)) if said else done
 
 
 def write(done: Audit, folder: Path) -> dict[str, Any]:

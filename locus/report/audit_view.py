@@ -238,7 +238,7 @@ def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
     else:
         return Cell("", "", "")
     if c["outcome"] not in _OUTCOMES:
-        return Cell("–", c["outcome"], "Too few facts for a verdict.", "none")
+        return Cell("–", c["outcome"], f"No verdict: {c['outcome']}.", "none")
     tone, mark = _OUTCOMES[c["outcome"]]
     sign = 1 if doc["metrics"][key]["better"] == "higher" else -1
     ends = [None if c[end] is None else sign * c[end] for end in ("mean", "low", "high")]
@@ -246,7 +246,8 @@ def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
     ends_text = span(low, high) if sign > 0 else span(high, low)
     hover = (
         f"{edit} against the mean of the controls on the same items, positive is better: {mean}, 95 % interval "
-        f"{ends_text}, n = {c['n']}. A verdict only where the interval excludes zero: {c['outcome']}."
+        f"{ends_text}, n = {c['n']}. A verdict only where it lies outside all controls by more than they differ: "
+        f"{c['outcome']}."
     )
     return Cell(f"{mark} {mean}", ends_text, hover, tone)
 

@@ -93,6 +93,7 @@ def test_two_processes_edit_as_one_does_and_the_first_writes(world):
     with contextlib.chdir(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
         assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
+        assert execute([*EDIT, "--steps", "3", "-o", "other", "--resume"]) == 0
     out = "edit-by-two"
     shared = [*EDIT, "--steps", "2", "-o", out, "--controls", "1", "--shard"]
     children = job(lambda: execute(shared), 2, world / "logs", world)
@@ -136,8 +137,9 @@ def test_two_processes_audit_what_one_audits(world):
     with contextlib.chdir(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
         assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
+        assert execute([*EDIT, "--steps", "3", "-o", "other", "--resume"]) == 0
     audit = ["audit", "model", "edit", "facts.jsonl", "--retain", "facts.jsonl", "--attacks", "lens", "choice",
-             "relearn", "strength", "--control", "edit", "-q"]  # fmt: skip
+             "relearn", "strength", "--control", "other", "-q"]  # fmt: skip
     with contextlib.chdir(world):
         assert execute([*audit, "-o", "audit-by-one"]) == 0
     children = job(lambda: execute([*audit, "-o", "audit-by-two"]), 2, world / "logs", world)

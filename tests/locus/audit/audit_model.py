@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from locus.delta import WeightDelta
 from locus.fact import Example, Fact
 from locus.forward import collate, label_logits, label_nll
 from locus.model import Model
@@ -112,3 +113,15 @@ def noisy(model: Model, scale: float) -> Model:
             spread = parameter.std() if parameter.numel() > 1 else 1.0
             parameter.add_(scale * spread * torch.randn(parameter.shape, generator=generator))
     return Model(module, model.tokenizer, model.atlas, "noisy", None, model.bos)
+
+
+def scrambled(base: Model, edited: Model, seed: int) -> WeightDelta:
+    """A control of an edit: its changes of each tensor, dealt out anew over that tensor's weights."""
+    module = copy.deepcopy(base.module)
+    generator = torch.Generator().manual_seed(seed)
+    theirs = dict(edited.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            change = (theirs[name] - parameter).flatten()
+            parameter.add_(change[torch.randperm(len(change), generator=generator)].view_as(parameter))
+    return WeightDelta.between(base, Model(module, base.tokenizer, base.atlas, "scrambled", None, base.bos))

@@ -12,7 +12,7 @@ import pytest
 import locus.audit
 from locus.audit import AuditSettings, RelearnAttack, audit, read_audit
 from locus.delta import WeightDelta
-from tests.locus.audit.audit_model import TEXT, facts, knowing, never_knew
+from tests.locus.audit.audit_model import TEXT, facts, knowing, never_knew, scrambled
 
 FIGURE = {"mean", "low", "high", "n", "n_items"}
 ROW = re.compile(r"^\| `([^`]+)` \| (\(?)(\w+)(\??)\)? \|")
@@ -34,9 +34,8 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         attacks=("lens", "relearn", "relearn-lora", "rounding", "strength", "probe", "depth"),
         relearn=RelearnAttack(at=(1, 2)),
     )
-    done = audit(
-        base, {"edit": delta}, *facts(), TEXT, {"random": delta}, never_knew=edited, settings=settings
-    )
+    control = {"random": scrambled(base, edited, 0)}
+    done = audit(base, {"edit": delta}, *facts(), TEXT, control, never_knew=edited, settings=settings)
     folder = tmp_path_factory.mktemp("audit")
     path = done.save(folder)
     assert read_audit(folder).items() <= json.loads(path.read_text()).items()

@@ -20,7 +20,7 @@ from locus.mask import WeightMask
 from locus.model import Model
 from locus.selection import Selection
 from locus.tokens import encode
-from tests.locus.audit.audit_model import TEXT, facts, knowing, never_knew, noisy, train
+from tests.locus.audit.audit_model import TEXT, facts, knowing, never_knew, noisy, scrambled, train
 from tests.tiny import tiny_model
 
 QUICK = AuditSettings(
@@ -159,14 +159,67 @@ def test_facts_the_base_never_knew_give_no_verdict() -> None:
 
 
 def test_localization_is_judged_against_the_controls() -> None:
+    """Five controls that forget as much by chance: none. Fewer give no verdict, and say how many it takes."""
     nothing = WeightDelta.between(knowing(), knowing())
-    done = judged(never_knew(), controls={"control 1": nothing, "control 2": nothing})
-    gains = {c["key"]: c for c in done.document()["comparisons"] if c["against"] == "controls"}
-    assert gains["forget.prob"]["outcome"] == "better"
-    assert gains["held_out.top1"]["outcome"] == "no difference shown"
-    assert answers(done)["localized"] in ("yes", "partly")
-    same = judged(nothing, controls={"control 1": nothing})
-    assert answers(same)["localized"] == "unclear"
+    scattered = [scrambled(knowing(), never_knew(), seed) for seed in range(6)]
+    controls = {f"control {i}": delta for i, delta in enumerate(scattered[:5])}
+    forget, retain = facts()
+    everything = audit(
+        knowing(), {"edit": never_knew()}, forget, retain, TEXT, controls, settings=BARE
+    ).document()
+    gains = {c["key"]: c for c in everything["comparisons"] if c["against"] == "controls"}
+    assert gains["held_out.top1"]["outcome"] == "better", "scrambled changes break the other facts"
+    assert gains["text.kl"]["outcome"] == "better"
+    (said,) = (v for v in everything["verdicts"]["edit"] if v["question"] == "localized")
+    assert said["answer"] == "yes" and "5 random masks of equal size" in said["sentence"]
+    random = audit(
+        knowing(), {"edit": scattered[5]}, forget, retain, TEXT, controls, settings=BARE
+    ).document()
+    (said,) = (v for v in random["verdicts"]["edit"] if v["question"] == "localized")
+    assert said["answer"] == "unclear" and "No difference from 5 random masks" in said["sentence"]
+    few = audit(
+        knowing(), {"edit": never_knew()}, forget, retain, TEXT, {"one": scattered[0]}, settings=BARE
+    ).document()
+    (said,) = (v for v in few["verdicts"]["edit"] if v["question"] == "localized")
+    assert said["answer"] == "unclear" and "5 are needed" in said["sentence"]
+    outcomes = {c["key"]: c["outcome"] for c in few["comparisons"] if c["against"] == "controls"}
+    assert outcomes["forget.prob"] == "too few controls" and not {"better", "worse"} & set(outcomes.values())
+    with pytest.raises(InputError, match="control 1 is edit itself, bit for bit"):
+        judged(nothing, controls={"control 1": nothing})
+
+
+def test_a_control_must_be_of_equal_size_and_another_edit() -> None:
+    base, edited = knowing(), never_knew()
+    delta, other = WeightDelta.between(base, edited), scrambled(base, edited, 0)
+    name = next(iter(other.changes))
+    part = WeightDelta(
+        {name: other.changes[name]},
+        {name: other.before[name]},
+        {name: other.after[name]},
+        "",
+        {},
+        other.rounding,
+    )
+    forget, retain = facts()
+    done = audit(
+        base, {"edit": delta}, forget, retain, controls={"small": part, "fair": other}, settings=BARE
+    )
+    document = done.document()
+    ratios = {s["name"]: s["size_ratio"]["edit"] for s in document["states"] if s["role"] == "control"}
+    assert ratios["fair"] == pytest.approx(1, abs=0.05) and ratios["small"] < 0.95
+    assert any(
+        m["what"] == "small beside edit" and "no control of equal size" in m["why"]
+        for m in document["missing"]
+    )
+    alone = audit(base, {"edit": delta}, forget, retain, controls={"small": part}, settings=BARE).document()
+    assert not [c for c in alone["comparisons"] if c["against"] == "controls"]
+    for controls, message in (
+        ({"copy": WeightDelta.between(base, edited)}, "copy is edit itself"),
+        ({"copy": edited}, "copy is edit itself"),
+        ({"a": other, "b": scrambled(base, edited, 0)}, "b is a itself"),
+    ):
+        with pytest.raises(InputError, match=message):
+            audit(base, {"edit": delta}, forget, retain, controls=controls, settings=BARE)
 
 
 def test_changes_off_the_mask_are_counted() -> None:

@@ -32,19 +32,22 @@ EVIL = '<script>alert("x")</script> & <b>'
 def document() -> dict[str, Any]:
     model = tiny_model("llama")
     forget = tiny_facts()
-    module = copy.deepcopy(model.module)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.mul_(1.01)
-    delta = WeightDelta.between(model, module)
+
+    def scaled_by(factor: float) -> WeightDelta:
+        module = copy.deepcopy(model.module)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(factor)
+        return WeightDelta.between(model, module)
+
     settings = AuditSettings(relearn=RelearnAttack(at=(1, 2)), rounding=("int4",))
     done = audit(
         model,
-        {"located": delta},
+        {"located": scaled_by(1.01)},
         forget,
         [],
         ["The city of Rome is in Italy"],
-        {"random": delta},
+        {"random": scaled_by(0.99)},
         settings=settings,
     )
     doc = done.document()

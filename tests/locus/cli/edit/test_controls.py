@@ -108,3 +108,12 @@ def test_an_edit_that_changes_nothing_has_no_control(place, tmp_path):  # noqa: 
 def test_help_says_how_many_a_verdict_takes(capsys):
     assert execute(["edit", "--help"]) == 0
     assert "takes 5" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_audit_says_why_there_are_no_controls(place, tmp_path):  # noqa: F811
+    out, judged = tmp_path / "edit", tmp_path / "audit"
+    assert edit(place, out, "--method", "memit", "--layers", "0", "1", "--controls", "1", *QUICK, "-q") == 0
+    model, facts = str(place / "model"), str(place / "forget.jsonl")
+    assert execute(["audit", model, str(out), facts, "-o", str(judged), "--attacks", "none", "-q"]) == 0
+    missing = {m["what"]: m["why"] for m in json.loads((judged / "audit.json").read_text("utf-8"))["missing"]}
+    assert "no control can be made" in missing["controls of edited"]
