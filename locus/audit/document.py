@@ -21,7 +21,7 @@ from locus.audit.questions import KINDS
 from locus.audit.verdicts.controls import SAME_SIZE, compare_states, size_ratio
 from locus.audit.verdicts.judgement import judge
 from locus.audit.verdicts.resistance import recovered
-from locus.audit.verdicts.verdict import Verdict
+from locus.audit.verdicts.verdict import NOT_NEXT_DOOR, Verdict
 
 SCHEMA = 1
 
@@ -94,6 +94,11 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     said: dict[str, str] = {v.question: v.answer for v in verdicts}
     words = {
         "forgotten": {"yes": "Forgotten", "partly": "Only partly forgotten", "no": "Not forgotten"},
+        "hidden": {
+            "yes": "erased from inner layers, as far as the lens sees",
+            "partly": "partly only hidden, some inner layers still show it",
+            "no": "but only hidden, inner layers still show it",
+        },
         "general": {
             "yes": "in other wordings too",
             "partly": "some wordings still get it",
@@ -108,11 +113,6 @@ def headline(verdicts: Sequence[Verdict]) -> str:
             "yes": "neutral text reads as before",
             "partly": "neutral text reads differently",
             "no": "the model is broken",
-        },
-        "hidden": {
-            "yes": "gone from inner layers",
-            "partly": "partly readable in inner layers",
-            "no": "still readable in inner layers",
         },
         "returns": {
             "yes": "stays away under attack",
@@ -136,6 +136,8 @@ def headline(verdicts: Sequence[Verdict]) -> str:
             continue
         if answer in answers:
             parts.append(answers[answer])
+            if question == "spared" and any(NOT_NEXT_DOOR in v.sentence for v in verdicts):
+                parts.append("facts next door not measured")
         elif answer in missing:
             parts.append(missing[answer].format(names[question]))
     text = "; ".join(parts)

@@ -13,6 +13,7 @@ from locus.audit.intervals import Items
 from locus.errors import InputError
 from locus.fact import Example, Fact, held_out_facts, trainable_facts
 from locus.forward import measure
+from locus.grid import Grid
 from locus.model import Model
 from locus.tokens import Encoded, encode
 
@@ -24,8 +25,14 @@ KINDS = (
     "held_out_near",
     "held_out_far",
     "retained",
+    "unseen_way",
+    "same_subject",
+    "same_relation",
+    "far",
 )
-"""Kinds of question, see `split_facts`."""
+"""Kinds of question, see `split_facts` and, for the last four, `grid_questions`."""
+MOST_GRID = 48
+"""Questions of each of the grid's kinds that are asked at most: every cell once, then every cell twice, and so on."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,23 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
         "held_out_far": [(f.id, f.example) for f in known if f.relation not in relations],
         "retained": [(f.id, f.example) for f in trainable_facts(retain)],
     }
+
+
+def grid_questions(
+    forget: Sequence[Fact], retain: Sequence[Fact], most: int = MOST_GRID
+) -> dict[str, list[tuple[str, Example]]]:
+    """What the fact files ask beyond their sentences, by kind: see `locus.grid.Kind`.
+
+    A forgotten fact in ways that the edit did not see, and facts that the edit did not see: of the same subjects, of
+    the same relations, of neither. Kinds that the files cannot fill are empty: they are not measured.
+
+    Args:
+        forget: Facts that had to go.
+        retain: Facts that had to stay.
+        most: Questions of each kind at most.
+    """
+    found = Grid.of(forget, retain).questions(most)
+    return {kind: [(one.fact, one.example) for one in asked] for kind, asked in found.items()}
 
 
 def subset(answers: Answers, questions: Mapping[str, Questions], kind: str) -> Answers:

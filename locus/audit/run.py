@@ -25,19 +25,19 @@ from locus.audit.intervals import Items
 from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES
 from locus.audit.neutral_text import TextScores, read_text
-from locus.audit.questions import Answers, Questions, ask, questions_of, split_facts, subset
+from locus.audit.questions import Answers, Questions, ask, grid_questions, questions_of, split_facts, subset
 from locus.audit.settings import AuditSettings
 from locus.audit.state import State, states_of
 from locus.audit.suites.table import Suite
 from locus.audit.weight_change import WeightChange, change_of
 from locus.delta import WeightDelta
 from locus.errors import InputError
-from locus.fact import Fact
+from locus.fact import Example, Fact
 from locus.files.artefact import load_json, save_json
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.parallel.map import each_value
-from locus.tokens import Encoded, encode_text
+from locus.tokens import Encoded, encode, encode_text
 
 KIND = "audit"
 
@@ -167,7 +167,20 @@ def ask_about(model: Model, facts: Sequence[Fact], retain: Sequence[Fact] = ()) 
         InputError: no facts, a repeated id, or a fact that cannot be encoded.
     """
     pairs = split_facts(facts, retain)
-    return {kind: questions_of(model, listed) for kind, listed in pairs.items() if listed}
+    found = {kind: questions_of(model, listed) for kind, listed in pairs.items() if listed}
+    for kind, listed in grid_questions(facts, retain).items():
+        if asked := [one for one in listed if _can_be_asked(model, one[1])]:
+            found[kind] = questions_of(model, asked)
+    return found
+
+
+def _can_be_asked(model: Model, example: Example) -> bool:
+    """Whether a question that no file wrote out can be tokenized as it should be."""
+    try:
+        encode(model, example)
+    except InputError:
+        return False
+    return True
 
 
 def audit(
@@ -308,6 +321,18 @@ def _missing(
             "no held-out fact shares a relation with a forget fact",
         ),
         "retained facts": ("retained" in questions, "no retain facts to train on were given"),
+        "ways of asking that the edit did not see": (
+            "unseen_way" in questions,
+            "the files ask each forgotten fact in the ways given to the edit only, or name no subjects",
+        ),
+        "other facts of the same subjects": (
+            "same_subject" in questions,
+            "no retain fact kept from the edit has a subject of a forget fact under another relation",
+        ),
+        "other subjects of the same relations": (
+            "same_relation" in questions,
+            "no fact kept from the edit has a relation of a forget fact and another subject",
+        ),
         "neutral text": (text, "no text was given"),
         "controls": (controls, "no control edits with random masks of equal size were given"),
         "the untaught half under relearning": (

@@ -12,10 +12,10 @@ from locus.report.page import number, percent, span
 
 QUESTIONS = {
     "forgotten": "Forgotten?",
+    "hidden": "Erased, not only hidden?",
     "general": "In other words too?",
     "spared": "Other facts spared?",
     "intact": "Neutral text unharmed?",
-    "hidden": "Gone from inside?",
     "returns": "Does it stay away?",
     "localized": "Did the place matter?",
 }
@@ -36,8 +36,12 @@ _ALWAYS = (
     "forget.said",
     "forget.prob",
     "forget.top1",
+    "unseen_way.said",
+    "unseen_way.top1",
     "paraphrase.said",
     "paraphrase.top1",
+    "same_subject.top1",
+    "same_relation.top1",
     "held_out.top1",
     "neighbour.top1",
     "retained.top1",
@@ -55,6 +59,7 @@ _DETAILS = (
     "forget.chance",
     "forget.token_prob",
     "paraphrase.chance",
+    "unseen_way.chance",
     "paraphrase.prob",
     "held_out.prob",
     "lens.top4",

@@ -10,7 +10,14 @@ from locus.audit.settings import Standards
 from locus.audit.verdicts.controls import localized
 from locus.audit.verdicts.forgetting import forgotten, general, left
 from locus.audit.verdicts.resistance import hidden, returns
-from locus.audit.verdicts.verdict import Verdict, VerdictAnswer, in_percent, mean_of, unmeasured
+from locus.audit.verdicts.verdict import (
+    NOT_NEXT_DOOR,
+    Verdict,
+    VerdictAnswer,
+    in_percent,
+    mean_of,
+    unmeasured,
+)
 
 __all__ = ["judge", "left"]
 
@@ -37,37 +44,54 @@ def judge(
         back = Verdict("returns", "unclear", "It is not gone, so it cannot come back.", back.evidence)
     return (
         gone,
+        hidden(edit, base, reference, standards),
         general(edit, base, reference, standards),
         _spared(edit, base, standards),
         _intact(edit, base, standards),
-        hidden(edit, base, reference, standards),
         back,
         localized(edit, controls, standards),
     )
 
 
+_OTHERS = {
+    "held_out.top1": "held-out facts",
+    "neighbour.top1": "neighbours",
+    "same_subject.top1": "other facts of the same subjects",
+    "same_relation.top1": "other subjects of the same relations",
+    "far.top1": "facts of neither",
+}
+"""Figures of facts that the edit did not see, and what a sentence calls them."""
+_NEXT_DOOR = ("neighbour.top1", "same_subject.top1", "same_relation.top1")
+
+
 def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
-    """Held-out facts decide, and neighbours can only make it worse; where there are no others, neighbours decide."""
-    keys = ("held_out.top1", "neighbour.top1")
-    judged = [
-        one
-        for key, what in zip(keys, ("held-out facts", "neighbours"), strict=True)
-        if (one := _kept(edit, base, key, what, s)) is not None
-    ]
+    """Held-out facts decide (where there are none, the next kind does), and every other kind can only make it worse.
+
+    Neighbours as a file has them are close by in any sense, so that losing them is "partly"; who lost the forgotten
+    subjects' other facts, or other subjects of a forgotten relation, has lost other facts.
+    """
+    judged = {
+        key: one for key, what in _OTHERS.items() if (one := _kept(edit, base, key, what, s)) is not None
+    }
     if not judged:
         sentence = "Other facts: not measured, there are neither held-out facts nor neighbours."
-        return unmeasured("spared", sentence, keys)
-    answer = judged[0][0]
-    if answer == "yes" and len(judged) > 1 and judged[1][0] in ("partly", "no"):
-        answer = "partly"
+        return unmeasured("spared", sentence, tuple(_OTHERS)[:2])
+    answer = next((one for one, _ in judged.values() if one != "unclear"), "unclear")
+    rank = ("yes", "partly", "no")
+    for key, (found, _) in judged.items():
+        worst = "partly" if key == "neighbour.top1" and found == "no" and len(judged) > 1 else found
+        if worst != "unclear" and rank.index(worst) > rank.index(answer):
+            answer = worst
     words = {
         "yes": "Other facts survived",
         "partly": "Some other facts were lost",
         "no": "Other facts were lost",
         "unclear": "No verdict on other facts, too few or too close",
     }
-    told = "; ".join(sentence for _, sentence in judged)
-    return Verdict("spared", answer, f"{words[answer]}: {told}.", keys[: len(judged)])
+    told = "; ".join(sentence for _, sentence in judged.values())
+    if not any(key in judged for key in _NEXT_DOOR):
+        told += f"; {NOT_NEXT_DOOR}"
+    return Verdict("spared", answer, f"{words[answer]}: {told}.", tuple(judged))
 
 
 def _kept(

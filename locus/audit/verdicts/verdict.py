@@ -11,6 +11,9 @@ from locus.audit.measurement import Measurement
 VerdictAnswer = Literal["yes", "partly", "no", "unclear", "not measured"]
 VerdictQuestion = Literal["forgotten", "general", "spared", "intact", "hidden", "returns", "localized"]
 
+NOT_NEXT_DOOR = "facts next door (the same subjects, the same relations): not measured"
+"""What a verdict on other facts says where none of them was close to a forgotten one."""
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from locus.audit.document import headline
 from locus.audit.figure_values import Curve
 from locus.audit.intervals import Items
 from locus.audit.measurement import LensLeak, Measurement, Relearning
@@ -181,3 +182,40 @@ def test_a_lens_that_cannot_read_the_base_says_nothing_of_the_edit() -> None:
     edit = replace(_state("edit", 0.01, 0, 0), lens=_lens(0, 0))
     assert _said(edit, replace(BASE, lens=_lens(4, 0)))["hidden"] == "unclear"
     assert _said(edit, replace(BASE, lens=_lens(12, 0)))["hidden"] == "yes"
+
+
+def _others(**right: int) -> dict[str, Items]:
+    return {f"{kind}.top1": _share(n) for kind, n in right.items()}
+
+
+def test_losing_what_is_next_door_is_losing_other_facts() -> None:
+    base = _state("base", 0.8, 16, **_others(held_out=16, same_subject=16, same_relation=16, far=16))
+
+    def spared(**right: int) -> str:
+        figures = _others(**({"held_out": 16, "same_subject": 16, "same_relation": 16, "far": 16} | right))
+        return _said(_state("edit", 0.01, 0, **figures), base)["spared"]
+
+    assert spared() == "yes"
+    assert spared(same_relation=2) == spared(same_subject=2) == spared(far=2) == "no"
+    assert spared(same_subject=12) == "partly"
+    assert spared(held_out=2) == "no"
+
+
+def test_facts_next_door_that_were_not_measured_are_named_and_so_is_hiding() -> None:
+    base = replace(_state("base", 0.8, 16, 16, **_others(held_out=16)), lens=_lens(16, 0))
+    edit = replace(_state("edit", 0.01, 0, 0, **_others(held_out=16)), lens=_lens(12, 0))
+    verdicts = judge(edit, base, (), Standards())
+    line = headline(verdicts)
+    assert "other facts survive; facts next door not measured" in line
+    assert line.startswith("Forgotten; but only hidden, inner layers still show it")
+    near = _others(held_out=16, same_relation=16)
+    known = judge(_state("edit", 0.01, 0, 0, **near), _state("base", 0.8, 16, 16, **near), (), Standards())
+    assert "next door" not in headline(known)
+
+
+def test_ways_of_asking_that_the_edit_did_not_see_can_take_the_yes_away() -> None:
+    base = _state("base", 0.8, 16, 16, **{"unseen_way.top1": _share(16), "unseen_way.said": _share(16)})
+    said = {"unseen_way.top1": _share(0), "unseen_way.said": _share(16)}
+    assert _said(_state("edit", 0.01, 0, 0, **said), base)["general"] == "no", "it says so in its own words"
+    gone = {"unseen_way.top1": _share(0), "unseen_way.said": _share(0)}
+    assert _said(_state("edit", 0.01, 0, 0, **gone), base)["general"] == "yes"
