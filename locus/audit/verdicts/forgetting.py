@@ -57,8 +57,10 @@ def forgotten(edit: Measurement, base: Measurement, reference: Measurement | Non
     if not any(knew) or shares["forget.prob"] == float("inf"):
         return Verdict("forgotten", "unclear", f"The base does not know these facts: {told}.", evidence)
     finite = {key: share for key, share in shares.items() if share < float("inf")}
-    if drop.high >= 0 or finite["forget.prob"] > 0.5 or finite.get("forget.said", 0.0) > 0.5:
+    if finite["forget.prob"] > 0.5 or finite.get("forget.said", 0.0) > 0.5:
         return Verdict("forgotten", "no", f"Not forgotten: {told}.", evidence)
+    if drop.high >= 0:
+        return Verdict("forgotten", "unclear", f"Too few facts to be sure of a drop: {told}.", evidence)
     if all(share <= limits[key] for key, share in finite.items()):
         return Verdict("forgotten", "yes", f"Forgotten: {told}.", evidence)
     return Verdict("forgotten", "partly", f"Only partly forgotten: {told}.", evidence)
@@ -166,6 +168,8 @@ def _elsewhere(
     assert drop is not None
     if drop.n < s.min_facts or share == float("inf"):
         return "unclear", told
-    if drop.high >= 0 or share > 0.5:
+    if share > 0.5:
         return "no", told
+    if drop.high >= 0:
+        return "unclear", told
     return ("yes" if share <= s.general else "partly"), told

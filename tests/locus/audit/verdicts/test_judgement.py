@@ -219,3 +219,16 @@ def test_ways_of_asking_that_the_edit_did_not_see_can_take_the_yes_away() -> Non
     assert _said(_state("edit", 0.01, 0, 0, **said), base)["general"] == "no", "it says so in its own words"
     gone = {"unseen_way.top1": _share(0), "unseen_way.said": _share(0)}
     assert _said(_state("edit", 0.01, 0, 0, **gone), base)["general"] == "yes"
+def test_six_facts_that_were_hardly_known_are_no_proof_that_nothing_was_forgotten() -> None:
+    """From .15 to .01 is less than six facts can show: no verdict, where "not forgotten" would be a claim."""
+    six, was, now = tuple("abcdef"), (0.1, 0.1, 0.15, 0.15, 0.2, 0.2), (0.01,) * 6
+
+    def state(role: str, probs: tuple[float, ...], right: int) -> Measurement:
+        answers = Answers(
+            six, -torch.tensor(probs).log(), torch.ones(6, dtype=torch.long), torch.arange(6) < right
+        )
+        return Measurement(role, role, {"forget": answers})  # type: ignore[arg-type]
+
+    base = state("base", was, 3)
+    assert _said(state("edit", now, 0), base)["forgotten"] == "unclear"
+    assert _said(state("edit", was, 3), base)["forgotten"] == "no"
