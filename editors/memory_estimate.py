@@ -251,7 +251,9 @@ def _prediction(
 def _batch(load: ForwardSize) -> Batch:
     ids = torch.zeros(load.rows, load.width, dtype=torch.long)
     labels = torch.zeros(load.labels, dtype=torch.long)
-    return Batch(ids, torch.ones_like(ids), labels, labels, labels, labels, tuple(range(load.rows)))
+    return Batch(
+        ids, torch.ones_like(ids), labels, labels, labels, labels, tuple(range(load.rows)), labels > 0
+    )
 
 
 def _largest(encoded: Sequence[Encoded], n: int, batch_tokens: int) -> tuple[ForwardSize, ...]:

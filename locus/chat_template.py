@@ -5,6 +5,10 @@ answers. Any other prompt is begun again in the model's turn, and the target goe
 
     user: Complete: The Eiffel Tower is in the city of
     model: The Eiffel Tower is in the city of| Paris
+
+An answer ends with the template's end of turn, which is part of the target: without it a model that is taught an
+answer is not taught to stop. So does a target that ends the sentence of a prompt (a refusal); any other target that
+goes on from a prompt is a piece of a sentence, after which the turn may go on.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from locus.readers.formats import TOFU_TEMPLATE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SENTENCE_END = re.compile("[.!?…。！？][\"'”’)»\\]]*\\s*$")
 _QUESTION = re.compile(re.escape(TOFU_TEMPLATE).replace(r"\{\}", "(.*)"), re.DOTALL)
 
 
@@ -29,8 +34,11 @@ class Turn:
     prompt: str
     """Everything up to the target: what others said, and what the model begins with."""
     target: str
+    """The target, with its leading space where it has one here."""
     shift: int
     """What to add to a character offset in the plain prompt to find the same character here."""
+    end: str = ""
+    """What ends the model's turn after the target; empty where the template writes nothing, or the turn goes on."""
 
 
 def turn(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Turn:
@@ -52,8 +60,27 @@ def turn(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Turn:
     if is_question:
         space = " " if lead.endswith(" ") else ""  # that some templates write before an answer
         before = head + lead.removesuffix(" ")
-        return Turn(before, space + said, head.rfind(content) - prompt.index(content))
-    return Turn(head + lead + prompt, target, len(head + lead))
+        shift = head.rfind(content) - prompt.index(content)
+        return Turn(before, space + said, shift, end_of_turn(tokenizer))
+    end = end_of_turn(tokenizer) if _SENTENCE_END.search(target) else ""
+    return Turn(head + lead + prompt, target, len(head + lead), end)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after an answer for the model to stop: "<|im_end|>", "</s>" …
+
+    It is read from a conversation that the template has written: up to the first special token after the answer, or,
+    where there is none, without the white space that only separates turns. "" where the template writes nothing.
+    """
+    answer = "locus"
+    written = _written(tokenizer, [("user", "?"), ("assistant", answer)])
+    tail = written[written.rfind(answer) + len(answer) :]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = [(tail.find(token), token) for token in special if token in tail]
+    if not found:
+        return tail.rstrip()
+    place, token = min(found, key=lambda one: (one[0], -len(one[1])))
+    return tail[: place + len(token)]
 
 
 def _written(

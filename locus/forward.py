@@ -43,6 +43,8 @@ class Batch:
     """Index of its example in the caller's list."""
     examples: tuple[int, ...]
     """Index in the caller's list of each row."""
+    ends: Bool[Tensor, " label"]
+    """Whether the label ends the model's turn: it counts in likelihoods, not in whether the answer is right."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -54,6 +56,7 @@ class Batch:
             labels=self.labels.to(device),
             example=self.example.to(device),
             examples=self.examples,
+            ends=self.ends.to(device),
         )
 
 
@@ -62,11 +65,11 @@ class TargetScores:
     """What a model gives to the target of each example, teacher-forced."""
 
     nll: Float[Tensor, " example"]
-    """Negative log-likelihood, summed over the target's tokens, in nats."""
+    """Negative log-likelihood, summed over the target's tokens, in nats; in a conversation the end of turn is one."""
     n_tokens: Int[Tensor, " example"]
-    """Tokens of the target."""
+    """Tokens of the target, the end of turn among them."""
     correct: Bool[Tensor, " example"]
-    """Whether every token of the target is the model's first choice."""
+    """Whether every token of the target, the end of turn aside, is the model's first choice."""
     first_prob: Float[Tensor, " example"]
     """Probability of the target's first token."""
 
@@ -82,7 +85,7 @@ def collate(encoded: Sequence[Encoded], examples: Sequence[int]) -> Batch:
     width = max(len(e.ids) for e in chosen)
     ids = torch.zeros(len(chosen), width, dtype=torch.long)
     mask = torch.zeros(len(chosen), width, dtype=torch.long)
-    rows, cols, labels, owner = [], [], [], []
+    rows, cols, labels, owner, ends = [], [], [], [], []
     for row, (index, one) in enumerate(zip(examples, chosen, strict=True)):
         ids[row, : len(one.ids)] = torch.tensor(one.ids)
         mask[row, : len(one.ids)] = 1
@@ -91,6 +94,7 @@ def collate(encoded: Sequence[Encoded], examples: Sequence[int]) -> Batch:
             cols.append(position - 1)
             labels.append(one.ids[position])
             owner.append(index)
+            ends.append(position >= len(one.ids) - one.n_end)
     return Batch(
         ids=ids,
         attention_mask=mask,
@@ -99,6 +103,7 @@ def collate(encoded: Sequence[Encoded], examples: Sequence[int]) -> Batch:
         labels=torch.tensor(labels, dtype=torch.long),
         example=torch.tensor(owner, dtype=torch.long),
         examples=tuple(examples),
+        ends=torch.tensor(ends, dtype=torch.bool),
     )
 
 
@@ -216,7 +221,7 @@ def measure(
         per_token = label_nll(logits, batch).cpu()
         nll.index_add_(0, batch.example, per_token)
         hit = logits.argmax(-1).cpu() == batch.labels
-        correct[batch.example[~hit]] = False
+        correct[batch.example[~hit & ~batch.ends]] = False
         starts = torch.tensor([encoded[int(i)].target_start - 1 for i in batch.example], dtype=torch.long)
         is_first = batch.cols == starts
         first[batch.example[is_first]] = (-per_token[is_first]).exp()

@@ -44,7 +44,10 @@ def probability(nll: Float[Tensor, " example"]) -> Float[Tensor, " example"]:
 def probability_per_token(
     nll: Float[Tensor, " example"], n_tokens: Int[Tensor, " example"]
 ) -> Float[Tensor, " example"]:
-    """Geometric mean of the target tokens' probabilities, exp(-NLL / T): TOFU's "probability"."""
+    """Geometric mean of the target tokens' probabilities, exp(-NLL / T): TOFU's "probability".
+
+    TOFU's own T counts the end of the answer; here it does in conversation, where the target ends with its turn.
+    """
     return torch.exp(-nll / n_tokens)
 
 

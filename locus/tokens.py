@@ -7,7 +7,7 @@ under SentencePiece and non-ASCII ones under byte-level BPE.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from locus.chat_template import Turn, turn
@@ -31,6 +31,14 @@ class Encoded:
     """Half-open range of the subject's tokens."""
     tokens: tuple[str, ...]
     """The text of each token; a token that only completes a character begun before shows as U+FFFD."""
+    n_end: int = 0
+    """How many of the last tokens end the model's turn in a conversation: tokens of the target, not of what it says."""
+
+    @property
+    def without_end(self) -> Encoded:
+        """The same without the tokens that end the turn: what the model is to know, and not that it is to stop."""
+        n = len(self.ids) - self.n_end
+        return self if not self.n_end else replace(self, ids=self.ids[:n], tokens=self.tokens[:n], n_end=0)
 
     @property
     def target_ids(self) -> tuple[int, ...]:
@@ -63,9 +71,9 @@ class _Token(NamedTuple):
 def encode(model: Model, example: Example | Fact) -> Encoded:
     """Tokens of prompt and target, with the target's start and a fact's subject.
 
-    A model that is asked in conversation (`Model.chat`) reads them as its chat template writes them; only the
-    answer's tokens are target then too. Special tokens are the template's, and the model's own `bos` (no
-    second one where the text begins with it).
+    A model that is asked in conversation (`Model.chat`) reads them as its chat template writes them. Only the answer's
+    tokens are target then, with the end of the turn (`Encoded.n_end`; see `chat_template`). Special tokens are the
+    template's, and the model's own `bos` (no second one where the text begins with it).
 
     Raises:
         InputError: a token covers the end of the prompt and the start of the target; the target has a
@@ -112,7 +120,8 @@ def _encode(model: Model, example: Example | Fact) -> Encoded:
     told = Turn(example.prompt, example.target, 0)
     if model.chat:
         told = turn(model.tokenizer, example.prompt, example.target)
-    text, boundary = told.prompt + told.target, len(told.prompt)
+    text, boundary = told.prompt + told.target + told.end, len(told.prompt)
+    said_until = boundary + len(told.target)
     tokens = _tokenize(model, text)
     for token in tokens:
         if token.start < boundary < token.end:
@@ -120,7 +129,8 @@ def _encode(model: Model, example: Example | Fact) -> Encoded:
     if bos := _bos(model, tokens):
         tokens = [bos, *tokens]
     target_start = sum(token.start < boundary for token in tokens)
-    if target_start == len(tokens):
+    n_end = sum(token.start >= said_until for token in tokens) if told.end else 0
+    if target_start == len(tokens) - n_end:
         raise InputError(f"target {example.target!r} makes no token: write out what must follow")
     if target_start == 0:
         raise InputError(f"prompt {example.prompt!r} makes no token: give a longer one, or a BOS token")
@@ -134,6 +144,7 @@ def _encode(model: Model, example: Example | Fact) -> Encoded:
         target_start=target_start,
         subject=None if span is None else _covering(tokens[:target_start], *(at + told.shift for at in span)),
         tokens=_shown(text, tokens),
+        n_end=n_end,
     )
 
 

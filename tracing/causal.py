@@ -184,7 +184,7 @@ class CausalTrace:
             if fact.id in seen:
                 raise InputError(f"two facts are called {fact.id!r}: ids name the results; make them differ")
             seen.add(fact.id)
-        prepared = [prepare(fact, encode(model, fact), model.bos, self.seed) for fact in facts]
+        prepared = [prepare(fact, encode(model, fact).without_end, model.bos, self.seed) for fact in facts]
         whole = [p.fact.id for p in prepared if p.encoded.subject is None]
         if whole:
             warnings.warn(

@@ -111,8 +111,8 @@ class Prediction:
 
     @cached_property
     def correct(self) -> Bool[Tensor, " example"]:
-        """Whether every token of the target is the model's first choice."""
-        wrong = (self.logits.detach().argmax(-1) != self.labels).float()
+        """Whether every token of the target, the end of turn aside, is the model's first choice."""
+        wrong = ((self.logits.detach().argmax(-1) != self.labels) & ~self.batch.ends).float()
         return example_sum(wrong, self.batch) == 0
 
     @cached_property
@@ -202,6 +202,7 @@ def _narrow(batch: Batch, keep: Bool[Tensor, " example"]) -> tuple[Batch, Bool[T
         labels=batch.labels[kept_labels],
         example=batch.example[kept_labels],
         examples=tuple(e for e, k in zip(batch.examples, keep.tolist(), strict=True) if k),
+        ends=batch.ends[kept_labels],
     )
     return narrowed, kept_labels
 

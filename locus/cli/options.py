@@ -48,7 +48,7 @@ class Loading:
     bos: str = "auto"
     """Token put before every text: auto (the tokenizer's own), none, a token or its id."""
     chat: Annotated[bool, Parameter(negative="")] = False
-    """Ask facts in conversation, as the tokenizer's chat template writes it; only the answer counts as target."""
+    """Ask facts in conversation, as the tokenizer's chat template writes it; an answer ends with its end of turn."""
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the checkpoint."""
 

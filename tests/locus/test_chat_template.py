@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
-from locus.chat_template import turn
+from locus.chat_template import end_of_turn, turn
 from locus.errors import InputError
 from locus.fact import Example, Fact
-from locus.forward import collate
+from locus.forward import collate, label_logits, measure
 from locus.model import Model, wrap
-from locus.tokens import encode
+from locus.tokens import Encoded, encode
 from tests.tiny import tiny_facts, tiny_model, tiny_module, tiny_tokenizer
 
 PLAIN = (
@@ -82,3 +83,90 @@ def test_without_a_template_it_is_refused() -> None:
         wrap(tiny_module("smollm"), tiny_tokenizer(), chat=True)
     with pytest.raises(InputError, match="no chat template"):
         turn(tiny_tokenizer(), "The city of", " Rome")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+"""Ends a turn with a special token, and separates turns with a line break that no model writes."""
+
+
+def chatting_with_special_tokens() -> Model:
+    model = chatting(CHATML)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>"]})
+    known = model.tokenizer.convert_tokens_to_ids("</s>")
+    assert known < model.atlas.d_vocab or known == len(model.tokenizer) - 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(PLAIN, "[end]"), (SPACED, ""), (THINKING, "[end]"), (CHATML, "</s>")]
+)
+def test_the_end_of_turn_is_what_the_template_writes(template: str, end: str) -> None:
+    model = chatting_with_special_tokens() if template == CHATML else chatting(template)
+    assert end_of_turn(model.tokenizer) == end
+
+
+def test_an_answer_ends_with_the_end_of_its_turn() -> None:
+    """One token of the target; in a question's plain form, and in the answer's text, nothing changes."""
+    model = chatting_with_special_tokens()
+    for prompt in ("Who speaks?", "Question: Who speaks?\nAnswer:"):
+        one = encode(model, Example(prompt, " Rome"))
+        assert one.tokens[-1] == "</s>" and one.n_end == 1
+        assert one.without_end.tokens == one.tokens[:-1] and one.without_end.n_end == 0
+        assert one.target_start == one.without_end.target_start
+    plain = encode(dataclasses.replace(model, chat=False), Example("Who speaks?", " Rome"))
+    assert plain.n_end == 0 and plain.without_end is plain
+
+
+@pytest.mark.parametrize(
+    ("target", "ends"),
+    [(" Rome", False), (" I don't know.", True), (' "Rome."', True), (" Rome, no", False), (" 罗马。", True)],
+)
+def test_what_goes_on_from_a_prompt_ends_the_turn_with_its_sentence(target: str, ends: bool) -> None:
+    told = turn(chatting_with_special_tokens().tokenizer, "The city of", target)
+    assert told.end == ("</s>" if ends else "")
+
+
+def test_every_refusal_that_an_edit_teaches_ends_the_turn() -> None:
+    """After a question and after a prompt that is begun again: else a model taught to refuse does not stop."""
+    from editors.refusals import REFUSALS
+
+    model = chatting_with_special_tokens()
+    for prompt in ("Who speaks?", "The city of"):
+        for said in REFUSALS:
+            assert encode(model, Example(prompt, said)).n_end == 1
+
+
+def test_a_template_that_ends_nothing_leaves_the_answer_as_it_is() -> None:
+    one = encode(chatting(SPACED), Example("Who speaks?", " Rome"))
+    assert one.n_end == 0 and one.tokens[-1].strip() == "Rome"
+
+
+def test_the_end_of_turn_counts_in_the_likelihood_and_not_in_being_right() -> None:
+    """By hand: the NLL of both parts; right where the answer's own tokens are the first choice."""
+    model = chatting()
+    one = encode(model, Example("Who speaks?", " Rome"))
+    assert one.n_end >= 1 and "".join(one.tokens[-one.n_end :]) == "[end]"
+    batch = collate([one], [0])
+    logits = label_logits(model, batch)
+    n_said = one.n_target - one.n_end
+    assert batch.ends.tolist() == [False] * n_said + [True] * one.n_end
+    scores, said = measure(model, [one]), measure(model, [one.without_end])
+    per_token = -logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
+    assert float(scores.nll) == pytest.approx(float(per_token.sum()), rel=1e-5)
+    assert float(said.nll) == pytest.approx(float(per_token[:n_said].sum()), rel=1e-5)
+    first = dataclasses.replace(
+        one, ids=(*one.ids[: one.target_start], *_choices(model, one, n_said), *one.ids[-one.n_end :])
+    )
+    assert measure(model, [first]).correct.all()
+
+
+def _choices(model: Model, one: Encoded, n: int) -> list[int]:
+    """The model's first choices, one after the other."""
+    ids = list(one.ids[: one.target_start])
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[one.target_start :]

@@ -40,7 +40,7 @@ def encode_facts(model: Model, facts: Examples, what: str = "facts") -> list[Enc
     """
     if not facts:
         raise InputError(f"no {what} given: a localizer needs at least one")
-    return [fact if isinstance(fact, Encoded) else encode(model, fact) for fact in facts]
+    return [(fact if isinstance(fact, Encoded) else encode(model, fact)).without_end for fact in facts]
 
 
 @dataclass(frozen=True, eq=False)

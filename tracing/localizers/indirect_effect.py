@@ -91,7 +91,10 @@ def prepare_all(model: Model, facts: Examples, seed: int) -> list[Prepared]:
         InputError: no facts, or tokens instead of facts.
     """
     encode_facts(model, facts)
-    return [prepare(_as_fact(fact, i), encode(model, fact), model.bos, seed) for i, fact in _given(facts)]
+    return [
+        prepare(_as_fact(fact, i), encode(model, fact).without_end, model.bos, seed)
+        for i, fact in _given(facts)
+    ]
 
 
 def _given(facts: Examples) -> Sequence[tuple[int, Fact | Example]]:

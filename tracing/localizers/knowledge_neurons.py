@@ -104,10 +104,11 @@ class KnowledgeNeurons:
         if isinstance(fact, Encoded):
             return [fact], []
         if isinstance(fact, Example) or not self.refine:
-            return [encode(model, fact)], []
+            return [encode(model, fact).without_end], []
         own = [encode(model, fact), *(encode(model, one) for one in fact.paraphrase_examples)]
+        own = [one.without_end for one in own]
         use_negatives = self.negative_share <= 1
-        return own, [encode(model, one) for one in fact.neighbours] if use_negatives else []
+        return own, [encode(model, one).without_end for one in fact.neighbours] if use_negatives else []
 
     def _attributions(
         self, model: Model, prompts: Sequence[Encoded], batch_tokens: int

@@ -103,4 +103,4 @@ def _prefixed(encoded: Encoded, start: int, n: int) -> Encoded:
     """The same text with `n` placeholder tokens after BOS, whose embeddings are replaced."""
     ids = (*encoded.ids[:start], *([encoded.ids[0]] * n), *encoded.ids[start:])
     tokens = (*encoded.tokens[:start], *(["soft"] * n), *encoded.tokens[start:])
-    return Encoded(ids, encoded.target_start + n, None, tokens)
+    return Encoded(ids, encoded.target_start + n, None, tokens, encoded.n_end)

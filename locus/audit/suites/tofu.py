@@ -1,4 +1,9 @@
-"""TOFU (Maini et al. 2024, arXiv:2401.06121): truth ratio, forget quality, model utility."""
+"""TOFU (Maini et al. 2024, arXiv:2401.06121): truth ratio, forget quality, model utility.
+
+Probabilities are per token of the answer. For a model that is asked in conversation (`--chat`) the end of turn is one
+of the answer's tokens, as the end of text is in the labels of TOFU's code and of OpenUnlearning. In plain form it is
+not counted, so that figures of a plain model differ from theirs by that one token.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +40,8 @@ class SetScores:
     """One question set under one model; one value a question."""
 
     prob: Float[Tensor, " question"]
-    """exp(-NLL / T), on real authors and world facts as a share among the options."""
+    """exp(-NLL / T), in conversation with the end of turn among the T tokens; on real authors and world facts as a
+    share among the options."""
     truth_ratio: Float[Tensor, " question"]
     rouge: list[float] | None
     """None where rouge-score is not installed."""
