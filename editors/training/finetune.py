@@ -125,7 +125,8 @@ def train(objective: Objective, model: Model, data: EditData, mask: WeightMask, 
                     how.log(record)
             while not state.stopped:
                 record = run.take_step(state)
-                line.advance(note=f"forget p {record['forget_prob']:.3f}")
+                prob = record["forget_prob"]  # None where no example of the step has been measured yet
+                line.advance(note="" if prob is None else f"forget p {prob:.3f}")
                 if how.log is not None:
                     how.log(record)
                 if how.folder is not None and (state.stopped or state.step % training.save_every == 0):
