@@ -205,16 +205,16 @@ def done(tmp_path_factory: Any) -> Path:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the facts that are traced from now on."""
-    from tracing.patching.resume import Parts
+    from tracing.patching.resume import FinishedFacts
 
     ids: list[str] = []
-    keep = Parts.keep
+    keep = FinishedFacts.keep
 
-    def keeping(self: Parts, one: Any, trace: Any) -> None:
+    def keeping(self: FinishedFacts, one: Any, trace: Any) -> None:
         ids.append(one.fact.id)
         keep(self, one, trace)
 
-    monkeypatch.setattr(Parts, "keep", keeping)
+    monkeypatch.setattr(FinishedFacts, "keep", keeping)
     return ids
 
 

@@ -20,8 +20,8 @@ from locus.errors import InputError
 from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
-from tracing.comparing.mask_agreement import Localizer, Over, Stability, has_seed, overlap, stability
-from tracing.localizer import Cost
+from tracing.comparing.mask_agreement import Over, Stability, has_seed, overlap, stability
+from tracing.localizer import Cost, Localizer
 
 OVER: tuple[Over, ...] = ("paraphrases", "facts", "seeds")
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,25 +24,11 @@ from locus.mask import WeightMask
 from locus.model import Model
 from locus.progress import track
 from locus.scores import NeuronScores
-from tracing.gradients.neuron_gradients import Examples
-from tracing.localizer import Cost
+from tracing.localizer import Localizer
 
 Measure = Literal["overlap", "jaccard"]
 Over = Literal["paraphrases", "facts", "seeds"]
 Chosen = Bool[Tensor, "layer neuron"]
-
-
-@runtime_checkable
-class Localizer(Protocol):
-    """What the table holds."""
-
-    def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """What a run takes."""
-        ...
-
-    def run(self, model: Model, facts: Examples, retain: Examples | None = None) -> Any:
-        """Scores of neurons, weights, rows or tensors."""
-        ...
 
 
 @dataclass(frozen=True)

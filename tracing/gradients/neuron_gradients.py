@@ -8,9 +8,8 @@ needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,63 +17,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from locus.errors import InputError
-from locus.fact import Example, Fact
 from locus.forward import Batch, label_logits, label_nll
 from locus.hooks import patched
 from locus.model import Model
-from locus.nonfinite import blame
-from locus.tokens import Encoded, encode
 
-Examples = Sequence[Fact | Example | Encoded]
-"""What localizers are run on: facts, bare prompts with targets, or tokens."""
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called once a layer in the backward pass with (layer, activation, gradient), both [batch pos neuron]."""
-
-
-def encode_facts(model: Model, facts: Examples, what: str = "facts") -> list[Encoded]:
-    """Encode what a localizer was given.
-
-    Raises:
-        InputError: there is nothing to locate.
-    """
-    if not facts:
-        raise InputError(f"no {what} given: a localizer needs at least one")
-    return [(fact if isinstance(fact, Encoded) else encode(model, fact)).without_end for fact in facts]
-
-
-@dataclass(frozen=True, eq=False)
-class Blame:
-    """Which example is at fault where what a localizer computes is NaN or infinite."""
-
-    model: Model
-    facts: Examples
-    encoded: Sequence[Encoded]
-    what: str
-    """What is computed of an example, beginning with "its"."""
-
-    def batch(self, batch: Batch) -> InputError:
-        """The error for a batch of the examples."""
-        return self._of(batch.examples)
-
-    def number(self, number: int) -> InputError:
-        """The error for one example, by its number."""
-        return self._of([number])
-
-    def _of(self, numbers: Sequence[int]) -> InputError:
-        named = [(getattr(self.facts[i], "id", f"number {i + 1}"), self.encoded[i]) for i in numbers]
-        return blame(self.model, named, self.what)
-
-
-def required(retain: Examples | None, method: str) -> Examples:
-    """The retain set of a method that cannot do without.
-
-    Raises:
-        InputError: none was given.
-    """
-    if not retain:
-        raise InputError(f"{method} compares with a retain set and none was given: add one (--retain FILE)")
-    return retain
 
 
 def label_logprobs(model: Model, batch: Batch) -> Float[Tensor, " label"]:

@@ -19,20 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.forward import Batch, batches, label_logits
+from locus.forward import Batch, label_logits
 from locus.hooks import patched
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores
 from locus.weight_source import held
-from tracing.gradients.neuron_gradients import (
-    Blame,
-    Examples,
-    encode_facts,
-    neuron_grid,
-    prediction_positions,
-)
-from tracing.localizer import Cost
+from tracing.gradients.neuron_gradients import neuron_grid, prediction_positions
+from tracing.localizer import Cost, ExampleLoop, Examples
 
 
 def down_norms(model: Model) -> Float[Tensor, "layer neuron"]:
@@ -55,8 +48,7 @@ def mean_activations(
     batch_tokens: int = 4096,
 ) -> Float[Tensor, "layer neuron"]:
     """Mean absolute activation of every neuron: over an example's positions first, then over examples."""
-    encoded = encode_facts(model, examples)
-    total = neuron_grid(model)
+    loop = ExampleLoop.of(model, examples, "its activation")
 
     def of_batch(batch: Batch) -> tuple[Tensor]:
         where = batch.attention_mask.bool() if positions == "all" else prediction_positions(batch)
@@ -71,10 +63,8 @@ def mean_activations(
             label_logits(model, batch)
         return (grid,)
 
-    blamed = Blame(model, examples, encoded, "its activation")
-    for (grid,) in each(batches(encoded, batch_tokens), of_batch, "activations", blamed.batch):
-        total += grid.to(total.device)
-    return total / len(encoded)
+    (total,) = loop.over_batches(of_batch, "activations", batch_tokens)
+    return total / len(loop.encoded)
 
 
 @dataclass(frozen=True)

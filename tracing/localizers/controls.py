@@ -21,8 +21,7 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.model import Model
 from locus.scores import NeuronScores
-from tracing.gradients.neuron_gradients import Examples
-from tracing.localizer import Cost
+from tracing.localizer import Cost, Examples
 from tracing.localizers.activation_norm import down_norms
 
 

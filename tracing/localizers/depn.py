@@ -21,11 +21,9 @@ from torch import Tensor
 
 from locus.errors import InputError
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores
 from tracing.gradients.integrated_gradients import EngineName, integrated_cost, integrated_gradients
-from tracing.gradients.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
-from tracing.localizer import Cost
+from tracing.localizer import Cost, ExampleLoop, Examples, encode_facts
 from tracing.localizers.knowledge_neurons import share_of_coarse
 
 
@@ -57,8 +55,8 @@ class PrivacyNeurons:
         """
         if not 0 < self.threshold <= 1:
             raise InputError(f"threshold {self.threshold}: a share of the largest, above 0 and at most 1")
-        encoded = encode_facts(model, facts)
-        mean, count = neuron_grid(model), neuron_grid(model)
+        loop = ExampleLoop.of(model, facts, "its attribution")
+        encoded = loop.encoded
 
         def of_text(number: int) -> tuple[Tensor, ...]:
             # integrated_gradients gives the mean over the target tokens; DEPN sums them
@@ -67,9 +65,6 @@ class PrivacyNeurons:
             )
             return summed / len(encoded), share_of_coarse([summed], self.threshold)
 
-        blamed = Blame(model, facts, encoded, "its attribution")
-        for share, candidate in each(range(len(encoded)), of_text, "privacy neurons", blamed.number):
-            mean += share.to(mean.device)
-            count += candidate.to(count.device)
+        mean, count = loop.over_examples(of_text, "privacy neurons")
         values = count + 0.499 * mean / mean.abs().max().clamp(min=torch.finfo(mean.dtype).tiny)
         return NeuronScores(values.cpu(), "depn", model.fingerprint, model.atlas, asdict(self))

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from locus.hooks import record
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores
 from locus.tokens import Encoded
 from locus.weight_source import held
-from tracing.gradients.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
-from tracing.localizer import Cost
+from tracing.localizer import Cost, ExampleLoop, Examples
 
 
 @dataclass(frozen=True)
@@ -175,13 +173,11 @@ class DirectLogit:
         Raises:
             InputError: no facts.
         """
-        encoded = encode_facts(model, facts)
-        total = neuron_grid(model).cpu()
+        loop = ExampleLoop.of(model, facts, "its share of the logit")
+        encoded = loop.encoded
 
         def of_fact(number: int) -> tuple[Tensor]:
             return (direct_attribution(model, encoded[number]).neuron / len(encoded),)
 
-        blamed = Blame(model, facts, encoded, "its share of the logit")
-        for (share,) in each(range(len(encoded)), of_fact, "direct attribution", blamed.number):
-            total += share
+        (total,) = loop.over_examples(of_fact, "direct attribution")
         return NeuronScores(total, "direct-logit", model.fingerprint, model.atlas, asdict(self))

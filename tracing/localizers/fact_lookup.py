@@ -28,10 +28,8 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.hooks import Recording, record
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import LayerScores, NeuronScores
-from tracing.gradients.neuron_gradients import Blame, Examples
-from tracing.localizer import Cost
+from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.direct_logit import head_directions
 from tracing.localizers.indirect_effect import Corruption, at_least_one_draw, prepare_all
 from tracing.localizers.saliency import GradientSaliency
@@ -81,15 +79,14 @@ class FactLookup:
         at_least_one_draw(self.samples)
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
-        numbers = range(len(prepared))
-        at_fault = Blame(model, facts, [one.encoded for one in prepared], "its head's share").number
+        loop = ExampleLoop(model, facts, [one.encoded for one in prepared], "its head's share")
 
         def pair(number: int) -> _Pair:
             one = prepared[number]
             return _Pair.of(model, one, corrupter.inputs(model, one, self.samples))
 
         def by_head(number: int) -> tuple[Tensor]:
-            return (pair(number).head_falls(),)
+            return (pair(number).head_falls() / len(prepared),)
 
         def by_mlp(number: int) -> tuple[Tensor]:
             runs, falls = pair(number), torch.zeros(atlas.n_layers)
@@ -98,16 +95,13 @@ class FactLookup:
             return (falls / len(prepared),)
 
         try:
-            falls = torch.stack([fall for (fall,) in each(numbers, by_head, "extraction heads", at_fault)])
-            falls = falls.mean(0)
+            (falls,) = loop.over_examples(by_head, "extraction heads")
         except CannotReplay as reason:
             raise InputError(f"{model.name}: its heads cannot be run again by themselves: {reason}") from None
         best = falls.flatten().topk(self.heads).indices
         kept = torch.zeros_like(falls, dtype=torch.bool)
         kept.view(-1)[best] = True
-        total = torch.zeros(atlas.n_layers)
-        for (fall,) in each(numbers, by_mlp, "path patching", at_fault):
-            total += fall
+        (total,) = loop.over_examples(by_mlp, "path patching")
         return LayerScores(total, "fact-lookup", model.fingerprint, atlas, asdict(self))
 
 

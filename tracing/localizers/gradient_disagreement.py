@@ -33,9 +33,8 @@ from locus.mask import WeightMask
 from locus.model import Model
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
-from tracing.gradients.neuron_gradients import Examples, required
 from tracing.gradients.top_k import top_of
-from tracing.localizer import Cost
+from tracing.localizer import Cost, Examples, required
 from tracing.localizers.weight_saliency import mean_gradients, named
 
 Units = Literal["rows", "columns", "all"]

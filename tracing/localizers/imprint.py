@@ -36,21 +36,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.errors import InputError
-from locus.forward import Batch, batches, label_logits
+from locus.forward import Batch, label_logits
 from locus.hooks import patched
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores, count_of
 from locus.weight_source import held
-from tracing.gradients.neuron_gradients import (
-    Blame,
-    Examples,
-    encode_facts,
-    neuron_grid,
-    show_gradient,
-    tapped,
-)
-from tracing.localizer import Cost
+from tracing.gradients.neuron_gradients import neuron_grid, show_gradient, tapped
+from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.activation_norm import down_norms
 from tracing.localizers.learned_masks import gated
 
@@ -119,9 +111,8 @@ def alignment_of(
         gates: Factors of the activations while the gradient is taken, above 0; none for 1.
         batch_tokens: Tokens computed at once.
     """
-    encoded = encode_facts(model, facts)
+    loop = ExampleLoop.of(model, facts, "its alignment")
     norms = down_norms(model)
-    total = neuron_grid(model)
 
     def of_batch(batch: Batch) -> tuple[Tensor]:
         written: dict[int, Tensor] = {}
@@ -147,10 +138,8 @@ def alignment_of(
             log_odds(model, batch).sum().backward()
         return (grid,)
 
-    blamed = Blame(model, facts, encoded, "its alignment")
-    for (grid,) in each(batches(encoded, batch_tokens), of_batch, "alignment", blamed.batch):
-        total += grid.to(total.device)
-    return total / len(encoded)
+    (total,) = loop.over_batches(of_batch, "alignment", batch_tokens)
+    return total / len(loop.encoded)
 
 
 def log_odds(model: Model, batch: Batch) -> Float[Tensor, " label"]:

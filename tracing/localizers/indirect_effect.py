@@ -24,11 +24,10 @@ from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.hooks import record
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores
 from locus.tokens import Encoded, encode
-from tracing.gradients.neuron_gradients import Blame, Examples, encode_facts, neuron_grid, tapped
-from tracing.localizer import Cost
+from tracing.gradients.neuron_gradients import neuron_grid, tapped
+from tracing.localizer import Cost, ExampleLoop, Examples, encode_facts
 from tracing.patching.corruption import Corrupter, Prepared, prepare
 from tracing.patching.plain_engine import logits_of
 from tracing.patching.readout import Readout
@@ -65,16 +64,14 @@ class TracedNeurons:
         at_least_one_draw(self.samples)
         prepared = prepare_all(model, facts, self.seed)
         corrupter = Corrupter.of(model, prepared, self.corruption, self.noise)
-        total = neuron_grid(model)
+        loop = ExampleLoop(model, facts, [one.encoded for one in prepared], "its indirect effect")
 
         def of_fact(number: int) -> tuple[Tensor]:
             one = prepared[number]
             corrupted = corrupter.inputs(model, one, self.samples)
             return (_effects(model, one, corrupted, max(1, batch_tokens // len(one.ids))) / len(prepared),)
 
-        blamed = Blame(model, facts, [one.encoded for one in prepared], "its indirect effect")
-        for (share,) in each(range(len(prepared)), of_fact, "neurons by indirect effect", blamed.number):
-            total += share.to(total.device)
+        (total,) = loop.over_examples(of_fact, "neurons by indirect effect")
         return NeuronScores(total.cpu(), "traced-neurons", model.fingerprint, model.atlas, asdict(self))
 
 

@@ -29,12 +29,10 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores
 from locus.tokens import Encoded, encode
 from tracing.gradients.integrated_gradients import EngineName, integrated_cost, integrated_gradients
-from tracing.gradients.neuron_gradients import Blame, Examples, encode_facts, neuron_grid
-from tracing.localizer import Cost
+from tracing.localizer import Cost, ExampleLoop, Examples
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ class KnowledgeNeurons:
         Raises:
             InputError: no facts, or a setting out of range.
         """
-        encoded = encode_facts(model, facts)
-        mean, count = neuron_grid(model), neuron_grid(model)
+        loop = ExampleLoop.of(model, facts, "its attribution")
 
         def of_fact(number: int) -> tuple[Tensor, ...]:
             own, negative = self._prompts(model, facts[number])
@@ -79,15 +76,12 @@ class KnowledgeNeurons:
             share = torch.stack(attributions).mean(0) / len(facts)
             if not self.refine:
                 return (share,)
-            return share, self._refined(attributions, self._attributions(model, negative, batch_tokens))
+            refined = self._refined(attributions, self._attributions(model, negative, batch_tokens))
+            return share, refined.to(share)
 
-        blamed = Blame(model, facts, encoded, "its attribution")
-        for share, *refined in each(range(len(facts)), of_fact, "knowledge neurons", blamed.number):
-            mean += share.to(mean.device)
-            for chosen in refined:
-                count += chosen.to(count.device)
+        mean, *counts = loop.over_examples(of_fact, "knowledge neurons")
         values = mean
-        if self.refine:
+        for count in counts:
             values = count + 0.499 * mean / mean.abs().max().clamp(min=torch.finfo(mean.dtype).tiny)
         return NeuronScores(values.cpu(), "knowledge-neurons", model.fingerprint, model.atlas, asdict(self))
 

@@ -38,8 +38,8 @@ from locus.model import Model
 from locus.parallel.map import each
 from locus.progress import task
 from locus.scores import NeuronScores
-from tracing.gradients.neuron_gradients import Examples, encode_facts, label_logprobs
-from tracing.localizer import Cost
+from tracing.gradients.neuron_gradients import label_logprobs
+from tracing.localizer import Cost, Examples, encode_facts
 
 STRETCH = (-0.1, 1.1)
 """Interval the hard concrete gate is stretched to before it is clipped to [0, 1]."""

@@ -42,8 +42,7 @@ from locus.model import Model
 from locus.progress import track
 from locus.scores import LayerScores, NeuronScores
 from locus.tokens import Encoded, encode
-from tracing.gradients.neuron_gradients import Examples
-from tracing.localizer import Cost
+from tracing.localizer import Cost, Examples
 from tracing.localizers.fact_lookup import by_layer
 
 

@@ -23,20 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locus.forward import Batch, batches
+from locus.forward import Batch
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores
-from tracing.gradients.neuron_gradients import (
-    Blame,
-    Examples,
-    encode_facts,
-    neuron_grid,
-    prediction_positions,
-    required,
-    visit_neurons,
-)
-from tracing.localizer import Cost
+from tracing.gradients.neuron_gradients import neuron_grid, prediction_positions, visit_neurons
+from tracing.localizer import Cost, ExampleLoop, Examples, required
 
 Absolute = Literal["end", "example", "position", "never"]
 
@@ -85,12 +76,9 @@ class GradientSaliency:
     def _saliency(
         self, model: Model, facts: Examples, what: str, batch_tokens: int
     ) -> Float[Tensor, "layer neuron"]:
-        encoded = encode_facts(model, facts, what)
-        total = neuron_grid(model)
-        groups, blamed = batches(encoded, batch_tokens), Blame(model, facts, encoded, "its saliency")
-        for (grid,) in each(groups, partial(self._of_batch, model), f"saliency, {what}", blamed.batch):
-            total += grid.to(total.device)
-        total /= len(encoded)
+        loop = ExampleLoop.of(model, facts, "its saliency", what)
+        (total,) = loop.over_batches(partial(self._of_batch, model), f"saliency, {what}", batch_tokens)
+        total /= len(loop.encoded)
         return total.abs() if self.absolute == "end" else total
 
     def _of_batch(self, model: Model, batch: Batch) -> tuple[Float[Tensor, "layer neuron"]]:

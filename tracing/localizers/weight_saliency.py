@@ -40,9 +40,9 @@ from locus.parallel.map import all_reduce, own_part
 from locus.progress import track
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
-from tracing.gradients.neuron_gradients import Examples, encode_facts, label_logprobs, required
+from tracing.gradients.neuron_gradients import label_logprobs
 from tracing.gradients.top_k import top_of
-from tracing.localizer import Cost
+from tracing.localizer import Cost, Examples, encode_facts, required
 
 Score = Literal["gradient", "weight-gradient", "fisher", "difference", "ratio", "wagle"]
 CONTRASTS: tuple[Score, ...] = ("difference", "ratio", "wagle")
@@ -153,7 +153,7 @@ class WeightSaliency:
     """Parts that the parameters are taken in, one after the other: less memory, as many times the passes."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """One forward and one backward an example and group, over both sets for a contrast."""
+        """One forward and at most one backward per example and group, over both sets for a contrast."""
         n_examples = len(facts) + (len(retain or ()) if self.score in CONTRASTS else 0)
         return Cost(n_examples, n_examples) * self.groups
 

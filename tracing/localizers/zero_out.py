@@ -21,13 +21,11 @@ from torch import Tensor
 
 from locus.errors import InputError
 from locus.model import Model
-from locus.parallel.map import each
 from locus.scores import NeuronScores, count_of
 from locus.tokens import Encoded
 from tracing.engine import Engine
 from tracing.engine import EngineName as PatchEngine
-from tracing.gradients.neuron_gradients import Blame, Examples, encode_facts
-from tracing.localizer import Cost
+from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.saliency import GradientSaliency
 from tracing.patching.readout import Readout
 from tracing.patching.runs import Inputs, Question
@@ -44,9 +42,14 @@ class ZeroOut:
     """How the runs are computed: replayed from the changed layer on, or whole forwards."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:
-        """The first-order scores, then half a forward per candidate and fact."""
-        n_runs = len(facts) * self._count(model)
-        return Cost(len(facts) + n_runs / 2, len(facts))
+        """The first-order scores, then the blocks from its layer on per candidate and fact.
+
+        Candidates are taken to lie evenly over the layers; those of the last layer run next to nothing, because
+        only the positions that are read change.
+        """
+        n_runs, n_layers = len(facts) * self._count(model), model.atlas.n_layers
+        blocks = (n_layers + 1) / 2 - 1 / n_layers
+        return Cost(len(facts) + n_runs * blocks / n_layers, len(facts))
 
     def run(
         self, model: Model, facts: Examples, retain: Examples | None = None, *, batch_tokens: int = 4096
@@ -62,15 +65,13 @@ class ZeroOut:
         layers, neurons = chosen // model.atlas.d_mlp, chosen % model.atlas.d_mlp
         where = [(int(layer), int(neuron)) for layer, neuron in zip(layers, neurons, strict=True)]
         engine = Engine(model, self.engine, batch_tokens)
-        encoded = encode_facts(model, facts)
-        drop = torch.zeros(count, dtype=torch.float64)
+        loop = ExampleLoop.of(model, facts, "its drop without a neuron")
+        encoded = loop.encoded
 
         def of_fact(number: int) -> tuple[Tensor]:
             return (silenced_drop(engine, encoded[number], where) / len(encoded),)
 
-        blamed = Blame(model, facts, encoded, "its drop without a neuron")
-        for (fall,) in each(range(len(encoded)), of_fact, "zeroing neurons", blamed.number):
-            drop += fall
+        (drop,) = loop.over_examples(of_fact, "zeroing neurons")
         values = _below(slope, float(drop.min()))
         values[layers, neurons] = drop.float()
         return NeuronScores(values, "zero-out", model.fingerprint, model.atlas, asdict(self))

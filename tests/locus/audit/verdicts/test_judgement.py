@@ -219,6 +219,8 @@ def test_ways_of_asking_that_the_edit_did_not_see_can_take_the_yes_away() -> Non
     assert _said(_state("edit", 0.01, 0, 0, **said), base)["general"] == "no", "it says so in its own words"
     gone = {"unseen_way.top1": _share(0), "unseen_way.said": _share(0)}
     assert _said(_state("edit", 0.01, 0, 0, **gone), base)["general"] == "yes"
+
+
 def test_six_facts_that_were_hardly_known_are_no_proof_that_nothing_was_forgotten() -> None:
     """From .15 to .01 is less than six facts can show: no verdict, where "not forgotten" would be a claim."""
     six, was, now = tuple("abcdef"), (0.1, 0.1, 0.15, 0.15, 0.2, 0.2), (0.01,) * 6
