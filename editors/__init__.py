@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from editors.closed_form.alphaedit import AlphaEdit
 from editors.closed_form.knowledge_washing import LaW
+from editors.closed_form.late_suppression import LateSuppression
 from editors.closed_form.memit import MEMIT
 from editors.closed_form.rome import ROME
 from editors.closed_form.subspace_projection import EraseSubspace
@@ -69,6 +70,7 @@ EDITORS: dict[str, type[Editor]] = {
     "memit": MEMIT,
     "alphaedit": AlphaEdit,
     "law": LaW,
+    "late-suppression": LateSuppression,
     "projection": EraseSubspace,
 }
 """Everything with a `run`: the trained objectives and the direct edits of weights."""
@@ -95,6 +97,7 @@ __all__ = [
     "KLMin",
     "KnowledgeNeuronRecipe",
     "LaW",
+    "LateSuppression",
     "MaxEntropy",
     "NeuronDescent",
     "NeuronDirection",

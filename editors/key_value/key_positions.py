@@ -203,6 +203,9 @@ def batch_of(rows: Sequence[Row], group: Sequence[int]) -> Batch:
 
 
 def _last(model: Model, names: Sequence[str]) -> str:
-    """The highest block that is, or holds, one of the named modules: when it has run, all of them have."""
+    """The highest block that is, or holds, one of the named modules, or the final norm where that is one of them:
+    when it has run, all of them have."""
     blocks = model.atlas.blocks
+    if model.atlas.final_norm in names:
+        return model.atlas.final_norm
     return next(path for path in reversed(blocks) if any(f"{name}.".startswith(f"{path}.") for name in names))

@@ -137,8 +137,8 @@ def _last_mention(text: str, target: str) -> int | None:
 
 def _is_new(prompt: str, fact: Fact) -> bool:
     """Whether a prompt asks the fact in another way, without saying the answer."""
-    if not prompt or prompt in (fact.prompt, *fact.paraphrases):
-        return False
+    if not prompt or prompt.endswith(fact.prompt) or prompt in fact.paraphrases:
+        return False  # a question before the fact's own sentence asks it in the fact's own way
     if fact.subject is None:
         return len(prompt.split()) > 2 and not says(prompt, fact.target)
     return fact.subject in prompt and not says(prompt.replace(fact.subject, ""), fact.target)

@@ -31,6 +31,7 @@ def test_lines_are_cut_before_the_target() -> None:
 6. The capital of France is Paris
 7. France is governed from Paris
 8. Paris, capital of France: Paris
+10. Where is it? The capital of France is Paris
 9. Parisians live in France
 Sentence: The capital of Italy is Rome
 1. France, that is Paris"""
