@@ -172,7 +172,7 @@ class LateSuppression:
         log: Log | None,
     ) -> list[dict[str, Any]]:
         """All rounds, in the borrowed weights; what was written is added to `updates`."""
-        places, said = list(places), []
+        places, said = list(places), list[dict[str, Any]]()
         before, last = float("inf"), dict[str, Tensor]()
         with progress.task("late suppression", total=self.rounds) as line:
             for number in range(self.rounds + 1):

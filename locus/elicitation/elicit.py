@@ -40,7 +40,7 @@ class Elicitation:
     text_tokens: int = 28
     """Tokens of each text."""
     seed: int = 0
-    """Of all draws."""
+    """Seed of all draws."""
 
     @property
     def n_tokens(self) -> int:

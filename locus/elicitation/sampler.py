@@ -28,7 +28,7 @@ class Sampling:
     top_p: float = 0.95
     """Nucleus: the likeliest tokens that have this probability together, `CANDIDATES` of them at most."""
     seed: int = 0
-    """Of the draws. A prompt's draws do not depend on the prompts beside it."""
+    """Seed of the draws. A prompt's draws do not depend on the prompts beside it."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -16,6 +16,7 @@ from editors.training.retain import Retain
 from editors.training.settings import Training
 from editors.training.unchanged import every_digest
 from locus.delta import WeightDelta
+from locus.elicitation.elicit import Elicitation
 from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
@@ -139,6 +140,13 @@ DIRECT: dict[str, dict[str, Any]] = {
     "memit": {"target": QUICK, "layers": ()},
     "alphaedit": {"target": QUICK},
     "law": {"target": QUICK, "rounds": 1},
+    "late-suppression": {
+        "elicitation": Elicitation(rewritings=0, lists=0, texts=1, text_tokens=4),
+        "goal": 1e-4,
+        "weight": 0.01,
+        "rounds": 1,
+        "look_ahead": 0,
+    },
     "neuron-zero": {},
     "neuron-flip": {},
     "neuron-mean": {},
