@@ -68,7 +68,14 @@ def multiple_choice(
     answer: Int[Tensor, " example"],
     per_token: bool = True,
 ) -> Bool[Tensor, " example"]:
-    """Is the right option the likeliest one?  Per token (length-normalised) or as a whole; a tie is wrong."""
+    """Whether the right option is the likeliest one; a tie is wrong.
+
+    Args:
+        nll: NLL of each option, summed over its tokens, in nats.
+        n_tokens: Tokens of each option.
+        answer: Number of the right option.
+        per_token: Compare NLL per token (length-normalised) instead of per option.
+    """
     scores = nll / n_tokens if per_token else nll
     right = scores.gather(1, answer[:, None])
     return (scores <= right).sum(1) == 1

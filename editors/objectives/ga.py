@@ -30,12 +30,12 @@ def ga_loss(nll: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
 
 @dataclass(frozen=True)
 class GA:
-    """Gradient ascent alone, stopped when the facts are gone; a reference point more than a remedy."""
+    """Gradient ascent alone, stopped when the facts are forgotten; a baseline more than a remedy."""
 
     retain: Retain = Retain(term="none")
     """No retain term: the method as published."""
     training: Training = Training(min_steps=1)
-    """Stops as soon as the facts are gone, for nothing repairs what it does to others."""
+    """Settings that stop as soon as the facts are forgotten: no term repairs the damage to other facts."""
 
     stop_extraction: float = 0.0
     """Stop when the extraction likelihood of the forget examples is at most this; 0 does not look."""

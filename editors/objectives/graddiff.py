@@ -1,4 +1,4 @@
-"""Gradient difference: ascend on what must go, descend on what must stay."""
+"""Gradient difference: gradient ascent on the forget facts, descent on the retain facts."""
 
 from __future__ import annotations
 

@@ -22,6 +22,12 @@ def head_projection_loss(
     relu(z_y - z_top_k + margin) + relu(z_bottom_k - z_y + margin), the k-th highest and lowest taken among the
     other tokens; 0 where the target is at least `margin` away from both ends.
 
+    Args:
+        lens_logits: Logits that the lens reads from each layer, where a target token is predicted.
+        labels: Target tokens.
+        k: How many of the other tokens must lie above and below the target.
+        margin: Distance to be kept, in logits.
+
     Returns:
         One value for each token, a mean over layers.
     """

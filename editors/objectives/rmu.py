@@ -1,4 +1,4 @@
-"""Representation misdirection: the hidden states of what must go are steered to a random direction."""
+"""Representation misdirection: hidden states of the forget facts are steered to a random direction."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RMU:
     adaptive: bool = True
     """Scale the length to the model's own hidden states."""
     retain: Retain = Retain(term="hidden", weight=100.0)
-    """The same block's outputs held to the reference's (alpha 100 to 1200 in the paper)."""
+    """Retain term on the steered block's outputs (alpha 100 to 1200 in the paper)."""
     training: Training = Training(steps=80, min_steps=20, floor=0.0)
     """How the located weights are trained. The targets' probability is only measured at checks."""
 

@@ -178,10 +178,15 @@ class Run:
     """One run of the loop."""
 
     objective: Objective
+    """Forget loss, retain term and settings."""
     model: Model
+    """The frozen base; with the deltas attached, the edited model."""
     deltas: Trained
+    """The trained values."""
     data: Data
+    """Encoded examples and reference scores."""
     optimizer: torch.optim.Optimizer
+    """The optimizer over the deltas."""
     references: References | None = None
     """The stored states of the base; None asks the base at every step."""
     processes: Processes = ONE_PROCESS
@@ -394,7 +399,17 @@ class Run:
     def _finite(
         self, what: str, step: int, value: Tensor, examples: Iterable[tuple[str, Encoded]] = ()
     ) -> float:
-        """The value as a finite number; otherwise an error with the example and the layer where it arises."""
+        """The value as a finite number.
+
+        Args:
+            what: Name of the value, for the error.
+            step: Counted from 0.
+            value: A scalar.
+            examples: Names and tokens of the examples it is computed from.
+
+        Raises:
+            InputError: it is not finite; names the example and the layer where that arises first.
+        """
         number = float(value.detach())
         if math.isfinite(number):
             return number

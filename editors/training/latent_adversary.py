@@ -65,8 +65,9 @@ class Perturbation:
     """What an adversary adds to one block's output, for the examples of one batch."""
 
     block: str
-    """The block."""
+    """Path of the block."""
     delta: Float[Tensor, "batch pos d_model"]
+    """What is added to its output."""
     prompt_lengths: Int[Tensor, " batch"]
     """Positions of each example that another answer to the same prompt shares."""
 
@@ -93,7 +94,7 @@ class Perturbation:
             )
 
     def on_prompts(self, width: int) -> Perturbation:
-        """The same for other answers to the same prompts, in rows of `width` positions: their prompts alone."""
+        """The perturbation of the prompts alone, for other answers to them in rows of `width` positions."""
         shared = min(width, self.delta.shape[1])
         moved = self.delta.new_zeros(len(self.delta), width, self.delta.shape[2])
         moved[:, :shared] = self.delta[:, :shared]

@@ -40,11 +40,15 @@ class _Place:
     """One use of a located parameter: the module that holds it, and under which name."""
 
     module: nn.Module
+    """The module that holds the parameter."""
     attribute: str
+    """The parameter's name in it."""
     kind: str
+    """Kind of the selection: "all", "rows", "columns" or "elements"."""
     index: Tensor | None
     """Index of the selection, on the device that computes; None for the whole parameter."""
     value: nn.Parameter
+    """The delta, compact."""
     n_rows: int
     """Rows of the parameter."""
     saved: torch.dtype | None = None

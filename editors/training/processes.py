@@ -32,6 +32,7 @@ class Piece:
     """A batch that this process computes."""
 
     batch: Batch
+    """Its examples are numbers in the list of the whole step."""
     counts: bool = True
     """False for a batch that is run only because other processes run one."""
 

@@ -59,7 +59,9 @@ class References:
     """States of the base, stored in memory or, with a folder, on disk."""
 
     model: Model
+    """The base in memory."""
     deltas: Trained
+    """The trained values, silenced while the base runs."""
     folder: Path | None = None
     """Folder of one file per example, named by its key; None stores in memory."""
     most_bytes: int = MOST_BYTES

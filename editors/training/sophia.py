@@ -29,6 +29,16 @@ class SophiaG(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         eps: float = 1e-15,
     ) -> None:
+        """State of zeros for every parameter.
+
+        Args:
+            params: The trained tensors.
+            lr: Learning rate.
+            betas: Decay of the running means of the gradient and of the Hessian's diagonal.
+            rho: Scale of the Hessian; smaller clips more steps.
+            weight_decay: Decoupled weight decay.
+            eps: Least value of rho * h.
+        """
         defaults = {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, defaults)
         for group in self.param_groups:

@@ -21,7 +21,15 @@ from locus.weight_source import stored
 def weight_delta(
     model: Model, mask: WeightMask, deltas: Trained, training: Training, provenance: Mapping[str, Any]
 ) -> WeightDelta:
-    """The trained deltas as the artefact: old and new values of the mask's entries, nothing else."""
+    """The trained deltas as the artefact: old and new values of the mask's entries, nothing else.
+
+    Args:
+        model: The base; its checkpoint gives the old values and the dtype.
+        mask: The weights that may change.
+        deltas: The trained values.
+        training: How values are rounded, and the seed of stochastic rounding.
+        provenance: JSON values to keep in the artefact.
+    """
     base = stored(model)
     source = generator(training.seed, "rounding", 0)
 

@@ -34,6 +34,7 @@ class Anchors:
     """A dictionary from anchored terms to their counterparts."""
 
     terms: Mapping[str, str]
+    """Anchored term -> its generic counterpart."""
 
     @classmethod
     def read(cls, pairs: Sequence[str]) -> Anchors:

@@ -1,4 +1,4 @@
-"""Task arithmetic: go as far away from the facts as learning them more would have gone towards them."""
+"""Task arithmetic: subtract from the weights what learning the forget set further would add."""
 
 from __future__ import annotations
 
@@ -55,7 +55,18 @@ class TaskVector:
         resume: bool = False,
         log: Log | None = None,
     ) -> WeightDelta:
-        """Reinforce the forget set within the mask, then go the other way; see `finetune` for the arguments."""
+        """Reinforce the forget set within the mask, then go the other way.
+
+        Args:
+            model: The model to edit.
+            forget: Facts to forget.
+            retain: Not used.
+            mask: The weights that may move.
+            text: Not used.
+            folder: Folder for resumable states; None saves none.
+            resume: Whether to go on from the state in `folder`, if there is one.
+            log: Called with one record per step of the reinforcement.
+        """
         learnt = train(self.largest_stage(), model, EditData(forget), mask, EditRun(folder, resume, log))
         selections = {name: change.selection for name, change in learnt.changes.items()}
 

@@ -1,4 +1,4 @@
-"""Who's Harry Potter: fine-tune on what a model that never knew would have said."""
+"""Who's Harry Potter: fine-tune on what a model that never knew would say."""
 
 from __future__ import annotations
 
@@ -106,7 +106,18 @@ class WHP:
         resume: bool = False,
         log: Log | None = None,
     ) -> WeightDelta:
-        """Reinforce, make the targets, fine-tune; see `finetune` for the arguments."""
+        """Reinforce, make the targets, fine-tune.
+
+        Args:
+            model: The model to edit.
+            forget: Facts to forget.
+            retain: Facts to keep.
+            mask: The weights that may move.
+            text: Neutral paragraphs for the retain term.
+            folder: Folder for resumable states; None saves none.
+            resume: Whether to go on from the state in `folder`, if there is one.
+            log: Called with one record per step of the fine-tuning.
+        """
         first = None if folder is None else folder / "reinforce"
         learner = Reinforce(training=self.reinforce)
         reinforced = train(learner, model, EditData(forget), mask, EditRun(first, resume))
