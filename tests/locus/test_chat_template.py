@@ -139,6 +139,17 @@ def test_every_refusal_that_an_edit_teaches_ends_the_turn() -> None:
             assert encode(model, Example(prompt, said)).n_end == 1
 
 
+def test_a_generation_in_conversation_stops_at_the_end_of_turn() -> None:
+    """Where the end is one token of the vocabulary; otherwise at the tokenizer's own end of text alone."""
+    from locus.audit.attacks.generation import end_tokens
+
+    model = chatting_with_special_tokens()
+    eos, end = model.tokenizer.eos_token_id, model.tokenizer.convert_tokens_to_ids("</s>")
+    assert set(end_tokens(model)) == {eos, end}
+    assert set(end_tokens(dataclasses.replace(model, chat=False))) == {eos}
+    assert set(end_tokens(chatting())) == {eos}
+
+
 def test_a_template_that_ends_nothing_leaves_the_answer_as_it_is() -> None:
     one = encode(chatting(SPACED), Example("Who speaks?", " Rome"))
     assert one.n_end == 0 and one.tokens[-1].strip() == "Rome"

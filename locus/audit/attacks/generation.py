@@ -16,6 +16,7 @@ from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
 from locus.audit.questions import Questions
 from locus.audit.state import State
+from locus.chat_template import end_of_turn
 from locus.errors import InputError
 from locus.forward import batches, label_logits
 from locus.metrics import exact_memorization, extraction_strength, rouge_l
@@ -176,10 +177,14 @@ def _padded(model: Model, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Ten
 def end_tokens(model: Model) -> tuple[int, ...]:
     """Tokens after which the model stops: the tokenizer's end of sequence and those of the generation config.
 
-    An instructed checkpoint ends its turn with a token of its own, which only generation_config.json names.
+    An instructed checkpoint ends its turn with a token of its own, which often only generation_config.json names; in
+    conversation that of the chat template counts too, where it is one token.
     """
     ends = getattr(getattr(model.module, "generation_config", None), "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
+    if model.chat and (end := end_of_turn(model.tokenizer)):
+        turn = model.tokenizer(end, add_special_tokens=False).input_ids
+        listed = [*listed, *(turn if len(turn) == 1 else ())]
     return tuple(dict.fromkeys(i for i in (model.tokenizer.eos_token_id, *listed) if i is not None))
 
 
