@@ -26,8 +26,8 @@ from locus.tokens import encode
 from tracing.patching.attribution import estimate
 from tracing.patching.corruption import Corrupter, prepare
 from tracing.patching.readout import Metric, Readout
-from tracing.patching.runs import Answers, Inputs, Question
-from tracing.patching.sites import Cell, cells_of
+from tracing.patching.runs import Inputs, PatchingQuestion, RunScores
+from tracing.patching.sites import PatchedRun, cells_of
 from tracing.replay.replay_engine import answer_by_replay
 
 
@@ -67,7 +67,12 @@ def head_arms(heads: list[int], n_kv_heads: int) -> list[Arm]:
 
 
 def rank(
-    model: Model, question: Question, readout: Readout, cells: list[Cell], arm: Arm, exact: Answers
+    model: Model,
+    question: PatchingQuestion,
+    readout: Readout,
+    cells: list[PatchedRun],
+    arm: Arm,
+    exact: RunScores,
 ) -> dict[str, float]:
     """One arm on one fact."""
     started = time.process_time()
@@ -111,10 +116,10 @@ def main() -> None:
     arms = head_arms(args.heads, model.atlas.n_kv_heads) if args.heads else list(BLOCKS)
     rows: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     for one in prepared:
-        question = Question(corrupter.inputs(model, one, args.samples), Inputs(one.ids), one.reads)
+        question = PatchingQuestion(corrupter.inputs(model, one, args.samples), Inputs(one.ids), one.reads)
         positions = range(one.positions[0], one.encoded.target_start)
         foil = encode(model, type(one.fact.example)(one.fact.prompt, one.fact.alternatives[0])).target_ids[0]
-        known: dict[tuple[tuple[str, ...], str], Answers] = {}
+        known: dict[tuple[tuple[str, ...], str], RunScores] = {}
         for arm in arms:
             cells = [c for k in arm.kinds for row in cells_of(k, model.atlas, positions, 1) for c in row]
             readout = Readout(arm.metric, torch.tensor(one.encoded.target_ids), foil=foil)

@@ -18,7 +18,7 @@ import torch
 from locus.fact import Fact
 from locus.forward import measure
 from locus.model import load_model
-from tracing.localizers.lookup_probe import Curve, LookupProbe
+from tracing.localizers.lookup_probe import AccuracyCurve, LookupProbe
 
 COUNTRIES = {
     " Europe": "Germany France Spain Italy Poland Sweden Norway Portugal Greece Austria Hungary Romania Finland "
@@ -45,7 +45,7 @@ def facts(each: int = 16) -> list[Fact]:
     ]
 
 
-def row(name: str, curve: Curve) -> str:
+def row(name: str, curve: AccuracyCurve) -> str:
     """Decodability in the stream before the first MLP, and behind each."""
     values = [float(curve.before[0]), *curve.behind.tolist()]
     return f"{name:9} " + " ".join(f"{value:5.2f}" for value in values)

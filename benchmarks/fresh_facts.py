@@ -31,7 +31,7 @@ from benchmarks.frontier import PLACES, mask_of
 from benchmarks.lib.frontier_cases import SETTINGS, Questions, halved
 from editors import EDITORS
 from locus.audit import audit
-from locus.cli.options import settings_of
+from locus.cli.options import method_settings
 from locus.fact import Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.model import Model, load_model
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, options = parser.parse_known_args(argv)
     torch.set_num_threads(args.threads)
     model = load_model("smollm2")
-    editor: Any = settings_of(f"--method {args.method}", EDITORS[args.method], options)
+    editor: Any = method_settings(f"--method {args.method}", EDITORS[args.method], options)
     place = args.mask or (None if hasattr(editor, "own_mask") else "saliency")
     known = known_facts(model, args.facts)
     print(f"{len(known)} known, {sum(bool(f.paraphrases) for f in known)} of them in other words", flush=True)

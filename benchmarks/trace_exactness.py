@@ -24,8 +24,8 @@ from locus.tokens import encode
 from tracing.patching.corruption import CORRUPTIONS, Corrupter, Prepared, prepare
 from tracing.patching.plain_engine import answer_plainly
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Asked, Inputs, Question
-from tracing.patching.sites import KINDS, Cell, cells_of
+from tracing.patching.runs import Asked, Inputs, PatchingQuestion
+from tracing.patching.sites import KINDS, PatchedRun, cells_of
 from tracing.replay.replay_engine import answer_by_replay
 
 ALL_KINDS = (*KINDS, "head:4", "query:4", "key:1", "value:1")
@@ -54,7 +54,7 @@ def questions(
     out: dict[str, list[Asked]] = {}
     for corruption in CORRUPTIONS:
         corrupted = Corrupter.of(model, prepared, corruption, 3.0).inputs(model, one, samples)
-        question = Question(corrupted, Inputs(one.ids), one.reads)
+        question = PatchingQuestion(corrupted, Inputs(one.ids), one.reads)
         out[corruption] = [
             Asked(asked, drawn_cells(model, one, n_cells, generator), readout)
             for asked in (question, question.reversed())
@@ -62,7 +62,7 @@ def questions(
     return out
 
 
-def drawn_cells(model: Model, one: Prepared, n: int, generator: torch.Generator) -> list[Cell]:
+def drawn_cells(model: Model, one: Prepared, n: int, generator: torch.Generator) -> list[PatchedRun]:
     """n cells of each kind, from the subject on."""
     cells = []
     for kind in ALL_KINDS:

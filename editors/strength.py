@@ -103,7 +103,7 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Point:
+class StrengthPoint:
     """What one strength does."""
 
     strength: float
@@ -118,7 +118,7 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class StrengthJudge:
     """The facts and texts that strengths are judged by, and what the base says of them."""
 
     model: Model
@@ -130,7 +130,9 @@ class Judge:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Model, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str]) -> Judge:
+    def of(
+        cls, model: Model, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str]
+    ) -> StrengthJudge:
         """Measure the base, which must be in memory.
 
         Raises:
@@ -151,7 +153,7 @@ class Judge:
         )
 
     @torch.no_grad()
-    def look(self, direction: Direction, strength: float, all_round: bool = True) -> Point:
+    def look(self, direction: Direction, strength: float, all_round: bool = True) -> StrengthPoint:
         """What this strength does: to the forget facts, and if `all_round` to everything."""
         with direction.at(self.model, strength):
             forgotten = measure(self.model, self.forget)
@@ -161,7 +163,7 @@ class Judge:
                 for batch, base in zip(self.text, self.base_logits, strict=True)
                 if all_round
             ]
-        return Point(
+        return StrengthPoint(
             strength,
             float(forgotten.prob.mean()),
             float(forgotten.correct.float().mean()),
@@ -170,12 +172,14 @@ class Judge:
         )
 
 
-def curve(judge: Judge, direction: Direction, strengths: Sequence[float]) -> list[Point]:
+def curve(judge: StrengthJudge, direction: Direction, strengths: Sequence[float]) -> list[StrengthPoint]:
     """The effect of each strength."""
     return [judge.look(direction, s) for s in progress.track(strengths, "strength curve")]
 
 
-def smallest(judge: Judge, direction: Direction, goal: float, most: float) -> tuple[float, list[Point]]:
+def smallest(
+    judge: StrengthJudge, direction: Direction, goal: float, most: float
+) -> tuple[float, list[StrengthPoint]]:
     """The smallest strength in (0, most] that brings the facts' mean probability to `goal`, by bisection.
 
     Where more strength does not always mean less probability, it is the end of an interval in which the goal is
@@ -226,9 +230,9 @@ def delta_at_strength(
     """
     about: dict[str, Any] = {**provenance, "strength": strength}
     if search.strength_goal or search.strength_curve:
-        judge = Judge.of(model, data.forget, data.retain, data.text)
+        judge = StrengthJudge.of(model, data.forget, data.retain, data.text)
         wanted = list(search.strength_curve)
-        points: list[Point] = []
+        points: list[StrengthPoint] = []
         if search.strength_goal:
             about["strength"], points = smallest(judge, direction, search.strength_goal, strength)
             about["reached"] = min(point.forget_prob for point in points) <= search.strength_goal

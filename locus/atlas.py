@@ -13,7 +13,7 @@ from typing import Any, Literal
 from locus.errors import InputError
 from locus.files.schema import built
 
-Role = Literal["gate", "gate_bias", "up", "up_bias", "down"]
+NeuronRole = Literal["gate", "gate_bias", "up", "up_bias", "down"]
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "mlp_post"]
 
 _HOOK_NAMES: Mapping[str, str] = {
@@ -55,7 +55,7 @@ class NeuronPart:
     """Dimension of the parameter that runs over neurons."""
     offset: int
     """Index of neuron 0 (fused projections hold gate and up behind each other)."""
-    role: Role
+    role: NeuronRole
     """gate: the projection that goes through the activation function where there are two; up: the other one,
     or the only one; down: the column written to the residual stream. The output bias is nobody's."""
 

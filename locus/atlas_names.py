@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from locus.atlas import NeuronPart, Role
+from locus.atlas import NeuronPart, NeuronRole
 from locus.errors import InputError
 from locus.parallel.sharding import class_name
 
@@ -129,7 +129,7 @@ class Names:
     def _parts(self, name: str, offset: int, role: Literal["gate", "up"]) -> list[NeuronPart]:
         parts = [NeuronPart(f"{name}.weight", self._out_axis(name), offset, role)]
         if getattr(self._module(name), "bias", None) is not None:
-            bias: Role = "gate_bias" if role == "gate" else "up_bias"
+            bias: NeuronRole = "gate_bias" if role == "gate" else "up_bias"
             parts.append(NeuronPart(f"{name}.bias", 0, offset, bias))
         return parts
 

@@ -20,15 +20,15 @@ from locus.target_forms import says
 
 SLOT = "{}"
 """Where the subject goes in a template."""
-MOST_WORDS = 8
+MOST_SUBJECT_WORDS = 8
 """Words that a subject found by its template may have at most."""
 
 Side = Literal["edit", "judge"]
 """Who may look at a way of asking or at a subject."""
-Kind = Literal["unseen_way", "same_subject", "same_relation", "far"]
+GridKind = Literal["unseen_way", "same_subject", "same_relation", "far"]
 """unseen_way: a forgotten cell, asked in a way that the edit did not see; same_subject: another relation of its
 subject; same_relation: another subject of its relation; far: neither subject nor relation is a forgotten cell's."""
-KINDS: tuple[Kind, ...] = ("unseen_way", "same_subject", "same_relation", "far")
+GRID_KINDS: tuple[GridKind, ...] = ("unseen_way", "same_subject", "same_relation", "far")
 
 
 @dataclass(frozen=True, order=True)
@@ -49,7 +49,7 @@ class Cell:
 class Question:
     """A cell asked in one way, by the judge."""
 
-    kind: Kind
+    kind: GridKind
     cell: Cell
     template: str
     """The way of asking, with `SLOT` where the subject stands."""
@@ -171,7 +171,7 @@ class Grid:
             and self.subject_side(other) == side
         )
 
-    def questions(self, most: int | None = None) -> dict[Kind, list[Question]]:
+    def questions(self, most: int | None = None) -> dict[GridKind, list[Question]]:
         """All that the judge may ask, by kind: unseen ways, of subjects that the edit did not see but the forgotten.
 
         A question whose prompt already says its target asks nothing and is left out.
@@ -180,7 +180,7 @@ class Grid:
             most: Questions a kind at most: every cell once, then every cell twice, and so on; within a cell and among
                 cells in the order of a hash. None for all.
         """
-        found: dict[Kind, list[Question]] = {kind: [] for kind in KINDS}
+        found: dict[GridKind, list[Question]] = {kind: [] for kind in GRID_KINDS}
         places = {(cell.relation, cell.subject) for cell in self.forgotten}
         for cell in self.cells:
             kind = self._kind(cell, places)
@@ -216,7 +216,7 @@ class Grid:
                 ]
         return found
 
-    def _kind(self, cell: Cell, places: Set[tuple[str, str]]) -> Kind | None:
+    def _kind(self, cell: Cell, places: Set[tuple[str, str]]) -> GridKind | None:
         """What the cell is to a judge; None where the edit saw it, or where it is a forgotten one's other answer.
 
         Args:
@@ -350,7 +350,7 @@ class _Reader:
             before, _, after = template.partition(SLOT)
             inside = prompt[len(before) : len(prompt) - len(after)]
             fits = prompt == before + inside + after and inside == inside.strip()
-            if fits and 0 < len(inside.split()) <= MOST_WORDS:
+            if fits and 0 < len(inside.split()) <= MOST_SUBJECT_WORDS:
                 return inside
         return None
 

@@ -21,10 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from locus.errors import InputError
 
-Patch = Callable[[Tensor], Tensor | None]
+HookFunction = Callable[[Tensor], Tensor | None]
 """Given a module's input or output, its replacement, or None to leave it as it is."""
 
-_NOTHING: Mapping[str, Patch] = MappingProxyType({})
+_NOTHING: Mapping[str, HookFunction] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class StopForward(Exception):
 
 @contextlib.contextmanager
 def patched(
-    module: nn.Module, outputs: Mapping[str, Patch] = _NOTHING, inputs: Mapping[str, Patch] = _NOTHING
+    module: nn.Module,
+    outputs: Mapping[str, HookFunction] = _NOTHING,
+    inputs: Mapping[str, HookFunction] = _NOTHING,
 ) -> Iterator[None]:
     """Pass the inputs or outputs of named modules through functions, within the context.
 
@@ -273,7 +275,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | N
     return None
 
 
-def _apply(patch: Patch, tensor: Tensor, batch_pos: list[int]) -> Tensor | None:
+def _apply(patch: HookFunction, tensor: Tensor, batch_pos: list[int]) -> Tensor | None:
     """Call the patch on `batch pos d`, give its answer back in the tensor's own shape."""
     if tensor.dim() == 2 and batch_pos and batch_pos[0] * batch_pos[1] == tensor.shape[0]:
         new = patch(tensor.reshape(*batch_pos, tensor.shape[-1]))
@@ -282,7 +284,11 @@ def _apply(patch: Patch, tensor: Tensor, batch_pos: list[int]) -> Tensor | None:
 
 
 def _patch_input(
-    patch: Patch, batch_pos: list[int], called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    patch: HookFunction,
+    batch_pos: list[int],
+    called: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     where = _first(args, kwargs)
     if where is None:
@@ -296,7 +302,7 @@ def _patch_input(
     return args, {**kwargs, key: new}
 
 
-def _patch_output(patch: Patch, batch_pos: list[int], called: nn.Module, _: Any, output: Any) -> Any:
+def _patch_output(patch: HookFunction, batch_pos: list[int], called: nn.Module, _: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return _apply(patch, output, batch_pos)
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):

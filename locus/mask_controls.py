@@ -31,7 +31,7 @@ TRIES = 30
 """Draws for one control before it is said that there is none."""
 
 Rng = np.random.Generator
-Chosen = NDArray[np.bool_]
+BoolArray = NDArray[np.bool_]
 
 
 def control_masks(
@@ -112,7 +112,7 @@ class _Place:
         place = cls(model.atlas, shapes_of(model.module), touched=set(mask.entries))
         partial = {place.layer(name) for name, one in mask.entries.items() if one.kind != "all"}
         moved: dict[int, list[str]] = {}
-        rest: dict[str, Chosen] = {}
+        rest: dict[str, BoolArray] = {}
         for name, selection in mask.entries.items():
             layer = place.layer(name)
             if selection.kind != "all":
@@ -166,7 +166,7 @@ class _Place:
             return shape.index(fused), behind * period + block % period
         return 0, np.zeros(shape[0] if shape else 1, np.int64)
 
-    def _take_neurons(self, rest: dict[str, Chosen]) -> None:
+    def _take_neurons(self, rest: dict[str, BoolArray]) -> None:
         """Take whole neuron parts out of what is left of the mask."""
         for layer, parts in enumerate(self.atlas.neurons):
             bits = np.zeros(self.atlas.d_mlp, np.int64)
@@ -182,7 +182,7 @@ class _Place:
             if bits.any():
                 self.neurons[layer] = bits
 
-    def _take_slices(self, rest: Mapping[str, Chosen]) -> None:
+    def _take_slices(self, rest: Mapping[str, BoolArray]) -> None:
         """Count the whole rows or columns, then the single weights, of what is left."""
         for name, chosen in rest.items():
             axis, labels = self.classes(name)
@@ -245,7 +245,7 @@ class _Sheet:
     """Over all layers, not with the mask's number in each."""
     full: frozenset[str]
     """Parameters that are selected whole already."""
-    taken: dict[str, Chosen] = field(default_factory=dict)
+    taken: dict[str, BoolArray] = field(default_factory=dict)
     """What is drawn so far, by parameter."""
 
     def take_neurons(self) -> None:
@@ -309,7 +309,7 @@ class _Sheet:
         free = np.broadcast_to((labels == label).reshape(sides), shape)
         return np.flatnonzero(free if taken is None else free & ~taken)
 
-    def _held(self, name: str) -> Chosen:
+    def _held(self, name: str) -> BoolArray:
         if name not in self.taken:
             self.taken[name] = np.zeros(self.place.shapes[name], np.bool_)
         return self.taken[name]

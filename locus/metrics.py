@@ -62,7 +62,7 @@ def probability_among(
     return probs[:, answer] / probs.sum(1)
 
 
-def multiple_choice(
+def multiple_choice_right(
     nll: Float[Tensor, "example option"],
     n_tokens: Int[Tensor, "example option"],
     answer: Int[Tensor, " example"],

@@ -30,7 +30,7 @@ from locus.weight_checks import Agreement, refuse_disagreement, refuse_nonfinite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
+LOADED_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -365,9 +365,9 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, mapped: bool) -> torc
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" and not mapped else "auto"
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    if dtype not in LOADED_DTYPES:
+        raise InputError(f"dtype {dtype}: not one of auto, {', '.join(LOADED_DTYPES)}")
+    return LOADED_DTYPES[dtype]
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-Kind = Literal["all", "rows", "columns", "elements"]
+SelectionKind = Literal["all", "rows", "columns", "elements"]
 _BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,10 +34,10 @@ class Selection:
 
     __slots__ = ("_bits", "_index", "kind", "shape")
 
-    kind: Kind
+    kind: SelectionKind
     shape: tuple[int, ...]
 
-    def __init__(self, kind: Kind, index: Tensor | None, shape: tuple[int, ...]) -> None:
+    def __init__(self, kind: SelectionKind, index: Tensor | None, shape: tuple[int, ...]) -> None:
         self.shape = tuple(int(n) for n in shape)
         self._bits: NDArray[np.uint8] | None = None
         if kind == "all" and index is None:
@@ -233,7 +233,7 @@ class Selection:
         sizes = tuple(n for n in shape if type(n) is int and 0 <= n < 1 << 62)
         if len(sizes) != len(shape) or (data is not None and data.is_floating_point()):
             raise ValueError(f"no selection in shape {shape}")
-        if form in get_args(Kind):
+        if form in get_args(SelectionKind):
             return cls(form, data, sizes)  # type: ignore[arg-type]
         if form != "bits" or data is None or data.dtype != torch.uint8:
             raise ValueError(f"no form {form!r} of a selection")
@@ -245,7 +245,7 @@ class Selection:
 
     # ---- how it is kept
 
-    def _become(self, kind: Kind, values: NDArray[Any]) -> None:
+    def _become(self, kind: SelectionKind, values: NDArray[Any]) -> None:
         """Take sorted unique `values` of `kind`, in canonical form."""
         rows = self.shape[0] if self.shape else 1
         columns = self.shape[1] if len(self.shape) > 1 else 1

@@ -36,14 +36,14 @@ from tracing.patching.grids import (
     Plan,
     assemble,
     drawn,
-    joined,
+    join_draws,
     most_promising,
     standard_error,
 )
 from tracing.patching.plain_engine import logits_of
 from tracing.patching.readout import METRICS, Metric, Readout
 from tracing.patching.resume import FinishedFacts
-from tracing.patching.runs import Answers, Asked, Inputs, Question, divergence
+from tracing.patching.runs import Asked, Inputs, PatchingQuestion, RunScores, divergence
 from tracing.patching.sites import Kind, cells_of
 
 _UNSETTLING = ("engine", "batch_tokens")
@@ -235,7 +235,7 @@ class CausalTrace:
         """The question of a fact, its cells, and the estimates that stand for some of them."""
         cap = self.samples if self.tolerance is None else self.max_samples
         corrupted = corrupter.inputs(model, one, cap)
-        question = Question(base=corrupted, other=Inputs(one.ids), reads=one.reads)
+        question = PatchingQuestion(base=corrupted, other=Inputs(one.ids), reads=one.reads)
         if self.direction == "noise":
             question = question.reversed()
         readout = self._readout(model, one, question)
@@ -246,7 +246,9 @@ class CausalTrace:
         cells = grids.cells if estimates is None else [grids.cells[i] for i in estimates.exact]
         return Plan(one, corrupted, Asked(question, cells, readout), grids, estimates)
 
-    def _estimate(self, model: Model, question: Question, readout: Readout, grids: Grids) -> Estimates:
+    def _estimate(
+        self, model: Model, question: PatchingQuestion, readout: Readout, grids: Grids
+    ) -> Estimates:
         """Estimates of all cells that have one, and the cells to answer exactly."""
         question = question.draws(slice(0, self.samples)) if self.tolerance is None else question
         guessed = [kind for kind in self.kinds if can_estimate(kind)]
@@ -267,7 +269,7 @@ class CausalTrace:
             exact |= set(most_promising(grids, guessed, values, float(base.mean()), self.verify))
         return Estimates(values, tuple(sorted(exact)))
 
-    def _draw_enough(self, engine: Engine, asked: Asked) -> Answers:
+    def _draw_enough(self, engine: Engine, asked: Asked) -> RunScores:
         """As many draws as the tolerance asks for."""
         question, cells, readout = asked.question, asked.cells, asked.readout
         total = question.samples
@@ -276,10 +278,10 @@ class CausalTrace:
             if float(standard_error(answers.cells[..., 0]).max()) <= self.tolerance:
                 break
             more = engine.answer(question.draws(slice(n, min(2 * n, total))), cells, readout)
-            answers = joined(answers, more)
+            answers = join_draws(answers, more)
         return answers
 
-    def _readout(self, model: Model, one: Prepared, question: Question) -> Readout:
+    def _readout(self, model: Model, one: Prepared, question: PatchingQuestion) -> Readout:
         labels = torch.tensor(one.encoded.target_ids)
         clean, foil = None, None
         if self.metric in ("kl", "logit_diff"):
@@ -311,7 +313,7 @@ def _foil(model: Model, one: Prepared, clean: Tensor) -> int:
     return int(second if first == own else first)
 
 
-def _refuse_nan(model: Model, one: Prepared, question: Question, answers: Answers) -> None:
+def _refuse_nan(model: Model, one: Prepared, question: PatchingQuestion, answers: RunScores) -> None:
     """An InputError that names the first layer whose output is not finite."""
     if all(bool(torch.isfinite(scores).all()) for scores in (answers.base, answers.other, answers.cells)):
         return

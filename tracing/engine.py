@@ -19,8 +19,8 @@ from locus.model import Model
 from locus.throughput import matrix_peak
 from tracing.patching.plain_engine import answer_plainly
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Answers, Asked, Question
-from tracing.patching.sites import Cell
+from tracing.patching.runs import Asked, PatchingQuestion, RunScores
+from tracing.patching.sites import PatchedRun
 
 EngineName = Literal["auto", "replay", "plain"]
 ENGINES: tuple[EngineName, ...] = ("auto", "replay", "plain")
@@ -49,11 +49,11 @@ class Engine:
         if self.wanted not in ENGINES:
             raise InputError(f"engine {self.wanted!r}: not one of {', '.join(ENGINES)}")
 
-    def answer(self, question: Question, cells: Sequence[Cell], readout: Readout) -> Answers:
+    def answer(self, question: PatchingQuestion, cells: Sequence[PatchedRun], readout: Readout) -> RunScores:
         """The scores of both runs and of every cell."""
         return self.answer_all([Asked(question, cells, readout)])[0]
 
-    def answer_all(self, asked: Sequence[Asked]) -> list[Answers]:
+    def answer_all(self, asked: Sequence[Asked]) -> list[RunScores]:
         """Answer several questions, their rows side by side where they are replayed."""
         if self.wanted == "plain" or self._refused:
             return self._plainly(asked)
@@ -90,7 +90,7 @@ class Engine:
 
         return 1 if self.wanted == "plain" else self.batch_tokens or full_budget(self.model)
 
-    def _plainly(self, asked: Sequence[Asked]) -> list[Answers]:
+    def _plainly(self, asked: Sequence[Asked]) -> list[RunScores]:
         self.used = f"plain ({self._refused})" if self._refused else "plain"
         tokens = self.batch_tokens or 4096
         return [

@@ -14,7 +14,7 @@ from locus.model import Model
 from locus.tokens import Encoded, encode
 from tracing.patching.corruption import Corrupter, Prepared, prepare
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Inputs, Question
+from tracing.patching.runs import Inputs, PatchingQuestion
 from tracing.patching.sites import cells_of
 from tracing.replay.replay_engine import answer_by_replay
 
@@ -33,7 +33,7 @@ class Setup:
     """One prompt, ready for every contender."""
 
     prepared: Prepared
-    question: Question
+    question: PatchingQuestion
     readout: Readout
     traced: Traced
     n_layers: int
@@ -64,7 +64,7 @@ def setup(model: Model, n_tokens: int, samples: int, after: bool = False) -> Set
     one = prepare(FACT, encoded, model.bos, 0)
     corrupted = Corrupter.of(model, [one], "gaussian", 3.0).inputs(model, one, samples)
     assert corrupted.embeddings is not None
-    question = Question(corrupted, Inputs(one.ids), one.reads)
+    question = PatchingQuestion(corrupted, Inputs(one.ids), one.reads)
     target = encoded.target_ids[0]
     device = model.device
     traced = Traced(one.ids.to(device), one.positions, corrupted.embeddings.to(device), target)

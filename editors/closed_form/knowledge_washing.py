@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection
-from editors.key_value.least_squares import Metric, write
+from editors.key_value.least_squares import SecondMomentMetric, least_squares_update
 from editors.key_value.multilayer import MultilayerEdit, MultilayerWriter, Solve
 from editors.key_value.target_value import EditTarget
 from locus.errors import InputError
@@ -45,7 +45,9 @@ class LaW(MultilayerEdit):
         Raises:
             InputError: C is not positive definite, or beta is below 1.
         """
-        metrics = {layer: Metric.of(moment, self.ridge) for layer, moment in spread.moments.items()}
+        metrics = {
+            layer: SecondMomentMetric.of(moment, self.ridge) for layer, moment in spread.moments.items()
+        }
         weight = self.weight * spread.model.atlas.d_mlp
 
         def solve(
@@ -57,7 +59,7 @@ class LaW(MultilayerEdit):
 
 
 def wash(
-    metric: Metric,
+    metric: SecondMomentMetric,
     keys: Float[Tensor, "n key"],
     residual: Float[Tensor, "d_model key"],
     weight: float,
@@ -79,7 +81,7 @@ def wash(
         raise InputError(
             f"beta = {beta}: an update can cost at least as much as the one it began as: give 1 or more"
         )
-    start = write(metric, keys, residual, weight)
+    start = least_squares_update(metric, keys, residual, weight)
     if not climb or not bool(start.any()):
         return start
     solved = metric.solve(keys)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection
-from editors.key_value.least_squares import Metric, write
+from editors.key_value.least_squares import SecondMomentMetric, least_squares_update
 from editors.key_value.multilayer import MultilayerEdit, MultilayerWriter, Solve
 
 
@@ -36,13 +36,15 @@ class MEMIT(MultilayerEdit):
         Raises:
             InputError: C is not positive definite.
         """
-        metrics = {layer: Metric.of(moment, self.ridge) for layer, moment in spread.moments.items()}
+        metrics = {
+            layer: SecondMomentMetric.of(moment, self.ridge) for layer, moment in spread.moments.items()
+        }
         weight = self.weight * spread.model.atlas.d_mlp
 
         def solve(
             one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
         ) -> Float[Tensor, "d_model n"]:
             every, wanted = spread.written.with_earlier(one, keys, residual)
-            return write(metrics[one.layer], every, wanted, weight)
+            return least_squares_update(metrics[one.layer], every, wanted, weight)
 
         return solve, {"conditions": [one.condition for one in metrics.values()]}

@@ -23,8 +23,15 @@ from editors.key_value.down_projections import (
     refuse_edited,
     whole_projections,
 )
-from editors.key_value.key_positions import Place, context_prefixes, mean_by_fact, retained, rows, states
-from editors.key_value.least_squares import Metric, within, write
+from editors.key_value.key_positions import (
+    Place,
+    context_prefixes,
+    mean_by_fact,
+    retain_moments,
+    rows,
+    states,
+)
+from editors.key_value.least_squares import SecondMomentMetric, least_squares_update, within
 from editors.key_value.second_moments import second_moments
 from editors.key_value.target_value import EditTarget, ValueDeltas, find_value_deltas
 from locus import progress
@@ -105,10 +112,10 @@ class ROME:
             model, [located.layer], text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )[located.layer]
         prefixes = context_prefixes(text, self.target.prefixes, self.seed)
-        kept = retained(
+        kept = retain_moments(
             model, retain, [located.layer], prefixes, self.place, self.retain_weight, self.batch_tokens
         )[located.layer]
-        metric = Metric.of(within(moment.mean + kept, located.neurons), self.ridge)
+        metric = SecondMomentMetric.of(within(moment.mean + kept, located.neurons), self.ridge)
         memory = _Memory(metric, located)
         with borrowed(model, [located.param]):
             for fact in progress.track(forget, "edit"):
@@ -142,7 +149,7 @@ class ROME:
 class _Memory:
     """What has been written so far: keys that later facts must leave alone, and the sum of the updates."""
 
-    def __init__(self, metric: Metric, located: DownProjection) -> None:
+    def __init__(self, metric: SecondMomentMetric, located: DownProjection) -> None:
         self.metric, self.located = metric, located
         self.keys = torch.zeros(len(metric.matrix), 0, dtype=torch.float64)
         self.total = torch.zeros(located.allowed.shape, dtype=torch.float64)
@@ -155,7 +162,7 @@ class _Memory:
         self.keys = torch.cat([self.keys, key[self.located.neurons, None]], dim=1)
         wanted = torch.zeros(len(residual), self.keys.shape[1], dtype=torch.float64)
         wanted[:, -1] = residual
-        update = self.located.spread(write(self.metric, self.keys, wanted))
+        update = self.located.spread(least_squares_update(self.metric, self.keys, wanted))
         self.total += update
         return update
 

@@ -24,7 +24,7 @@ from locus.selection import Selection
 from locus.weight_source import stored
 
 Found = Literal["mean", "pca", "inlp"]
-Side = Literal["input", "output"]
+ProjectedSide = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EraseSubspace(StrengthSearch):
     classifiers of forget against retain."""
     rank: int = 1
     """Dimensions to erase; the mean difference has one."""
-    side: Side = "input"
+    side: ProjectedSide = "input"
     """Erase from what the matrices read, or from what they write."""
     protect: int = 32
     """Principal directions of the retain facts that the subspace is kept orthogonal to."""
@@ -60,7 +60,7 @@ class EraseSubspace(StrengthSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("directions", Found), ("side", Side)):
+        for name, known in (("directions", Found), ("side", ProjectedSide)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"{name} = {getattr(self, name)!r}: not one of {', '.join(get_args(known))}")
         if self.rank < 1 or self.protect < 0:
@@ -181,7 +181,7 @@ def subspace(
 
 
 def without(
-    weight: Float[Tensor, "out in"], basis: Float[Tensor, "d rank"], side: Side
+    weight: Float[Tensor, "out in"], basis: Float[Tensor, "d rank"], side: ProjectedSide
 ) -> Float[Tensor, "out in"]:
     """The part of a matrix that reads, or writes, the subspace: subtracted, the matrix is blind to it."""
     return (weight @ basis) @ basis.mT if side == "input" else basis @ (basis.mT @ weight)

@@ -30,7 +30,7 @@ SHORT, LONG = 3, 12
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class KeyRow:
     """One sequence, and the position in it that an edit concerns."""
 
     encoded: Encoded
@@ -62,7 +62,7 @@ def rows(
     facts: Sequence[Fact],
     prefixes: Sequence[str] = (),
     place: Place = "subject",
-) -> list[Row]:
+) -> list[KeyRow]:
     """The facts' prompts with their targets: each as it is, then after every context prefix.
 
     Raises:
@@ -75,7 +75,7 @@ def rows(
     return found
 
 
-def row(model: Model, fact: Fact, number: int, place: Place = "subject") -> Row:
+def row(model: Model, fact: Fact, number: int, place: Place = "subject") -> KeyRow:
     """One fact's sequence, with the position that is meant.
 
     Raises:
@@ -83,13 +83,13 @@ def row(model: Model, fact: Fact, number: int, place: Place = "subject") -> Row:
     """
     encoded = encode(model, fact)
     if place == "prompt":
-        return Row(encoded, encoded.target_start - 1, number)
+        return KeyRow(encoded, encoded.target_start - 1, number)
     if encoded.subject is None:
         raise InputError(
             f"{fact.source or f'fact {fact.id!r}'}: has no subject, but the edit is made at its last token: "
             "name the subject, edit at the prompt's last token (--place prompt), or train located weights (--mask)"
         )
-    return Row(encoded, encoded.subject[1] - 1, number)
+    return KeyRow(encoded, encoded.subject[1] - 1, number)
 
 
 def with_prefix(fact: Fact, prefix: str) -> Fact:
@@ -104,7 +104,7 @@ def with_prefix(fact: Fact, prefix: str) -> Fact:
 @torch.no_grad()
 def states(
     model: Model,
-    rows: Sequence[Row],
+    rows: Sequence[KeyRow],
     *,
     inputs: Iterable[str] = (),
     outputs: Iterable[str] = (),
@@ -142,7 +142,7 @@ def states(
     return first, second
 
 
-def retained(
+def retain_moments(
     model: Model,
     retain: Sequence[Fact],
     layers: Sequence[int],
@@ -177,7 +177,7 @@ def retained(
 
 
 def mean_by_fact(
-    values: Float[Tensor, "row d"], rows: Sequence[Row], n_facts: int
+    values: Float[Tensor, "row d"], rows: Sequence[KeyRow], n_facts: int
 ) -> Float[Tensor, "fact d"]:
     """The mean over each fact's rows."""
     owner = torch.tensor([one.fact for one in rows])
@@ -185,7 +185,7 @@ def mean_by_fact(
     return total / torch.bincount(owner, minlength=n_facts)[:, None]
 
 
-def grouped(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
+def grouped(rows: Sequence[KeyRow], batch_tokens: int) -> list[list[int]]:
     """Indices of rows in groups of like length that fit a forward."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].encoded.ids), i))
     groups: list[list[int]] = []
@@ -197,7 +197,7 @@ def grouped(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
     return groups
 
 
-def batch_of(rows: Sequence[Row], group: Sequence[int]) -> Batch:
+def batch_of(rows: Sequence[KeyRow], group: Sequence[int]) -> Batch:
     """The rows of a group as one batch; `Batch.examples` are their indices."""
     return collate([one.encoded for one in rows], group)
 

@@ -19,7 +19,7 @@ _POWER_STEPS = 30
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
+class SecondMomentMetric:
     """C = E[k kᵀ] + ridge · mean(diag E[k kᵀ]) · I, factored."""
 
     matrix: Float[Tensor, "neuron neuron"]
@@ -32,7 +32,7 @@ class Metric:
     """Estimate (from below, by power iteration) of C's 2-norm condition number."""
 
     @classmethod
-    def of(cls, moment: Float[Tensor, "neuron neuron"], ridge: float) -> Metric:
+    def of(cls, moment: Float[Tensor, "neuron neuron"], ridge: float) -> SecondMomentMetric:
         """Factor a second moment.
 
         Args:
@@ -63,8 +63,8 @@ class Metric:
         return float(((update @ self.matrix) * update).sum())
 
 
-def write(
-    metric: Metric,
+def least_squares_update(
+    metric: SecondMomentMetric,
     keys: Float[Tensor, "neuron key"],
     residual: Float[Tensor, "out key"],
     weight: float = 0.0,

@@ -25,7 +25,7 @@ from editors.key_value.down_projections import (
     refuse_edited,
     whole_projections,
 )
-from editors.key_value.key_positions import Place, context_prefixes, retained
+from editors.key_value.key_positions import Place, context_prefixes, retain_moments
 from editors.key_value.least_squares import within
 from editors.key_value.residual_spread import ResidualSpread
 from editors.key_value.second_moments import second_moments
@@ -151,7 +151,7 @@ class MultilayerWriter:
         moments = second_moments(
             model, layers, text, n_tokens=editor.moment_tokens, batch_tokens=editor.batch_tokens
         )
-        kept = retained(
+        kept = retain_moments(
             model, retain, layers, prefixes, editor.place, editor.retain_weight, editor.batch_tokens
         )
         return cls(

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from editors.key_value.key_positions import Row, batch_of, grouped
+from editors.key_value.key_positions import KeyRow, batch_of, grouped
 from locus.forward import Batch, label_logits
-from locus.hooks import Patch, patched, record, record_results, skipped
+from locus.hooks import HookFunction, patched, record, record_results, skipped
 from locus.model import Model
 
 EXACT = 1e-3
@@ -39,7 +39,7 @@ DeltaForwards = Callable[
 """Indices of rows, and the value deltas of all facts -> the rows' logits, some rows at a time."""
 
 
-def delta_forwards(model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> DeltaForwards:
+def delta_forwards(model: Model, site: str, rows: Sequence[KeyRow], batch_tokens: int) -> DeltaForwards:
     """Forwards of these rows with a value delta added to the output of the module `site` at each row's position."""
     return SuffixForwards.of(model, site, rows, batch_tokens) or WholeForwards(
         model, site, rows, batch_tokens
@@ -52,7 +52,7 @@ class WholeForwards:
 
     model: Model
     site: str
-    rows: Sequence[Row]
+    rows: Sequence[KeyRow]
     batch_tokens: int
 
     def __call__(
@@ -106,7 +106,7 @@ class SuffixForwards:
 
     model: Model
     site: str
-    rows: Sequence[Row]
+    rows: Sequence[KeyRow]
     batch_tokens: int
     below: Sequence[str]
     """Blocks that are skipped."""
@@ -115,7 +115,7 @@ class SuffixForwards:
     kept: _Kept
 
     @classmethod
-    def of(cls, model: Model, site: str, rows: Sequence[Row], batch_tokens: int) -> SuffixForwards | None:
+    def of(cls, model: Model, site: str, rows: Sequence[KeyRow], batch_tokens: int) -> SuffixForwards | None:
         """Run every row once and keep what stays the same; None if the model does not come out the same that way."""
         blocks = model.atlas.blocks
         block = next(i for i, path in enumerate(blocks) if f"{site}.".startswith(f"{path}."))
@@ -215,10 +215,10 @@ def _by_row(batch: Batch, logits: Float[Tensor, "label d_vocab"]) -> dict[int, F
 
 def _adding(
     delta: Float[Tensor, "fact d_model"],
-    rows: Sequence[Row],
+    rows: Sequence[KeyRow],
     group: Sequence[int],
     at: Int64[Tensor, " member"],
-) -> Patch:
+) -> HookFunction:
     """A patch that adds the value deltas of a group's facts, at these positions."""
     return partial(_add, delta[[rows[i].fact for i in group]], at)
 

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection, add_
-from editors.key_value.key_positions import Place, Row, mean_by_fact, row, rows, states
+from editors.key_value.key_positions import KeyRow, Place, mean_by_fact, row, rows, states
 from editors.key_value.target_value import EditTarget, ValueDeltas, find_value_deltas
 from locus.fact import Fact
 from locus.model import Model
 
-Solve = Callable[
+SolveResiduals = Callable[
     [DownProjection, Float[Tensor, "n fact"], Float[Tensor, "d_model fact"]], Float[Tensor, "d_model n"]
 ]
 """Located projection, keys of its located neurons, residuals -> update of these neurons' columns."""
@@ -34,9 +34,9 @@ class ResidualSpread:
     model: Model
     located: Sequence[DownProjection]
     """Lowest layer first."""
-    plain: Sequence[Row]
+    plain: Sequence[KeyRow]
     """Each fact's prompt."""
-    seen: Sequence[Row]
+    seen: Sequence[KeyRow]
     """The same, and after every context prefix."""
     wanted: Float[Tensor, "fact d_model"]
     """The output of the highest block that the edit is to bring about."""
@@ -79,7 +79,7 @@ class ResidualSpread:
         _, now = states(self.model, self.plain, outputs=[top], batch_tokens=self.batch_tokens)
         return self.wanted - now[top]
 
-    def write_(self, solve: Solve, keep: Callable[[DownProjection, Tensor, Tensor], None]) -> None:
+    def write_(self, solve: SolveResiduals, keep: Callable[[DownProjection, Tensor, Tensor], None]) -> None:
         """Write the updates into the model in memory, layer by layer.
 
         Args:
@@ -98,7 +98,7 @@ class ResidualSpread:
 def before_norm(
     model: Model,
     layer: int,
-    plain: Sequence[Row],
+    plain: Sequence[KeyRow],
     residual: Float[Tensor, "fact d_model"],
     batch_tokens: int = 4096,
 ) -> Float[Tensor, "fact d_model"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from editors.key_value.key_positions import Place, Row, row, states, with_prefix
+from editors.key_value.key_positions import KeyRow, Place, row, states, with_prefix
 from editors.key_value.prefix import SuffixForwards, delta_forwards
 from locus import progress
 from locus.errors import InputError
@@ -127,7 +127,7 @@ def find_value_deltas(
     )
 
 
-def _portions(model: Model, rows: Sequence[Row], n_facts: int) -> list[slice]:
+def _portions(model: Model, rows: Sequence[KeyRow], n_facts: int) -> list[slice]:
     """Facts in order, as many at a time as leave no more than MOST_KEPT bytes of keys and values to be kept."""
     atlas = model.atlas
     a_token = 2 * atlas.n_layers * atlas.n_kv_heads * atlas.d_head * model.dtype.itemsize
@@ -227,8 +227,8 @@ class _Search:
         self,
         model: Model,
         site: str,
-        wanted: Sequence[Row],
-        essence: Sequence[Row],
+        wanted: Sequence[KeyRow],
+        essence: Sequence[KeyRow],
         target: EditTarget,
         start: Float[Tensor, "fact d_model"],
         targets: Int64[Tensor, " fact"],
@@ -348,7 +348,7 @@ def _firsts(example: Int64[Tensor, " label"]) -> Bool[Tensor, " label"]:
 
 def _answers(
     model: Model, facts: Sequence[Fact], target: EditTarget, prefixes: Sequence[str], place: Place
-) -> list[Row]:
+) -> list[KeyRow]:
     """Each fact after every context prefix, with each of the answers wanted."""
     found = []
     for number, fact in enumerate(facts):
@@ -380,7 +380,7 @@ def answers(fact: Fact, target: EditTarget) -> tuple[str, ...]:
     return (fact.target,) if target.to == "alternatives" else fact.alternatives[:1]
 
 
-def _essence_prompts(model: Model, facts: Sequence[Fact], target: EditTarget, place: Place) -> list[Row]:
+def _essence_prompts(model: Model, facts: Sequence[Fact], target: EditTarget, place: Place) -> list[KeyRow]:
     """ "{subject} is a", which must go on as before; facts without a subject have none."""
     if not target.kl:
         return []

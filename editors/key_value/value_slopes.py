@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from editors.key_value.key_positions import Row, batch_of, grouped
+from editors.key_value.key_positions import KeyRow, batch_of, grouped
 from locus.forward import label_logits, label_nll
 from locus.hooks import patched, record
 from locus.model import Model
@@ -42,9 +42,9 @@ class Slopes:
 
 def value_slopes(
     model: Model,
-    rows: Sequence[Row],
+    rows: Sequence[KeyRow],
     layers: Sequence[int],
-    counted: Callable[[Row], range],
+    counted: Callable[[KeyRow], range],
     batch_tokens: int = 4096,
 ) -> Slopes:
     """One forward and one backward pass over the rows.

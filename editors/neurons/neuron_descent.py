@@ -20,8 +20,8 @@ from editors.key_value.down_projections import (
     chosen_layers,
     whole_projections,
 )
-from editors.key_value.key_positions import Row, context_prefixes, row, with_prefix
-from editors.key_value.least_squares import Metric, within
+from editors.key_value.key_positions import KeyRow, context_prefixes, row, with_prefix
+from editors.key_value.least_squares import SecondMomentMetric, within
 from editors.key_value.neuron_parts import located_values, neuron_mask
 from editors.key_value.second_moments import SecondMoment, second_moments
 from editors.key_value.value_slopes import Slopes, value_slopes
@@ -147,14 +147,14 @@ class NeuronDescent(StrengthSearch):
         kept: Sequence[Fact],
         located: Sequence[DownProjection],
         text: Sequence[str],
-    ) -> tuple[dict[int, Tensor], dict[int, Metric], list[int]]:
+    ) -> tuple[dict[int, Tensor], dict[int, SecondMomentMetric], list[int]]:
         """The sum of the rounds' updates by layer, the metrics they are cheapest in, and how many facts each moved."""
         layers = [one.layer for one in located]
         moments = second_moments(
             model, layers, text, n_tokens=self.moment_tokens, batch_tokens=self.batch_tokens
         )
         rows = self._rows(model, forget, kept, text)
-        metrics: dict[int, Metric] = {}
+        metrics: dict[int, SecondMomentMetric] = {}
         total = {
             one.layer: torch.zeros(model.atlas.d_model, len(one.neurons), dtype=torch.float64)
             for one in located
@@ -180,7 +180,7 @@ class NeuronDescent(StrengthSearch):
 
     def _rows(
         self, model: Model, forget: Sequence[Fact], kept: Sequence[Fact], text: Sequence[str]
-    ) -> list[Row]:
+    ) -> list[KeyRow]:
         """The forget facts after every context prefix, then the retain facts as they are."""
         prefixes = ("", *context_prefixes(text, self.prefixes, self.seed))
         rows = [
@@ -191,7 +191,7 @@ class NeuronDescent(StrengthSearch):
         return rows + [self._row(model, fact, number) for number, fact in enumerate(kept, len(forget))]
 
     def _slopes(
-        self, model: Model, rows: Sequence[Row], n_forget: int, layers: Sequence[int]
+        self, model: Model, rows: Sequence[KeyRow], n_forget: int, layers: Sequence[int]
     ) -> tuple[Slopes, Float[Tensor, " fact"]]:
         """Means over a fact's context prefixes: the gradients, and the forget targets' probability (geometric)."""
         found = value_slopes(model, rows, layers, self._counted, self.batch_tokens)
@@ -203,19 +203,19 @@ class NeuronDescent(StrengthSearch):
 
     def _metric(
         self, one: DownProjection, moments: Mapping[int, SecondMoment], slopes: Slopes, n_forget: int
-    ) -> Metric:
+    ) -> SecondMomentMetric:
         """C of a layer's located neurons: over text, and over the retain facts' keys."""
         moment = within(moments[one.layer].mean, one.neurons)
         others = slopes.keys[one.layer][slopes.owner >= n_forget][:, one.neurons]
         if len(others):
             moment = moment + self.retain_weight * others.mT @ others / len(others)
-        return Metric.of(moment, self.ridge)
+        return SecondMomentMetric.of(moment, self.ridge)
 
-    def _row(self, model: Model, fact: Fact, number: int) -> Row:
+    def _row(self, model: Model, fact: Fact, number: int) -> KeyRow:
         needs_subject = self.where in ("subject", "after")
         return row(model, fact, number, "subject" if needs_subject and fact.subject else "prompt")
 
-    def _counted(self, one: Row) -> range:
+    def _counted(self, one: KeyRow) -> range:
         last = one.encoded.target_start - 1
         if self.where == "all":
             return range(len(one.encoded.ids) - 1)
@@ -227,7 +227,7 @@ class NeuronDescent(StrengthSearch):
 def cheapest(
     slopes: Slopes,
     located: Sequence[DownProjection],
-    metrics: Mapping[int, Metric],
+    metrics: Mapping[int, SecondMomentMetric],
     wanted: Float[Tensor, " fact"],
     slack: float = 0.0,
 ) -> dict[int, Float[Tensor, "d_model n"]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from editors.deltas import settings_of
 from editors.editor import EditData, Log
 from editors.key_value.down_projections import DownProjection
-from editors.key_value.least_squares import Metric, within
+from editors.key_value.least_squares import SecondMomentMetric, within
 from editors.key_value.neuron_parts import Part, located_parts, located_values, neuron_mask
 from editors.key_value.second_moments import mean_keys, second_moments
 from editors.refusals import REFUSALS
@@ -181,7 +181,7 @@ class NeuronMean(StrengthSearch):
             if held is not None:
                 selections[held[0]], steps[held[0]] = held[1], lost
                 continue
-            metric = Metric.of(within(moments[one.layer].mean, one.neurons), self.ridge)
+            metric = SecondMomentMetric.of(within(moments[one.layer].mean, one.neurons), self.ridge)
             share = metric.solve(mean[:, None]).flatten()
             constant[one.layer] = float(mean @ share)
             instead = one.spread(lost[:, None] * share)

@@ -19,8 +19,8 @@ from torch import Tensor
 from editors.deltas import settings_of
 from editors.editor import EditData
 from editors.key_value.down_projections import DownProjection
-from editors.key_value.key_positions import Row, context_prefixes, row, states, with_prefix
-from editors.key_value.least_squares import Metric, within, write
+from editors.key_value.key_positions import KeyRow, context_prefixes, row, states, with_prefix
+from editors.key_value.least_squares import SecondMomentMetric, least_squares_update, within
 from editors.key_value.neuron_parts import located_values, neuron_mask
 from editors.key_value.second_moments import second_moments
 from editors.strength import Direction, StrengthSearch, delta_at_strength
@@ -30,7 +30,7 @@ from locus.fact import Fact, neutral_text, trainable_facts
 from locus.mask import WeightMask
 from locus.model import Model
 
-Where = Literal["subject", "prompt", "after"]
+SelectivePositions = Literal["subject", "prompt", "after"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class NeuronSelective(StrengthSearch):
     layer has few located neurons, C and K leave little room and more is lost elsewhere: see the strength curve.
     """
 
-    where: Where = "after"
+    where: SelectivePositions = "after"
     """Positions: the last token of the subject, the last of the prompt, or all from the one to the other."""
     strength: float = 1.0
     """1 is the mean over the retain facts; more overshoots."""
@@ -65,8 +65,8 @@ class NeuronSelective(StrengthSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.where not in get_args(Where):
-            raise InputError(f"where = {self.where!r}: not one of {', '.join(get_args(Where))}")
+        if self.where not in get_args(SelectivePositions):
+            raise InputError(f"where = {self.where!r}: not one of {', '.join(get_args(SelectivePositions))}")
         if self.weight < 0 or self.retain_weight < 0:
             raise InputError("weight and retain_weight must not be negative")
 
@@ -110,7 +110,7 @@ class NeuronSelective(StrengthSearch):
             moment = within(moments[one.layer].mean, one.neurons)
             if len(others):
                 moment = moment + self.retain_weight * others.mT @ others / len(others)
-            metric = Metric.of(moment, self.ridge)
+            metric = SecondMomentMetric.of(moment, self.ridge)
             mean = others.mean(0) if len(others) else torch.zeros(len(one.neurons), dtype=torch.float64)
             update = self._update(one, model, metric, away[one.layer][:, one.neurons].mT, mean)
             steps[one.param] = one.selection.take(one.stored_as(one.spread(update)).contiguous())
@@ -130,14 +130,14 @@ class NeuronSelective(StrengthSearch):
         self,
         one: DownProjection,
         model: Model,
-        metric: Metric,
+        metric: SecondMomentMetric,
         keys: Float[Tensor, "n key"],
         mean: Float[Tensor, " n"],
     ) -> Float[Tensor, "d_model n"]:
         """One layer's update of strength 1."""
         values = one.weight(model)[:, one.neurons]
         lam = max(self.weight * len(one.neurons), 1e-6)
-        return write(metric, keys, values @ (mean[:, None] - keys), lam)
+        return least_squares_update(metric, keys, values @ (mean[:, None] - keys), lam)
 
     def _keys(
         self, model: Model, facts: Sequence[Fact], layers: Sequence[int], prefixes: Sequence[str]
@@ -155,11 +155,11 @@ class NeuronSelective(StrengthSearch):
         read, _ = states(model, seen, inputs=sites.values(), batch_tokens=self.batch_tokens)
         return {layer: read[site] for layer, site in sites.items()}
 
-    def _rows(self, model: Model, fact: Fact, number: int) -> list[Row]:
+    def _rows(self, model: Model, fact: Fact, number: int) -> list[KeyRow]:
         last = row(model, fact, number, "prompt")
         if self.where == "prompt":
             return [last]
         first = row(model, fact, number, "subject")
         if self.where == "subject":
             return [first]
-        return [Row(last.encoded, at, number) for at in range(first.position, last.position + 1)]
+        return [KeyRow(last.encoded, at, number) for at in range(first.position, last.position + 1)]

@@ -42,12 +42,12 @@ def extraction_likelihood(model: Model, encoded: Sequence[Encoded], n: int = 10)
         for start in range(max(1, one.n_target - n)):
             rest = one.target_ids[start:]
             written = _greedy(model, one.ids[: one.target_start + start], len(rest))
-            overlaps.append(overlap(written, rest, min(size, len(rest))))
+            overlaps.append(ngram_overlap(written, rest, min(size, len(rest))))
         per_example.append(sum(overlaps) / len(overlaps))
     return sum(per_example) / len(per_example)
 
 
-def overlap(written: Sequence[int], truth: Sequence[int], n: int) -> float:
+def ngram_overlap(written: Sequence[int], truth: Sequence[int], n: int) -> float:
     """Share of the n-grams of `written` that occur in `truth`; 0 when there is none."""
     grams = [tuple(written[i : i + n]) for i in range(len(written) - n + 1)]
     known = {tuple(truth[i : i + n]) for i in range(len(truth) - n + 1)}

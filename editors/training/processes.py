@@ -28,7 +28,7 @@ from locus.tokens import Encoded
 
 
 @dataclass(frozen=True)
-class Piece:
+class BatchShare:
     """A batch that this process computes."""
 
     batch: Batch
@@ -135,7 +135,9 @@ class WorkSplit:
         self.processes = processes
         self.loads = [0] * processes.ranks.size
 
-    def pieces(self, encoded: Sequence[Encoded], whole_step: Sequence[Batch], max_tokens: int) -> list[Piece]:
+    def pieces(
+        self, encoded: Sequence[Encoded], whole_step: Sequence[Batch], max_tokens: int
+    ) -> list[BatchShare]:
         """This process's part of a step.
 
         Args:
@@ -145,13 +147,13 @@ class WorkSplit:
         """
         ranks = self.processes.ranks
         if ranks.size == 1:
-            return [Piece(batch) for batch in whole_step]
+            return [BatchShare(batch) for batch in whole_step]
         numbers = [number for batch in whole_step for number in batch.examples]
         parts = [list(batched(encoded, part, max_tokens)) for part in self._parts(encoded, numbers)]
-        mine = [Piece(batch) for batch in parts[ranks.rank]]
+        mine = [BatchShare(batch) for batch in parts[ranks.rank]]
         if self.processes.sharded and (fewer := max(map(len, parts)) - len(mine)):
             shortest = min(numbers, key=lambda number: len(encoded[number].ids))
-            mine += [Piece(collate(encoded, [shortest]), counts=False)] * fewer
+            mine += [BatchShare(collate(encoded, [shortest]), counts=False)] * fewer
         return mine
 
     def _parts(self, encoded: Sequence[Encoded], numbers: Sequence[int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from locus.audit.metric_table import FIGURES
 from locus.errors import InputError
 
-OBJECTIVES = ("forget.prob", "paraphrase.top1", "held_out.top1", "text.kl")
+COMPARED_FIGURES = ("forget.prob", "paraphrase.top1", "held_out.top1", "text.kl")
 """Figures that the Pareto front is taken over."""
 
 _GOOD = {"yes": 2, "partly": 1}
@@ -43,7 +43,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Side:
+class EditsCompared:
     """Candidates beside each other."""
 
     base: Mapping[str, Any]
@@ -63,7 +63,7 @@ class Side:
     """Name of each edit that is not recommended -> why not."""
 
 
-def compare(audits: Mapping[str, Mapping[str, Any]]) -> Side:
+def compare(audits: Mapping[str, Mapping[str, Any]]) -> EditsCompared:
     """Put the edits of several audit documents beside each other.
 
     Args:
@@ -85,13 +85,13 @@ def compare(audits: Mapping[str, Mapping[str, Any]]) -> Side:
         for s in doc["states"]
         if s["role"] == "edit"
     ]
-    have = tuple(k for k in OBJECTIVES if all(_mean(c, k) is not None for c in found))
+    have = tuple(k for k in COMPARED_FIGURES if all(_mean(c, k) is not None for c in found))
     front = pareto([[_score(c, key) for key in have] for c in found])
     marked = tuple(replace(c, on_front=on) for c, on in zip(found, front, strict=True))
     best, fit, why = _recommend(marked)
-    missing = tuple(k for k in OBJECTIVES if k not in have)
+    missing = tuple(k for k in COMPARED_FIGURES if k not in have)
     others = {c.name: _why_not(c, best if fit else None) for c in marked if c is not best or not fit}
-    return Side(
+    return EditsCompared(
         first["states"][0],
         marked,
         have,

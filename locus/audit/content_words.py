@@ -26,7 +26,7 @@ _FUNCTION_WORDS = frozenset(
 )
 """English words that carry no content of their own. Other languages' count as content: there a leak is seen sooner."""
 
-SENTENCE = 6
+SENTENCE_WORDS = 6
 """Words from which on a target is a sentence: its end can be predicted from its beginning."""
 _ALL_BELOW = 4
 """Targets of fewer content words are said only as a whole: "University of California" is not "University of Texas"."""
@@ -36,7 +36,7 @@ _MOST = 0.5
 
 def is_sentence(target: str) -> bool:
     """Whether a target is long enough to be judged token by token too."""
-    return len(_WORD.findall(target)) >= SENTENCE
+    return len(_WORD.findall(target)) >= SENTENCE_WORDS
 
 
 def content_words(prompt: str, target: str) -> frozenset[str]:

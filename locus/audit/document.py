@@ -17,7 +17,7 @@ from locus.audit.findings import Findings
 from locus.audit.intervals import Interval, Items, difference, mean_interval, ratio
 from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES, figure_of
-from locus.audit.questions import KINDS
+from locus.audit.questions import QUESTION_KINDS
 from locus.audit.verdicts.controls import SAME_SIZE, compare_states, size_ratio
 from locus.audit.verdicts.judgement import judge
 from locus.audit.verdicts.resistance import recovered
@@ -37,7 +37,8 @@ def document(audit: Findings) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": dict(audit.model),
         "settings": audit.settings.to_json(),
-        "data": {kind: len(audit.questions.get(kind, ())) for kind in KINDS} | {"text_tokens": _tokens(base)},
+        "data": {kind: len(audit.questions.get(kind, ())) for kind in QUESTION_KINDS}
+        | {"text_tokens": _tokens(base)},
         "metrics": _metrics(_keys(audit)),
         "states": [_state(one, audit) for one in audit.measurements],
         "comparisons": [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from locus.audit.run import Audit
 
 RATIOS = ("kept", "perplexity", "remaining", "recovered")
-QUESTIONS = ("forgotten", "general", "spared", "intact", "hidden", "returns", "localized")
+VERDICT_QUESTIONS = ("forgotten", "general", "spared", "intact", "hidden", "returns", "localized")
 ANSWERS = ("yes", "partly", "no", "unclear", "not measured")
 
 
@@ -92,9 +92,9 @@ def read_gate(path: str | Path) -> Gate:
     verdicts = {}
     for question, answers in _table(path, table, "verdicts").items():
         passing = tuple(answers) if isinstance(answers, list) else (answers,)
-        if question not in QUESTIONS or not passing or any(a not in ANSWERS[:4] for a in passing):
+        if question not in VERDICT_QUESTIONS or not passing or any(a not in ANSWERS[:4] for a in passing):
             raise InputError(
-                f"{path}: [verdicts] {question}: questions are {', '.join(QUESTIONS)}; answers yes, partly, no"
+                f"{path}: [verdicts] {question}: questions are {', '.join(VERDICT_QUESTIONS)}; answers yes, partly, no"
             )
         verdicts[question] = passing
     if table:

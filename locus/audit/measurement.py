@@ -12,9 +12,9 @@ from torch import Tensor
 from locus.audit.figure_values import Curve
 from locus.audit.intervals import Items
 from locus.audit.neutral_text import TextScores
-from locus.audit.questions import KINDS, Answers
-from locus.audit.settings import FORMATS, Format
-from locus.audit.state import Role
+from locus.audit.questions import QUESTION_KINDS, Answers
+from locus.audit.settings import WEIGHT_FORMATS, WeightFormat
+from locus.audit.state import StateRole
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LensLeak:
 class Rounded:
     """One model state after rounding its weights."""
 
-    format: Format
+    format: WeightFormat
     forget: Answers
     held_out: Answers
     """Asked at int4 only, the one format that hurts by itself; else empty."""
@@ -92,7 +92,7 @@ class Measurement:
     """One model state, measured. What was not measured is None or absent, never zero."""
 
     name: str
-    role: Role
+    role: StateRole
     answers: Mapping[str, Answers]
     """By kind of question; a kind without questions is absent."""
     text: TextScores | None = None
@@ -135,7 +135,7 @@ def _lens(k: int, end: str) -> Callable[[Measurement], Items | None]:
     return lambda m: None if m.lens is None else m.lens.anywhere(k, end)
 
 
-def _rounded(fmt: Format, kind: Literal["forget", "held_out"]) -> Callable[[Measurement], Items | None]:
+def _rounded(fmt: WeightFormat, kind: Literal["forget", "held_out"]) -> Callable[[Measurement], Items | None]:
     def read(m: Measurement) -> Items | None:
         for one in m.rounding:
             answers = one.forget if kind == "forget" else one.held_out
@@ -154,13 +154,13 @@ READ: Mapping[str, Callable[[Measurement], Items | None]] = {
     "paraphrase.prob": _of("paraphrase", "prob"),
     "paraphrase.top1": _of("paraphrase", "top1"),
     "held_out.prob": _of("held_out", "prob"),
-    **{f"{kind}.top1": _of(kind, "top1") for kind in KINDS if kind not in ("forget", "paraphrase")},
+    **{f"{kind}.top1": _of(kind, "top1") for kind in QUESTION_KINDS if kind not in ("forget", "paraphrase")},
     "text.kl": lambda m: None if m.text is None else m.text.kl_items,
     "text.nll": lambda m: None if m.text is None else m.text.nll_items,
     **{f"lens.{end}{k}": _lens(k, end) for end in ("top", "bottom") for k in (4, 10)},
     "relearn.taught.prob": lambda m: None if m.relearning is None else m.relearning.taught_items(),
     "relearn.prob": lambda m: None if m.relearning is None else m.relearning.tested_items(),
-    **{f"{fmt}.forget.prob": _rounded(fmt, "forget") for fmt in FORMATS},
+    **{f"{fmt}.forget.prob": _rounded(fmt, "forget") for fmt in WEIGHT_FORMATS},
     "int4.held_out.top1": _rounded("int4", "held_out"),
 }
 """Figure key -> where its values are in a measurement."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from locus.audit.intervals import Array, Items
 
-LEVEL = 0.02
+P_SHOWN = 0.02
 """A difference is shown below this p. Stricter than 5 %, because masks are not distributed normally: at .02 less than
 5 % of random masks are called better or worse even with tails as heavy as Student's t with 3 degrees of freedom."""
 LEAST_SPREAD = 0.05

@@ -17,7 +17,7 @@ from locus.grid import Grid
 from locus.model import Model
 from locus.tokens import Encoded, encode
 
-KINDS = (
+QUESTION_KINDS = (
     "forget",
     "paraphrase",
     "neighbour",
@@ -148,7 +148,7 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
 def grid_questions(
     forget: Sequence[Fact], retain: Sequence[Fact], most: int = MOST_GRID
 ) -> dict[str, list[tuple[str, Example]]]:
-    """What the fact files ask beyond their sentences, by kind: see `locus.grid.Kind`.
+    """What the fact files ask beyond their sentences, by kind: see `locus.grid.GridKind`.
 
     A forgotten fact in ways that the edit did not see, and facts that the edit did not see: of the same subjects, of
     the same relations, of neither. Kinds that the files cannot fill are empty: they are not measured.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from locus.audit.attacks.generation import continuations, said_figures, sentence_figures
+from locus.audit.attacks.generation import greedy_continuations, said_figures, sentence_figures
 from locus.audit.attacks.lens import look_inside
 from locus.audit.attacks.relearn import relearn
 from locus.audit.attacks.rounding import survive_rounding
@@ -146,14 +146,14 @@ def _speak(
 ) -> tuple[tuple[str, ...], dict[str, Items]]:
     """What the model writes after each forget prompt, and the figures of that and of the other wordings."""
     forget = questions["forget"]
-    written = continuations(model, forget)
+    written = greedy_continuations(model, forget)
     found = said_figures("forget", forget, written)
     found |= sentence_figures(model, forget, written, answers["forget"].token_prob.values, max_tokens)
     for kind in ("paraphrase", "unseen_way"):
         if kind in questions:
             order = torch.randperm(len(questions[kind]), generator=torch.Generator().manual_seed(0)).tolist()
             asked = questions[kind].take(sorted(order[:MAX_REWORDED]))
-            found |= said_figures(kind, asked, continuations(model, asked))
+            found |= said_figures(kind, asked, greedy_continuations(model, asked))
     return written, found
 
 

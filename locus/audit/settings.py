@@ -8,10 +8,10 @@ from typing import Any, Literal
 from locus.errors import InputError
 from locus.metrics import ExtractionMode, TruthRatioMode
 
-Format = Literal["bfloat16", "int8", "int4"]
+WeightFormat = Literal["bfloat16", "int8", "int4"]
 
 
-FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("bfloat16", "int8", "int4")
 
 
 DEFAULT_ATTACKS = ("lens", "relearn", "rounding", "prompts", "strength", "generation")
@@ -95,7 +95,7 @@ class AuditSettings:
     """Sizes of the top and bottom of each layer that the lens curves count."""
     relearn: RelearnAttack = field(default_factory=RelearnAttack)
     """How the relearning attacker trains."""
-    rounding: tuple[Format, ...] = FORMATS
+    rounding: tuple[WeightFormat, ...] = WEIGHT_FORMATS
     """Weight formats to round to."""
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Strengths of the edit, 1 being the edit itself, at which the strength curve is measured; 0 and 1 always are."""

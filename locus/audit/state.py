@@ -14,7 +14,7 @@ from locus.errors import InputError
 from locus.model import Model
 from locus.parameter_names import resolve
 
-Role = Literal["base", "edit", "control", "reference"]
+StateRole = Literal["base", "edit", "control", "reference"]
 """A reference is a model retrained without the forget set: what a perfect edit would be."""
 
 NEVER_KNEW = "never knew"
@@ -26,7 +26,7 @@ class State:
     """One state of the weights, ready to be measured."""
 
     name: str
-    role: Role
+    role: StateRole
     model: Model
     """Where it runs: for a delta the base model, which is changed only inside `active`."""
     delta: WeightDelta | None = None

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from locus.cli.edit.controls import why_no_controls
 from locus.cli.edit.edit_data import retained
-from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_from, settings_of
+from locus.cli.options import Loading, MethodTokens, Running, Talking, method_settings, settings_from
 from locus.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def audit(
         if tasks and ranks.size > 1:
             raise InputError("locus audit --tasks runs in one process: start it without torchrun")
         wanted = None if gate is None else read_gate(gate)
-        settings = settings_of("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
+        settings = method_settings("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
         if attacks:
             settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
         judged_by = load_suite(suite, facts, running.limit)
@@ -101,7 +101,7 @@ def audit(
         ranks.agree("models, facts or settings", repr(given))
         with ranks.hold(out), talking.progress():
             done = audit_edits(loaded, edits, control, *asked, never_knew=reference, suites=suites)
-            written = write(done, out) if ranks.first else {}
+            written = write_audit(done, out) if ranks.first else {}
         results = [] if wanted is None else check_gate(done, wanted)
         if ranks.first:
             gated = [dataclasses.asdict(r) for r in results]
@@ -122,7 +122,7 @@ def audit_into(
 ) -> dict[str, Any]:
     """Audit finished edits of a loaded model and write the judgement into a folder."""
     paths = {name: str(path) for name, path in edits.items()}
-    return write(audit_edits(model, paths, (), forget, retain, text, settings, Loading(), mask), folder)
+    return write_audit(audit_edits(model, paths, (), forget, retain, text, settings, Loading(), mask), folder)
 
 
 def settings_of_table(where: str, table: Mapping[str, Any]) -> AuditSettings:
@@ -175,7 +175,7 @@ def audit_edits(
     return dataclasses.replace(done, missing=(*done.missing, *said)) if said else done
 
 
-def write(done: Audit, folder: Path) -> dict[str, Any]:
+def write_audit(done: Audit, folder: Path) -> dict[str, Any]:
     """Write audit.json and report.html; returns what the command prints as JSON."""
     from locus.report import audit_report
 

@@ -7,24 +7,24 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from locus.cli.locate.command import PARTS, Part
+from locus.cli.locate.command import ALL_PARTS, PartName
 from locus.cli.options import Talking
 
 How = Literal["rank-average", "minus", "normalize"]
-Scale = Literal["rank", "z", "robust-z", "max"]
+CombineScale = Literal["rank", "z", "robust-z", "max"]
 
 
 def combine(
     *scores: Path,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     how: How = "rank-average",
-    scale: Scale | None = None,
+    scale: CombineScale | None = None,
     weights: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (),
     strength: float = 1.0,
     mask: Path | None = None,
     budget: str = "1%",
     per_layer: Annotated[bool, Parameter(negative="")] = False,
-    parts: Annotated[tuple[Part, ...], Parameter(consume_multiple=True)] = PARTS,
+    parts: Annotated[tuple[PartName, ...], Parameter(consume_multiple=True)] = ALL_PARTS,
     talking: Talking = Talking(),
 ) -> None:
     """Combine neuron scores that `locus locate` saved: several localizers, or forget minus retain.

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from locus.cli.options import Loading, Running, Talking
 
-Site = Literal["resid_post", "resid_mid", "attn_out", "mlp_out"]
+SiteName = Literal["resid_post", "resid_mid", "attn_out", "mlp_out"]
 LENS = "lens.safetensors"
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def lens(
     /,
     *,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
-    sites: Annotated[tuple[Site, ...], Parameter(consume_multiple=True)] = ("resid_post",),
+    sites: Annotated[tuple[SiteName, ...], Parameter(consume_multiple=True)] = ("resid_post",),
     top: int = 5,
     tuned: Path | None = None,
     text: Path | None = None,
@@ -101,7 +101,7 @@ def lens_into(
     folder: Path,
     model: Model,
     facts: Sequence[Fact],
-    sites: Sequence[Site] = ("resid_post",),
+    sites: Sequence[SiteName] = ("resid_post",),
     top: int = 5,
     ranks: Ranks | None = None,
     tuned: TunedLens | None = None,

@@ -243,7 +243,7 @@ def _built(made: Any, path: tuple[str, ...], given: Mapping[str, Any]) -> Any:
     return dataclasses.replace(made, **changed)
 
 
-def settings_of(
+def method_settings(
     command: str, cls: type[S], tokens: Sequence[str], shared: Mapping[str, Any] = MappingProxyType({})
 ) -> S:
     """Make a method from its own options on the command line, and those it shares with the command.
@@ -279,6 +279,6 @@ def settings_from(
         else:
             tokens += [flag, str(value)]
     try:
-        return settings_of(where, cls, current_options(tokens), shared)
+        return method_settings(where, cls, current_options(tokens), shared)
     except CycloptsError as error:
         raise InputError(f"{where}: {error}") from error

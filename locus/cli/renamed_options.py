@@ -1,7 +1,7 @@
 """Option names of the release before: still read, with a note on stderr that names the new one.
 
-A new entry goes into `RENAMED`; it is dropped one release later. It holds for every command, for the options of every
-method and for the same names in the TOML files of `locus run`.
+A new entry goes into `RENAMED_OPTIONS`; it is dropped one release later. It holds for every command, for the options of
+every method and for the same names in the TOML files of `locus run`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from locus.atlas import OLD_SITES
 
-RENAMED: dict[str, str] = {
+RENAMED_OPTIONS: dict[str, str] = {
     "--account": "--estimate-memory",
     "--aim-to": "--target-to",
     "--aim-refusal": "--target-refusal",
@@ -39,7 +39,7 @@ RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {"--sites": OLD_SITES}
 
 def current_options(argv: Sequence[str]) -> list[str]:
     """The command line with every old option name and value replaced; one note for each that was old."""
-    known = dict(RENAMED) | {_negated(old): _negated(new) for old, new in RENAMED.items()}
+    known = dict(RENAMED_OPTIONS) | {_negated(old): _negated(new) for old, new in RENAMED_OPTIONS.items()}
     current: list[str] = []
     noted: set[str] = set()
     last_option = ""

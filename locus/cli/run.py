@@ -196,7 +196,7 @@ class Walk:
 
     def locate(self) -> dict[str, Any]:
         """Scores, and the mask of the best."""
-        from locus.cli.locate.command import PARTS, describe, locate_mask
+        from locus.cli.locate.command import ALL_PARTS, describe, locate_mask
         from locus.fact import trainable_facts
 
         table = self.config["locate"]
@@ -208,7 +208,7 @@ class Walk:
             self.method("locate")[1],
             str(table.get("budget", "1%")),
             bool(table.get("per_layer", False)),
-            table.get("parts", PARTS),
+            table.get("parts", ALL_PARTS),
             self.talking,
         )
         mask.save(self.out / "mask.safetensors")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from locus.cli.options import Loading, MethodTokens, Running, Talking, settings_of
+from locus.cli.options import Loading, MethodTokens, Running, Talking, method_settings
 
 if TYPE_CHECKING:
     from locus.fact import Fact
@@ -40,7 +40,7 @@ def trace(
     from locus.parallel.ranks import joined
     from tracing import CausalTrace
 
-    settings = settings_of("locus trace", CausalTrace, tokens, running.shared)
+    settings = method_settings("locus trace", CausalTrace, tokens, running.shared)
     with joined() as ranks:
         talking = talking.of(ranks)
         loaded = loading.load(model)

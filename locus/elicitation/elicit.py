@@ -11,7 +11,7 @@ from typing import Any
 
 from locus.elicitation.rewritings import Way, rewritings
 from locus.elicitation.sampler import Sampling
-from locus.elicitation.subject_texts import LISTS, OPENINGS, peers, subject_texts
+from locus.elicitation.subject_texts import LISTS, SUBJECT_OPENINGS, peers, subject_texts
 from locus.embedded import cache_folder
 from locus.errors import InputError
 from locus.fact import Fact
@@ -48,7 +48,7 @@ class Elicitation:
         return (
             self.rewritings * self.rewriting_tokens
             + self.lists * len(LISTS) * 14
-            + self.texts * len(OPENINGS) * self.text_tokens
+            + self.texts * len(SUBJECT_OPENINGS) * self.text_tokens
         )
 
 

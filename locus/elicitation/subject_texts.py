@@ -11,7 +11,7 @@ from locus.model import Model
 
 LISTS = ("{},", "such as {},", "Here is a list: {},", "{} and", "For example {},")
 """Beginnings of lists that the subject stands in; what follows is of its kind."""
-OPENINGS = (
+SUBJECT_OPENINGS = (
     "{}",
     "Here are some facts about {}.",
     "{} is known for",
@@ -85,12 +85,14 @@ def subject_texts(
     Args:
         model: As it is in memory.
         subjects: Each once.
-        n_samples: Texts behind each of `OPENINGS`.
+        n_samples: Texts behind each of `SUBJECT_OPENINGS`.
         n_new: Tokens of each.
         sampling: How texts are drawn.
     """
     asked = [
-        (subject, prompt_ids(model, one.replace("{}", subject))) for subject in subjects for one in OPENINGS
+        (subject, prompt_ids(model, one.replace("{}", subject)))
+        for subject in subjects
+        for one in SUBJECT_OPENINGS
     ]
     written = continuations(model, [ids for _, ids in asked], n_samples, n_new, sampling or Sampling())
     found: dict[str, list[tuple[int, ...]]] = {subject: [] for subject in subjects}

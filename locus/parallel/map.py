@@ -26,7 +26,7 @@ from locus.progress import track
 
 T = TypeVar("T")
 V = TypeVar("V")
-Piece = tuple[Tensor, ...]
+ItemTensors = tuple[Tensor, ...]
 """What is computed of one item."""
 
 _HELD = 256
@@ -47,10 +47,10 @@ def together(ranks: Ranks) -> Iterator[None]:
 
 def each(
     items: Sequence[T],
-    work: Callable[[T], Piece],
+    work: Callable[[T], ItemTensors],
     description: str,
     blame: Callable[[T], InputError] | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[ItemTensors]:
     """What `work` makes of each item, in the order of the items.
 
     Args:
@@ -64,7 +64,7 @@ def each(
         Stopped: another process was lost.
     """
 
-    def checked(item: T) -> Piece:
+    def checked(item: T) -> ItemTensors:
         found = work(item)
         if blame is not None and not is_finite(*found):
             raise blame(item)
@@ -76,7 +76,7 @@ def each(
             yield checked(item)
         return
     for start in range(0, len(items), _HELD):
-        held: dict[int, Piece] = {}
+        held: dict[int, ItemTensors] = {}
         numbers = range(start, min(start + _HELD, len(items)))
         with together(ALONE):
             for number in ranks.share(numbers, description):
@@ -112,7 +112,9 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
     _job.get().all_reduce(tensors)
 
 
-def _broadcast_results(ranks: Ranks, held: dict[int, Piece], numbers: Sequence[int]) -> Iterator[Piece]:
+def _broadcast_results(
+    ranks: Ranks, held: dict[int, ItemTensors], numbers: Sequence[int]
+) -> Iterator[ItemTensors]:
     """Every item's result in turn, from the process that has it."""
     own = {number: [_form(tensor) for tensor in piece] for number, piece in held.items()}
     forms: dict[int, tuple[int, list[Any]]] = {}

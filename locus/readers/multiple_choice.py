@@ -8,7 +8,7 @@ from __future__ import annotations
 from locus.errors import InputError
 from locus.readers.records import Record
 from locus.readers.scripts import answer_to
-from locus.readers.translation import asked, listed, others, translated
+from locus.readers.translation import asked, others, parse_json_cell, translated
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ANSWERS = ("answer", "answerKey", "answer_index", "label")
@@ -43,7 +43,7 @@ def _options(record: Record) -> tuple[list[str], list[str]]:
         letters = [letter for letter in LETTERS if record.fields.get(letter) is not None]
         return [record.text(letter) for letter in letters], letters
     name = "choices" if record.fields.get("choices") is not None else "options"
-    value = listed(record.fields.get(name))
+    value = parse_json_cell(record.fields.get(name))
     labels: object = None
     if isinstance(value, dict):  # ARC: {"text": [...], "label": [...]}, or letter -> option
         labels = value.get("label", list(value))

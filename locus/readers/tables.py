@@ -8,7 +8,7 @@ from pathlib import Path
 
 from locus.errors import InputError
 from locus.readers.records import Record, as_record, lines, opened
-from locus.readers.translation import listed
+from locus.readers.translation import parse_json_cell
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """Between the columns, by the ending of the file."""
@@ -96,4 +96,4 @@ def parquet_rows(path: Path, name: str) -> Iterator[Record]:
 
 def _cell(value: str) -> object:
     """What a cell holds: a list where it is one in JSON, else its text."""
-    return listed(value)
+    return parse_json_cell(value)

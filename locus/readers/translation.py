@@ -89,7 +89,7 @@ def first_text(value: object) -> str | None:
     return None
 
 
-def listed(value: object) -> object:
+def parse_json_cell(value: object) -> object:
     """A list or an object that a table holds as JSON in one cell; any other value as it is."""
     if isinstance(value, str) and value.strip()[:1] + value.strip()[-1:] in ("[]", "{}"):
         try:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from locus.audit.compare import Side
+from locus.audit.compare import EditsCompared
 from locus.audit.metric_table import FIGURES
 from locus.report.chart import Chart, HeatMap, Series
 from locus.report.page import percent
@@ -207,7 +207,7 @@ def _relearn_chart(doc: Mapping[str, Any], css: Mapping[str, str], name: str = "
     )
 
 
-def front_chart(side: Side, css: Mapping[str, str]) -> Chart | None:
+def front_chart(side: EditsCompared, css: Mapping[str, str]) -> Chart | None:
     """Forgetting against what was kept, one dot an edit; None where either was not measured."""
     series = []
     for c in side.candidates:

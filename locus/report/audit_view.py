@@ -10,7 +10,7 @@ from typing import Any
 from locus.audit.metric_table import FIGURES
 from locus.report.page import number, percent, span
 
-QUESTIONS = {
+QUESTION_LABELS = {
     "forgotten": "Forgotten?",
     "hidden": "Erased, not only hidden?",
     "general": "In other words too?",
@@ -74,7 +74,7 @@ _OUTCOMES = {"better": ("good", "▲"), "worse": ("bad", "▼"), "no difference 
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One figure in the table."""
 
     value: str
@@ -86,13 +86,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One figure in every state."""
 
     label: str
     definition: str
-    cells: Sequence[Cell]
-    gains: Sequence[Cell]
+    cells: Sequence[TableCell]
+    gains: Sequence[TableCell]
     """Against the controls, one for each edit; empty cells where there is none."""
 
 
@@ -101,7 +101,7 @@ class Section:
     """Rows that answer one question."""
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 def state_css(doc: Mapping[str, Any]) -> dict[str, str]:
@@ -120,7 +120,7 @@ def verdict_rows(verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Question, answer, colour and sentence of each verdict."""
     return [
         {
-            "question": QUESTIONS[v["question"]],
+            "question": QUESTION_LABELS[v["question"]],
             "answer": v["answer"],
             "tone": _TONES[v["answer"]],
             "sentence": v["sentence"],
@@ -142,7 +142,7 @@ def matrix(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
                 for v in [said[edit].get(question, {"answer": "not measured", "sentence": ""})]
             ],
         }
-        for question, text in QUESTIONS.items()
+        for question, text in QUESTION_LABELS.items()
     ]
 
 
@@ -164,7 +164,7 @@ def columns(
 def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
     """The figures by section; the main ones, or all that were measured in some state."""
     edits = [s["name"] for s in doc["states"] if s["role"] == "edit"]
-    sections: dict[str, list[Row]] = {}
+    sections: dict[str, list[TableRow]] = {}
     for key in _ordered(doc["metrics"]):
         metric = doc["metrics"][key]
         measured = any(state["figures"].get(key) is not None for state in doc["states"])
@@ -176,7 +176,7 @@ def table(doc: Mapping[str, Any], everything: bool = False) -> list[Section]:
         ]
         gains = [_gain(doc, edit, key) for edit in edits]
         label = "perplexity on neutral text" if key == "text.nll" else metric["label"]
-        row = Row(label, metric["definition"], cells, gains)
+        row = TableRow(label, metric["definition"], cells, gains)
         sections.setdefault(metric["section"], []).append(row)
     order = [*SECTIONS, *(name for name in sections if name not in SECTIONS)]
     return [Section(SECTIONS.get(name, name), sections[name]) for name in order if name in sections]
@@ -197,53 +197,53 @@ def shown(doc: Mapping[str, Any], key: str, value: float | None) -> str:
     return percent(value) if doc["metrics"][key]["unit"] == "share" else number(value)
 
 
-def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> Cell:
+def _cell(doc: Mapping[str, Any], state: Mapping[str, Any], key: str) -> TableCell:
     figure = state["figures"].get(key)
     css = "edit" if state["role"] == "edit" else ""
     if figure is None:
         if state["role"] == "control" and doc["states"][1]["figures"].get(key) is not None:
-            return Cell("", "", "The controls did not go through this attack (--control-attacks).", css)
+            return TableCell("", "", "The controls did not go through this attack (--control-attacks).", css)
         if state["role"] == "base" and key.startswith("relearn."):
-            return Cell("", "", "Nothing was removed from it that could come back.", css)
-        return Cell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
+            return TableCell("", "", "Nothing was removed from it that could come back.", css)
+        return TableCell("", "not measured", "Not measured: no evidence, which is not a pass.", css)
     if key == "text.kl" and state["role"] == "base":
-        return Cell("0", "", "The base beside itself.", css)
+        return TableCell("0", "", "The base beside itself.", css)
     if figure["n"] is None:
         definition = doc["metrics"][key]["definition"]
-        return Cell(shown(doc, key, figure["mean"]), "one number for the whole set", definition, css)
+        return TableCell(shown(doc, key, figure["mean"]), "one number for the whole set", definition, css)
     ends = "" if "finite" in figure else span(*(shown(doc, key, figure[end]) for end in ("low", "high")))
     metric = doc["metrics"][key]
     facts = "paragraphs" if key.startswith("text.") else "facts"
     hover = f"{metric['definition']} 95 % interval {ends}; n = {figure['n']} {facts}"
     hover += f", {figure['n_items']} items." if figure["n_items"] != figure["n"] else "."
-    return Cell(
+    return TableCell(
         shown(doc, key, figure["mean"]), f"{ends} · n {figure['n']}", f"{state['name']}: {hover}", css
     )
 
 
-def _together(doc: Mapping[str, Any], states: Sequence[Mapping[str, Any]], key: str) -> Cell:
+def _together(doc: Mapping[str, Any], states: Sequence[Mapping[str, Any]], key: str) -> TableCell:
     """One figure of several controls: the mean of their means, and how far they differ."""
     figures = [f for state in states if (f := state["figures"].get(key)) is not None]
     means = [f["mean"] for f in figures]
     if not figures:
         return _cell(doc, states[0], key)
     if None in means:
-        return Cell("not finite", "", "Some control's figure is not finite.")
+        return TableCell("not finite", "", "Some control's figure is not finite.")
     ends = span(*(shown(doc, key, end) for end in (min(means), max(means))))
     hover = (
         f"{doc['metrics'][key]['definition']} Mean of {len(means)} controls, and the range of their means."
     )
-    return Cell(shown(doc, key, sum(means) / len(means)), ends, hover)
+    return TableCell(shown(doc, key, sum(means) / len(means)), ends, hover)
 
 
-def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
+def _gain(doc: Mapping[str, Any], edit: str, key: str) -> TableCell:
     for c in doc["comparisons"]:
         if (c["edit"], c["key"], c["against"]) == (edit, key, "controls"):
             break
     else:
-        return Cell("", "", "")
+        return TableCell("", "", "")
     if c["outcome"] not in _OUTCOMES:
-        return Cell("–", c["outcome"], f"No verdict: {c['outcome']}.", "none")
+        return TableCell("–", c["outcome"], f"No verdict: {c['outcome']}.", "none")
     tone, mark = _OUTCOMES[c["outcome"]]
     sign = 1 if doc["metrics"][key]["better"] == "higher" else -1
     ends = [None if c[end] is None else sign * c[end] for end in ("mean", "low", "high")]
@@ -254,7 +254,7 @@ def _gain(doc: Mapping[str, Any], edit: str, key: str) -> Cell:
         f"{ends_text}, n = {c['n']}. A verdict only where it lies outside all controls by more than they differ: "
         f"{c['outcome']}."
     )
-    return Cell(f"{mark} {mean}", ends_text, hover, tone)
+    return TableCell(f"{mark} {mean}", ends_text, hover, tone)
 
 
 def _points(doc: Mapping[str, Any], key: str, value: float | None) -> str:

@@ -38,7 +38,7 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """A dot of a line."""
 
     x: float
@@ -56,7 +56,7 @@ class Line:
     path: str
     band: str
     """SVG path of the band; empty for none."""
-    points: Sequence[Point]
+    points: Sequence[ChartPoint]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Chart:
                 continue
             shown = f"{100 * y:.1f} %" if self.percent else f"{y:.3g}"
             text = s.hover[i] if s.hover else f"{s.name}, {self.x_label} {x:g}: {shown}"
-            points.append(Point(px(x), py(y), text))
+            points.append(ChartPoint(px(x), py(y), text))
         path = "M" + "L".join(f"{p.x},{p.y}" for p in points) if points else ""
         band = ""
         if s.low and s.high and None not in (*s.low, *s.high):
@@ -143,7 +143,7 @@ def ticks(low: float | int, high: float | int, whole: bool = False) -> list[floa
 
 
 @dataclass(frozen=True)
-class Cell:
+class HeatSquare:
     """One square of a heat map."""
 
     x: float
@@ -174,7 +174,7 @@ class HeatMap:
     """Value of the full colour, so that two maps can share a scale; None for the map's own largest."""
     hover: Sequence[Sequence[str]] = ()
     """[row][column]: what the pointer reads; made of the values where it is empty."""
-    cells: Sequence[Cell] = field(init=False)
+    cells: Sequence[HeatSquare] = field(init=False)
     width: float = field(init=False)
     height: float = field(init=False)
     x_ticks: Sequence[Tick] = field(init=False)
@@ -196,7 +196,9 @@ class HeatMap:
                 shade = round(max(0.0, value / strongest), 2)
                 text = f"{label.rstrip('*')} · layer {x}: {self.quantity} {value:+.4f}"
                 text = self.hover[y][x] if self.hover else text
-                cells.append(Cell(round(left + x * cell_width, 2), float(y * self.row_height), shade, text))
+                cells.append(
+                    HeatSquare(round(left + x * cell_width, 2), float(y * self.row_height), shade, text)
+                )
 
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)

@@ -70,13 +70,13 @@ def locate_report(
         kinds=kinds,
         over_names=OVER_NAMES,
         about=about,
-        headline=headline(rows, overlaps),
+        headline=agreement_headline(rows, overlaps),
         count=count,
         number=number,
     )
 
 
-def headline(rows: Sequence[LocatedRow], overlaps: Sequence[Sequence[float]]) -> str:
+def agreement_headline(rows: Sequence[LocatedRow], overlaps: Sequence[Sequence[float]]) -> str:
     """Which two localizers agree most, among masks of like size: a small mask lies inside a large one by chance."""
     pairs = [
         (overlaps[i][j], rows[i].name, rows[j].name)

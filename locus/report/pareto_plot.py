@@ -13,7 +13,7 @@ _COLOURS = ("#1d4ed8", "#c2410c", "#047857", "#7c3aed", "#b45309", "#0e7490")
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One edit of a sweep."""
 
     budget: str
@@ -37,19 +37,19 @@ class Point:
         return self.budget if self.control is None else f"{self.budget}, random {self.control}"
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
+def pareto_points(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """The points that no other one beats in both forgetting and utility, most utility first.
 
     Of points that are equal in both, the first counts.
     """
-    best: list[Point] = []
+    best: list[SweepPoint] = []
     for point in sorted(points, key=lambda p: (-p.utility, p.forget_prob)):
         if not best or point.forget_prob < best[-1].forget_prob:
             best.append(point)
     return best
 
 
-def plot_front(points: Sequence[Point], path: str | Path) -> Path:
+def plot_front(points: Sequence[SweepPoint], path: str | Path) -> Path:
     """Utility over the probability that is left: a line a mask, random masks dashed, the Pareto front ringed.
 
     Returns:
@@ -72,7 +72,7 @@ def plot_front(points: Sequence[Point], path: str | Path) -> Path:
             linewidth=1.2,
             label=name,
         )
-    front = pareto([p for p in points if p.control is None])
+    front = pareto_points([p for p in points if p.control is None])
     axis.scatter(
         [p.forget_prob for p in front],
         [p.utility for p in front],
@@ -95,11 +95,11 @@ def plot_front(points: Sequence[Point], path: str | Path) -> Path:
     return Path(path)
 
 
-def front_table(points: Sequence[Point]) -> Any:
+def front_table(points: Sequence[SweepPoint]) -> Any:
     """The points as a rich table; those on the front of the located masks are marked."""
     from rich.table import Table
 
-    front = pareto([p for p in points if p.control is None])
+    front = pareto_points([p for p in points if p.control is None])
     table = Table("mask", "strength", "p left", "first choice", "held-out", "KL", "front")
     for p in points:
         mark = "*" if p in front else ""

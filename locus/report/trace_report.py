@@ -136,7 +136,7 @@ def trace_report(trace: Trace, folder: str | Path) -> Path:
         "trace.html.j2",
         trace=trace,
         total=total,
-        headline=headline(average, total),
+        headline=trace_headline(average, total),
         metric=_METRICS.get(trace.settings.get("metric", "prob"), "the metric"),
         corruption=_corruption(trace.settings),
         noising=trace.settings.get("direction") == "noise",
@@ -151,7 +151,7 @@ def trace_report(trace: Trace, folder: str | Path) -> Path:
     )
 
 
-def headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapping[str, float]) -> str:
+def trace_headline(average: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapping[str, float]) -> str:
     """Where, for each kind of inner site, restoring a clean state brings back most.
 
     Whole blocks are left out beside other kinds: restoring one late at the last token is the answer itself.

@@ -12,7 +12,7 @@ import torch
 from editors import EDITORS, OBJECTIVES
 from locus.cli import execute
 from locus.cli.methods import is_deterministic
-from locus.cli.options import settings_of
+from locus.cli.options import method_settings
 from locus.delta import WeightDelta
 from locus.model import Model
 from tests.editors.direct_edits import TEXT, down, facts
@@ -40,7 +40,7 @@ DIRECT: dict[str, tuple[str, ...]] = {
 
 def edited(model: Model, name: str, seed: int) -> WeightDelta:
     """The edit of a command line with `--seed`."""
-    editor: Any = settings_of(name, EDITORS[name], DIRECT[name], {"seed": seed})
+    editor: Any = method_settings(name, EDITORS[name], DIRECT[name], {"seed": seed})
     delta: WeightDelta = editor.run(model, facts()[:1], facts()[1:], down(model), text=TEXT)
     return delta
 

@@ -10,7 +10,7 @@ import torch
 
 from editors import EDITORS, OBJECTIVES
 from locus.cli.methods import is_deterministic
-from locus.cli.options import settings_of
+from locus.cli.options import method_settings
 from locus.delta import WeightDelta
 from locus.mask import WeightMask, shapes_of
 from tests.tiny import tiny_facts, tiny_model
@@ -37,7 +37,7 @@ def trained(name: str, seed: int, *options: str) -> WeightDelta:
     model = tiny_model("smollm")
     mask = WeightMask.of_parameters(["*.1.mlp.down_proj.weight"], shapes_of(model.module))
     facts = [dataclasses.replace(fact, held_out=False) for fact in tiny_facts()]
-    editor: Any = settings_of(name, EDITORS[name], (*QUICK, *OWN.get(name, ()), *options), {"seed": seed})
+    editor: Any = method_settings(name, EDITORS[name], (*QUICK, *OWN.get(name, ()), *options), {"seed": seed})
     delta: WeightDelta = editor.run(model, facts[:2], facts[2:], mask)
     return delta
 
@@ -59,7 +59,7 @@ def test_another_seed_is_another_edit_or_the_objective_says_so(name: str) -> Non
 def test_the_first_stage_of_whp_draws_by_the_seed_too() -> None:
     """The reinforced model is another one, whatever the second stage draws."""
     one, other = (
-        settings_of("whp", EDITORS["whp"], (), {"seed": seed}).reinforce.seed  # type: ignore[attr-defined]
+        method_settings("whp", EDITORS["whp"], (), {"seed": seed}).reinforce.seed  # type: ignore[attr-defined]
         for seed in (0, 1)
     )
     assert (one, other) == (0, 1)

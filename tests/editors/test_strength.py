@@ -14,7 +14,7 @@ from editors.key_value.neuron_parts import located_parts, neuron_mask
 from editors.key_value.second_moments import mean_keys, second_moments
 from editors.neurons.neuron_edits import NeuronDirection, NeuronFlip, NeuronMean, NeuronZero
 from editors.neurons.neuron_selective import NeuronSelective
-from editors.strength import AROUND, STEPS, Direction, Judge, curve, smallest
+from editors.strength import AROUND, STEPS, Direction, StrengthJudge, curve, smallest
 from locus.errors import InputError
 from locus.hooks import patched
 from locus.mask import WeightMask, shapes_of
@@ -173,7 +173,7 @@ def test_strength_is_where_the_goal_is_crossed() -> None:
     direction = Direction(
         selections, {n: -s.take(model.module.get_parameter(n)) for n, s in selections.items()}
     )
-    judge = Judge.of(model, three, three, TEXT)
+    judge = StrengthJudge.of(model, three, three, TEXT)
     start, end = (point.forget_prob for point in curve(judge, direction, [0.0, 1.0]))
     nothing = curve(judge, direction, [0.0])[0]
     assert nothing.kl == pytest.approx(0.0, abs=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locus.fact import Example, Fact
-from locus.grid import KINDS, Cell, Grid, Question, filled, side_of, template_of
+from locus.grid import GRID_KINDS, Cell, Grid, Question, filled, side_of, template_of
 
 
 def _capital(country: str, city: str, template: str = "The capital of {} is", **more: object) -> Fact:
@@ -81,7 +81,7 @@ def test_a_known_way_at_the_end_of_a_paraphrase_is_that_way() -> None:
 def test_the_four_kinds() -> None:
     grid = Grid.of(_FORGET, [*_OTHERS, *_LANGUAGES])
     asked = grid.questions()
-    assert tuple(asked) == KINDS
+    assert tuple(asked) == GRID_KINDS
     kinds = {kind: {q.cell.subject for q in questions} for kind, questions in asked.items()}
     assert kinds["unseen_way"] == {"France", "Spain"}
     assert kinds["same_relation"] == {fact.subject for fact in _OTHERS}

@@ -30,8 +30,8 @@ def test_probability_among_options_shares_the_per_token_probabilities() -> None:
 def test_multiple_choice_by_token_and_as_a_whole_can_disagree_and_a_tie_is_wrong() -> None:
     nll, n = torch.tensor([[1.0, 1.5], [1.0, 1.0]]), torch.tensor([[1, 3], [1, 1]])
     answer = torch.tensor([0, 0])
-    assert metrics.multiple_choice(nll, n, answer, per_token=True).tolist() == [False, False]
-    assert metrics.multiple_choice(nll, n, answer, per_token=False).tolist() == [True, False]
+    assert metrics.multiple_choice_right(nll, n, answer, per_token=True).tolist() == [False, False]
+    assert metrics.multiple_choice_right(nll, n, answer, per_token=False).tolist() == [True, False]
 
 
 def test_perplexity_of_a_fair_coin_is_two() -> None:

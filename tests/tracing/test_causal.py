@@ -243,11 +243,11 @@ def test_wrong_input_is_refused_in_one_line(model: Model) -> None:
 
 def test_falls_back_loudly_when_the_replay_is_wrong(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracing.replay.replay_engine
-    from tracing.patching.runs import Answers
+    from tracing.patching.runs import RunScores
 
     real = tracing.replay.replay_engine.answer_by_replay
 
-    def wrong(*args: object, **kwargs: object) -> Answers:
+    def wrong(*args: object, **kwargs: object) -> RunScores:
         answers = real(*args, **kwargs)  # type: ignore[arg-type]
         return replace(answers, cells=answers.cells + 0.1)
 

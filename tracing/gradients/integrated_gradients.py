@@ -32,8 +32,8 @@ from tracing.patching.plain_engine import logits_of
 from tracing.patching.runs import Inputs
 from tracing.replay.blocks import CannotReplay, Recorded, Rows, Tail, record_whole
 
-EngineName = Literal["auto", "one-token", "plain"]
-ENGINES: tuple[EngineName, ...] = ("auto", "one-token", "plain")
+GradientEngineName = Literal["auto", "one-token", "plain"]
+GRADIENT_ENGINES: tuple[GradientEngineName, ...] = ("auto", "one-token", "plain")
 
 
 def integrated_gradients(
@@ -41,7 +41,7 @@ def integrated_gradients(
     encoded: Encoded,
     steps: int = 20,
     *,
-    engine: EngineName = "auto",
+    engine: GradientEngineName = "auto",
     batch_tokens: int = 4096,
 ) -> Float[Tensor, "layer neuron"]:
     """Attribution of every neuron, mean over the target's tokens; each is predicted after the gold ones.
@@ -59,8 +59,8 @@ def integrated_gradients(
     """
     if steps < 1:
         raise InputError(f"steps is {steps}: integrated gradients need at least 1")
-    if engine not in ENGINES:
-        raise InputError(f"engine {engine!r}: not one of {', '.join(ENGINES)}")
+    if engine not in GRADIENT_ENGINES:
+        raise InputError(f"engine {engine!r}: not one of {', '.join(GRADIENT_ENGINES)}")
     total = neuron_grid(model)
     for end in range(encoded.target_start, len(encoded.ids)):
         seen, token = encoded.ids[:end], encoded.ids[end]
@@ -77,7 +77,7 @@ def integrated_cost(model: Model, encoded: Sequence[Encoded], steps: int) -> Cos
 
 
 def _attribute(
-    model: Model, seen: Sequence[int], token: int, steps: int, engine: EngineName, batch_tokens: int
+    model: Model, seen: Sequence[int], token: int, steps: int, engine: GradientEngineName, batch_tokens: int
 ) -> Float[Tensor, "layer neuron"]:
     if engine == "plain":
         return attribute_plainly(model, seen, token, steps, batch_tokens=batch_tokens)

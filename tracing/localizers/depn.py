@@ -22,7 +22,7 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.model import Model
 from locus.scores import NeuronScores
-from tracing.gradients.integrated_gradients import EngineName, integrated_cost, integrated_gradients
+from tracing.gradients.integrated_gradients import GradientEngineName, integrated_cost, integrated_gradients
 from tracing.localizer import Cost, ExampleLoop, Examples, encode_facts
 from tracing.localizers.knowledge_neurons import share_of_coarse
 
@@ -38,7 +38,7 @@ class PrivacyNeurons:
     """m, points of the integral."""
     threshold: float = 0.1
     """Share of a text's largest attribution that a candidate must reach."""
-    engine: EngineName = "auto"
+    engine: GradientEngineName = "auto"
     """How attributions are computed: one token at a time (exact), or whole forwards."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:

@@ -31,7 +31,7 @@ from locus.model import Model
 from locus.scores import LayerScores, NeuronScores
 from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.direct_logit import head_directions
-from tracing.localizers.indirect_effect import Corruption, at_least_one_draw, prepare_all
+from tracing.localizers.indirect_effect import NeuronCorruption, at_least_one_draw, prepare_all
 from tracing.localizers.saliency import GradientSaliency
 from tracing.patching.corruption import Corrupter, Prepared
 from tracing.patching.plain_engine import logits_of
@@ -48,7 +48,7 @@ class FactLookup:
     """Attribute-extraction heads that are kept."""
     samples: int = 2
     """Draws of the corruption."""
-    corruption: Corruption = "gaussian"
+    corruption: NeuronCorruption = "gaussian"
     """Noise on the subject's embeddings, or another fact's subject in its place."""
     noise: float = 3.0
     """Standard deviation of the noise, in those of the subjects' embeddings."""

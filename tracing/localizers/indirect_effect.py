@@ -33,7 +33,7 @@ from tracing.patching.plain_engine import logits_of
 from tracing.patching.readout import Readout
 from tracing.patching.runs import Inputs
 
-Corruption = Literal["gaussian", "swap"]
+NeuronCorruption = Literal["gaussian", "swap"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TracedNeurons:
 
     samples: int = 4
     """Draws of the corruption."""
-    corruption: Corruption = "gaussian"
+    corruption: NeuronCorruption = "gaussian"
     """Noise on the subject's embeddings, or another fact's subject in its place."""
     noise: float = 3.0
     """Standard deviation of the noise, in those of the subjects' embeddings."""

@@ -31,7 +31,7 @@ from locus.fact import Example, Fact
 from locus.model import Model
 from locus.scores import NeuronScores
 from locus.tokens import Encoded, encode
-from tracing.gradients.integrated_gradients import EngineName, integrated_cost, integrated_gradients
+from tracing.gradients.integrated_gradients import GradientEngineName, integrated_cost, integrated_gradients
 from tracing.localizer import Cost, ExampleLoop, Examples
 
 
@@ -52,7 +52,7 @@ class KnowledgeNeurons:
     """Share of a fact's negative prompts in whose coarse sets it must not be; above 1 for no negatives."""
     refine: bool = True
     """False: mean attribution over the facts' own prompts, nothing counted."""
-    engine: EngineName = "auto"
+    engine: GradientEngineName = "auto"
     """How attributions are computed: one token at a time (exact), or whole forwards."""
 
     def cost(self, model: Model, facts: Examples, retain: Examples | None = None) -> Cost:

@@ -47,7 +47,7 @@ from tracing.localizers.fact_lookup import by_layer
 
 
 @dataclass(frozen=True)
-class Question:
+class RelationFacts:
     """The facts of one relation whose answers can be told apart."""
 
     facts: tuple[Fact, ...]
@@ -57,7 +57,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Curve:
+class AccuracyCurve:
     """Decodability of the answer at the subject's last token."""
 
     before: Float[Tensor, " layer"]
@@ -94,7 +94,7 @@ class LookupProbe:
 
     def curve(
         self, model: Model, facts: Examples, retain: Examples | None = None, *, batch_tokens: int = 4096
-    ) -> Curve:
+    ) -> AccuracyCurve:
         """Decodability before and behind every MLP, the mean over relations.
 
         Raises:
@@ -110,9 +110,9 @@ class LookupProbe:
                 for states, sums in ((without, before), (whole, behind)):
                     found = decodability(states[:, layer], question.answers, question.subjects, self.ridge)
                     sums[layer] += share * found
-        return Curve(before.float(), behind.float())
+        return AccuracyCurve(before.float(), behind.float())
 
-    def _questions(self, facts: Examples, retain: Examples | None) -> list[Question]:
+    def _questions(self, facts: Examples, retain: Examples | None) -> list[RelationFacts]:
         if not facts:
             raise InputError("no facts given: a localizer needs at least one")
         if not self.ridge > 0:
@@ -134,7 +134,7 @@ class LookupProbe:
         return questions
 
 
-def question_of(facts: Sequence[Fact], least: int) -> Question | None:
+def question_of(facts: Sequence[Fact], least: int) -> RelationFacts | None:
     """The facts whose answer at least `least` of them share, or None where there are not two such answers."""
     counts = Counter(fact.target for fact in facts)
     kept = [fact for fact in facts if counts[fact.target] >= max(2, least)]
@@ -142,7 +142,7 @@ def question_of(facts: Sequence[Fact], least: int) -> Question | None:
     if len(answers) < 2:
         return None
     subjects = sorted({str(fact.subject) for fact in kept})
-    return Question(
+    return RelationFacts(
         tuple(kept),
         torch.tensor([answers.index(fact.target) for fact in kept]),
         torch.tensor([subjects.index(str(fact.subject)) for fact in kept]),

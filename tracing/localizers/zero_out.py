@@ -28,8 +28,8 @@ from tracing.engine import EngineName as PatchEngine
 from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.saliency import GradientSaliency
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Inputs, Question
-from tracing.patching.sites import Cell, Patch
+from tracing.patching.runs import Inputs, PatchingQuestion
+from tracing.patching.sites import Patch, PatchedRun
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def silenced_drop(
     reads = tuple(range(encoded.target_start - 1, n_pos))
     everywhere = tuple(range(n_pos))
     cells = [
-        Cell((Patch("mlp_post", (layer, layer + 1), everywhere, "zero", (neuron,)),))
+        PatchedRun((Patch("mlp_post", (layer, layer + 1), everywhere, "zero", (neuron,)),))
         for layer, neuron in where
     ]
     readout = Readout("logprob", torch.tensor(encoded.target_ids))
-    answers = engine.answer(Question(inputs, inputs, reads), cells, readout)
+    answers = engine.answer(PatchingQuestion(inputs, inputs, reads), cells, readout)
     return (answers.base[0, 0] - answers.cells[:, 0, 0]).double().cpu()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from locus.hooks import patched
 from locus.model import Model
 from tracing.patching.plain_engine import logits_of
-from tracing.patching.runs import Question
+from tracing.patching.runs import PatchingQuestion
 from tracing.patching.sites import Site
 
 Values = Mapping[tuple[Site, int], Float[Tensor, "_ pos _"]]
@@ -42,7 +42,7 @@ def needed_for(sites: Iterable[tuple[Site, int]]) -> set[tuple[Site, int]]:
 @torch.no_grad()
 def fixed_effects(
     model: Model,
-    question: Question,
+    question: PatchingQuestion,
     sites: Sequence[tuple[Site, int]],
     base: Values,
     other: Values,
@@ -74,7 +74,7 @@ def fixed_effects(
 
 def _effects_at(
     model: Model,
-    question: Question,
+    question: PatchingQuestion,
     site: Site,
     layers: Sequence[int],
     values: tuple[Values, Values, Values],
@@ -103,7 +103,7 @@ def _effects_at(
 
 def _mixes_heads(
     model: Model,
-    question: Question,
+    question: PatchingQuestion,
     site: Site,
     layer: int,
     positions: list[int],
@@ -122,7 +122,7 @@ def _mixes_heads(
 
 def _outputs(
     model: Model,
-    question: Question,
+    question: PatchingQuestion,
     site: Site,
     layers: Sequence[int],
     positions: Sequence[int],

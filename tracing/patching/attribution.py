@@ -27,8 +27,8 @@ from locus.hooks import patched, record
 from locus.model import Model
 from tracing.patching.attention_fix import fixed_effects, needed_for
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Inputs, Question, divergence
-from tracing.patching.sites import Cell, Kind, Site, module_of
+from tracing.patching.runs import Inputs, PatchingQuestion, divergence
+from tracing.patching.sites import Kind, PatchedRun, Site, site_module
 
 _GradientSite = tuple[Site, int]
 
@@ -40,9 +40,9 @@ def can_estimate(kind: Kind) -> bool:
 
 def estimate(
     model: Model,
-    question: Question,
+    question: PatchingQuestion,
     readout: Readout,
-    cells: Sequence[Cell],
+    cells: Sequence[PatchedRun],
     *,
     points: int = 1,
     through_logs: bool = True,
@@ -94,7 +94,10 @@ def _out_of_logs(values: Tensor, logs: bool) -> Tensor:
 
 
 def _change(
-    cell: Cell, products: Mapping[_GradientSite, Tensor], fixed: Mapping[_GradientSite, Tensor], d_head: int
+    cell: PatchedRun,
+    products: Mapping[_GradientSite, Tensor],
+    fixed: Mapping[_GradientSite, Tensor],
+    d_head: int,
 ) -> Float[Tensor, " draw"]:
     """Sum of the effects over what the cell patches."""
     parts = []
@@ -112,7 +115,7 @@ def _change(
 
 def _products(
     model: Model,
-    question: Question,
+    question: PatchingQuestion,
     readout: Readout,
     asked: Sequence[_GradientSite],
     points: int,
@@ -145,14 +148,14 @@ def _products(
 def _run(
     model: Model,
     inputs: Inputs,
-    question: Question,
+    question: PatchingQuestion,
     readout: Readout,
     sites: Sequence[_GradientSite],
     *,
     gradient: bool,
 ) -> tuple[dict[_GradientSite, Tensor], Tensor, dict[_GradientSite, Tensor]]:
     """Values of the sites, the metric of each draw, and its gradients there if they are asked for."""
-    names = {site: module_of(model.atlas, *site) for site in sites}
+    names = {site: site_module(model.atlas, *site) for site in sites}
     outputs = [name for name, side in names.values() if side == "output"]
     entries = [name for name, side in names.values() if side == "input"]
     ids = inputs.ids.to(model.device).expand(inputs.samples, -1)
@@ -187,7 +190,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _between(model: Model, question: Question, alpha: float) -> Inputs:
+def _between(model: Model, question: PatchingQuestion, alpha: float) -> Inputs:
     """Embeddings a fraction alpha of the way from the base to the other run, at every position."""
     ends = []
     module = model.module.get_submodule(model.atlas.embed)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from locus.trace import FactTrace
 from tracing.patching.corruption import Prepared
-from tracing.patching.runs import Answers, Asked, Inputs
-from tracing.patching.sites import Cell, Kind
+from tracing.patching.runs import Asked, Inputs, RunScores
+from tracing.patching.sites import Kind, PatchedRun
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Grids:
     """For each kind, the cell of every layer and position; None where the two runs do not differ yet."""
 
     index: Mapping[Kind, Sequence[Sequence[int | None]]]
-    cells: tuple[Cell, ...]
+    cells: tuple[PatchedRun, ...]
     """Every cell once: windows clipped to the same layers are one."""
 
     @classmethod
-    def of(cls, rows: Mapping[Kind, Sequence[Sequence[Cell]]], diverges: int) -> Grids:
+    def of(cls, rows: Mapping[Kind, Sequence[Sequence[PatchedRun]]], diverges: int) -> Grids:
         """Number the cells; those that patch only positions before `diverges` change nothing and get no number."""
-        numbers: dict[Cell, int] = {}
+        numbers: dict[PatchedRun, int] = {}
 
-        def number(cell: Cell) -> int | None:
+        def number(cell: PatchedRun) -> int | None:
             if all(q < diverges for patch in cell.patches for q in patch.positions):
                 return None
             return numbers.setdefault(cell, len(numbers))
@@ -76,7 +76,7 @@ class Plan:
 
 
 def assemble(
-    plan: Plan, answers: Answers, *, denoising: bool, engine: str, work: Mapping[str, float]
+    plan: Plan, answers: RunScores, *, denoising: bool, engine: str, work: Mapping[str, float]
 ) -> FactTrace:
     """A fact's trace out of what an engine answered, and what was only estimated."""
     one, grids, estimates = plan.one, plan.grids, plan.estimates
@@ -157,15 +157,15 @@ def _correlations(
     return out
 
 
-def drawn(answers: Answers) -> int:
+def drawn(answers: RunScores) -> int:
     """Draws of a question's answers."""
     return max(answers.base.shape[0], answers.other.shape[0])
 
 
-def joined(a: Answers, b: Answers) -> Answers:
+def join_draws(a: RunScores, b: RunScores) -> RunScores:
     """Answers for other draws of the same question, as one; a run that has a single draw keeps it."""
     draws = a.cells.shape[1]
-    return Answers(
+    return RunScores(
         torch.cat([a.base, b.base]) if a.base.shape[0] == draws else a.base,
         torch.cat([a.other, b.other]) if a.other.shape[0] == draws else a.other,
         torch.cat([a.cells, b.cells], dim=1),

@@ -17,17 +17,22 @@ from locus.hooks import patched, record
 from locus.model import Model
 from locus.progress import track
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Answers, Inputs, Question
-from tracing.patching.sites import Cell, Patch, Site, module_of, sources_needed
+from tracing.patching.runs import Inputs, PatchingQuestion, RunScores
+from tracing.patching.sites import Patch, PatchedRun, Site, site_module, sources_needed
 
-States = dict[tuple[Site, int], Float[Tensor, "_ pos _"]]
+SiteValues = dict[tuple[Site, int], Float[Tensor, "_ pos _"]]
 """(site, layer) -> its values in one run."""
 
 
 @torch.no_grad()
 def answer_plainly(
-    model: Model, question: Question, cells: Sequence[Cell], readout: Readout, *, batch_tokens: int = 4096
-) -> Answers:
+    model: Model,
+    question: PatchingQuestion,
+    cells: Sequence[PatchedRun],
+    readout: Readout,
+    *,
+    batch_tokens: int = 4096,
+) -> RunScores:
     """Run every cell as a whole forward of the model, several cells in one batch.
 
     Args:
@@ -38,8 +43,8 @@ def answer_plainly(
         batch_tokens: Tokens in one forward, at least one cell's.
     """
     from_other, from_base = sources_needed(cells)
-    other_scores, other = run(model, question.other, question.reads, readout, from_other)
-    base_scores, base = run(model, question.base, question.reads, readout, from_base)
+    other_scores, other = unpatched_run(model, question.other, question.reads, readout, from_other)
+    base_scores, base = unpatched_run(model, question.base, question.reads, readout, from_base)
     samples = question.samples
     per_forward = max(1, batch_tokens // (samples * question.n_pos))
     chunks = [cells[i : i + per_forward] for i in range(0, len(cells), per_forward)]
@@ -49,15 +54,15 @@ def answer_plainly(
         scores.append(got.unflatten(0, (len(chunk), samples)))
     forwards = question.other.samples + question.base.samples + len(cells) * samples
     grid = torch.cat(scores) if scores else base_scores.new_zeros(0, samples, base_scores.shape[-1])
-    return Answers(base_scores, other_scores, grid, tokens=float(forwards * question.n_pos))
+    return RunScores(base_scores, other_scores, grid, tokens=float(forwards * question.n_pos))
 
 
-def run(
+def unpatched_run(
     model: Model, inputs: Inputs, reads: Sequence[int], readout: Readout, sites: Iterable[Site] = ()
-) -> tuple[Float[Tensor, "sample score"], States]:
+) -> tuple[Float[Tensor, "sample score"], SiteValues]:
     """One unpatched run: its scores, and the values of some sites in every layer."""
     names = {
-        (site, layer): module_of(model.atlas, site, layer)
+        (site, layer): site_module(model.atlas, site, layer)
         for site in sites
         for layer in range(model.atlas.n_layers)
     }
@@ -87,7 +92,12 @@ def logits_of(
 
 
 def _patched_run(
-    model: Model, question: Question, cells: Sequence[Cell], readout: Readout, base: States, other: States
+    model: Model,
+    question: PatchingQuestion,
+    cells: Sequence[PatchedRun],
+    readout: Readout,
+    base: SiteValues,
+    other: SiteValues,
 ) -> Float[Tensor, "cell_and_sample score"]:
     samples = question.samples
     hooks: dict[tuple[Site, int], list[tuple[int, Patch]]] = {}
@@ -99,7 +109,7 @@ def _patched_run(
     outputs: dict[str, Callable[[Tensor], Tensor]] = {}
     inputs: dict[str, Callable[[Tensor], Tensor]] = {}
     for (site, layer), wanted in hooks.items():
-        name, side = module_of(model.atlas, site, layer)
+        name, side = site_module(model.atlas, site, layer)
         (outputs if side == "output" else inputs)[name] = partial(
             _written, question, site, layer, wanted, base, other
         )
@@ -108,12 +118,12 @@ def _patched_run(
 
 
 def _written(
-    question: Question,
+    question: PatchingQuestion,
     site: Site,
     layer: int,
     wanted: Sequence[tuple[int, Patch]],
-    base: States,
-    other: States,
+    base: SiteValues,
+    other: SiteValues,
     state: Tensor,
 ) -> Tensor:
     """What flows through one site of all cells' copies, patched where a cell (by its number) wants it."""
@@ -128,7 +138,13 @@ def _written(
 
 
 def _value(
-    question: Question, patch: Patch, site: Site, layer: int, position: int, base: States, other: States
+    question: PatchingQuestion,
+    patch: Patch,
+    site: Site,
+    layer: int,
+    position: int,
+    base: SiteValues,
+    other: SiteValues,
 ) -> Tensor:
     """What a patch writes: `sample width`, `width`, or a scalar zero."""
     if patch.source == "zero":

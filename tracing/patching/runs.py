@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tracing.patching.readout import Readout
-from tracing.patching.sites import Cell, Site
+from tracing.patching.sites import PatchedRun, Site
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Question:
+class PatchingQuestion:
     """Two runs, and the positions whose predictions count."""
 
     base: Inputs
@@ -78,13 +78,13 @@ class Question:
         """Length of both runs."""
         return len(self.base.ids)
 
-    def draws(self, chosen: slice) -> Question:
+    def draws(self, chosen: slice) -> PatchingQuestion:
         """The same question with some of its draws."""
-        return Question(_some(self.base, chosen), _some(self.other, chosen), self.reads, self.means)
+        return PatchingQuestion(_some(self.base, chosen), _some(self.other, chosen), self.reads, self.means)
 
-    def reversed(self) -> Question:
+    def reversed(self) -> PatchingQuestion:
         """Base and other exchanged: noising instead of denoising, or back."""
-        return Question(self.other, self.base, self.reads, self.means)
+        return PatchingQuestion(self.other, self.base, self.reads, self.means)
 
 
 def _some(inputs: Inputs, chosen: slice) -> Inputs:
@@ -93,7 +93,7 @@ def _some(inputs: Inputs, chosen: slice) -> Inputs:
     return Inputs(inputs.ids, inputs.positions, inputs.embeddings[chosen])
 
 
-def divergence(question: Question) -> int:
+def divergence(question: PatchingQuestion) -> int:
     """First position where the runs may differ; before it every state of both is the same."""
     different = (question.base.ids != question.other.ids).nonzero().flatten()
     by_ids = int(different[0]) if len(different) else question.n_pos
@@ -104,13 +104,13 @@ def divergence(question: Question) -> int:
 class Asked:
     """A question, the patched forwards to answer, and what to read off them."""
 
-    question: Question
-    cells: Sequence[Cell]
+    question: PatchingQuestion
+    cells: Sequence[PatchedRun]
     readout: Readout
 
 
 @dataclass(frozen=True)
-class Answers:
+class RunScores:
     """What an engine gives back: the scores of every run, and what they took."""
 
     base: Float[Tensor, "_ score"]

@@ -1,6 +1,6 @@
 """What can be patched: a site of some layers, at some positions, with values from some run.
 
-A `Cell` is one patched forward, described: the base run goes on as it is but for the patches. Everything that
+A `PatchedRun` is one patched forward, described: the base run goes on as it is but for the patches. Everything that
 patches (causal tracing, severed variants, heads, neurons, noising) is a list of cells, and every engine
 (`tracing.patching.plain_engine`, `tracing.replay.replay_engine`) answers a list of cells.
 """
@@ -16,7 +16,7 @@ from locus.atlas import Atlas
 from locus.atlas import Site as Site
 from locus.errors import InputError
 
-Source = Literal["other", "base", "zero", "mean"]
+PatchSource = Literal["other", "base", "zero", "mean"]
 """Where a patch takes its values: the other run (the clean one when denoising, the corrupted one when noising),
 the base run itself (pinning: what a severed path keeps), zero, or a mean given with the question."""
 
@@ -41,13 +41,13 @@ class Patch:
     """First layer and the one after the last."""
     positions: tuple[int, ...]
     """Ascending, not empty."""
-    source: Source = "other"
+    source: PatchSource = "other"
     columns: tuple[int, ...] | None = None
     """Which entries of the site's vector; None for all. A head of attn_z, or single neurons."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class PatchedRun:
     """One patched forward: the base run with these patches, in order of layers."""
 
     patches: tuple[Patch, ...]
@@ -55,7 +55,7 @@ class Cell:
 
 def cells_of(
     kind: Kind, atlas: Atlas, positions: Sequence[int] | Sequence[tuple[int, ...]], window: int
-) -> list[list[Cell]]:
+) -> list[list[PatchedRun]]:
     """The grid of cells of one kind, [layer][position].
 
     Args:
@@ -74,28 +74,28 @@ def cells_of(
     ]
 
 
-def _cell(kind: Kind, atlas: Atlas, layer: int, positions: tuple[int, ...], window: int) -> Cell:
+def _cell(kind: Kind, atlas: Atlas, layer: int, positions: tuple[int, ...], window: int) -> PatchedRun:
     one, last = (layer, layer + 1), atlas.n_layers
     first = layer - window // 2
     around = (max(0, first), min(last, first + window))
     match kind:
         case "block":
-            return Cell((Patch("resid_post", one, positions),))
+            return PatchedRun((Patch("resid_post", one, positions),))
         case "mlp":
-            return Cell((Patch("mlp_out", around, positions),))
+            return PatchedRun((Patch("mlp_out", around, positions),))
         case "attn":
-            return Cell((Patch("attn_out", around, positions),))
+            return PatchedRun((Patch("attn_out", around, positions),))
         case "block-no-mlp":
-            return Cell(
+            return PatchedRun(
                 (Patch("resid_post", one, positions), Patch("mlp_out", (layer + 1, last), positions, "base"))
             )
         case "block-no-attn":
-            return Cell(
+            return PatchedRun(
                 (Patch("resid_post", one, positions), Patch("attn_out", (layer + 1, last), positions, "base"))
             )
     site, head = _head(kind, atlas)
     entries = tuple(range(head * atlas.d_head, (head + 1) * atlas.d_head))
-    return Cell((Patch(site, one, positions, columns=entries),))
+    return PatchedRun((Patch(site, one, positions, columns=entries),))
 
 
 def _head(kind: Kind, atlas: Atlas) -> tuple[Site, int]:
@@ -116,7 +116,7 @@ def _head(kind: Kind, atlas: Atlas) -> tuple[Site, int]:
     return site, int(number)
 
 
-def module_of(atlas: Atlas, site: Site, layer: int) -> tuple[str, Literal["output", "input"]]:
+def site_module(atlas: Atlas, site: Site, layer: int) -> tuple[str, Literal["output", "input"]]:
     """Module and side at which a site is read and written."""
     match site:
         case "resid_pre":
@@ -139,7 +139,7 @@ def module_of(atlas: Atlas, site: Site, layer: int) -> tuple[str, Literal["outpu
             return atlas.neuron_in[layer], "input"
 
 
-def sources_needed(cells: Sequence[Cell]) -> tuple[frozenset[Site], frozenset[Site]]:
+def sources_needed(cells: Sequence[PatchedRun]) -> tuple[frozenset[Site], frozenset[Site]]:
     """Sites to record in the other run and in the base run, so that every patch has its values."""
     wanted: dict[str, set[Site]] = {"other": set(), "base": set()}
     for cell in cells:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.hooks import patched
-from tracing.patching.sites import Patch, Site, module_of
+from tracing.patching.sites import Patch, Site, site_module
 from tracing.replay.blocks import Rows
 from tracing.replay.context import ReplayContext
 from tracing.replay.packing import INNER, Chunk, Packed, Track, rows_of
@@ -206,7 +206,7 @@ class PatchedRows:
         inputs: dict[str, Callable[[Tensor], Tensor]] = {}
         model = self.context.blocks.model
         for site, places in wanted.items():
-            name, side = module_of(model.atlas, site, layer)
+            name, side = site_module(model.atlas, site, layer)
             hook = partial(self._written, site, layer, places, chunk.track.shape[0], draws)
             (outputs if side == "output" else inputs)[name] = hook
         return patched(model.module, outputs, inputs) if wanted else nullcontext()

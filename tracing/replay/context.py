@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tracing.patching.runs import Question
+from tracing.patching.runs import PatchingQuestion
 from tracing.patching.sites import Patch, Site
 from tracing.replay.blocks import Blocks
 from tracing.replay.packing import Track
@@ -27,7 +27,7 @@ from tracing.replay.recorded_runs import Runs
 class ReplayContext:
     """What all batches of tracks of some questions share; all of them have the same number of draws."""
 
-    questions: Sequence[Question]
+    questions: Sequence[PatchingQuestion]
     runs: Sequence[Runs]
     budget: int
     """Rows that go through a block at once."""
@@ -37,7 +37,7 @@ class ReplayContext:
     """Rows times blocks so far, of each question."""
 
     @classmethod
-    def of(cls, questions: Sequence[Question], runs: Sequence[Runs], budget: int) -> ReplayContext:
+    def of(cls, questions: Sequence[PatchingQuestion], runs: Sequence[Runs], budget: int) -> ReplayContext:
         """Put recorded questions side by side."""
         longest = max(runs, key=lambda r: r.recorded.blocks.n_pos)
         return cls(questions, runs, budget, longest.recorded.blocks, [r.rows_run for r in runs])

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tracing.patching.sites import Cell, Patch
+from tracing.patching.sites import Patch, PatchedRun
 from tracing.replay.blocks import Rows
 
 INNER = ("attn_out", "mlp_out", "q", "k", "v", "z", "mlp_post")
@@ -63,7 +63,7 @@ class Track:
 
 
 def track_of(
-    index: int, cell: Cell, diverges: int, n_layers: int, reads: Sequence[int], of: int = 0
+    index: int, cell: PatchedRun, diverges: int, n_layers: int, reads: Sequence[int], of: int = 0
 ) -> Track | None:
     """What has to be computed for a cell; None where the positions that are read are as in the base run.
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from locus.hooks import patched, record
 from locus.model import Model
 from tracing.patching.plain_engine import logits_of
-from tracing.patching.runs import Inputs, Question, divergence
-from tracing.patching.sites import Site, module_of
+from tracing.patching.runs import Inputs, PatchingQuestion, divergence
+from tracing.patching.sites import Site, site_module
 from tracing.replay.blocks import CannotReplay, Recorded, Rows, record_whole
 
 
@@ -27,7 +27,7 @@ class _Embedded(Exception):
 
 
 @dataclass(frozen=True)
-class States:
+class RecordedStates:
     """Values of one run from position `start` on."""
 
     start: int
@@ -42,8 +42,8 @@ class States:
 class View:
     """One run, put together of the part that both share and its own."""
 
-    whole: States
-    own: States | None
+    whole: RecordedStates
+    own: RecordedStates | None
     """From the divergence on; None for the run that was recorded whole."""
 
     @property
@@ -124,7 +124,11 @@ class Runs:
 
 
 def record_runs(
-    model: Model, question: Question, other_sites: Iterable[Site], base_sites: Iterable[Site], budget: int
+    model: Model,
+    question: PatchingQuestion,
+    other_sites: Iterable[Site],
+    base_sites: Iterable[Site],
+    budget: int,
 ) -> Runs:
     """Record both runs, with the sites that patches need.
 
@@ -138,7 +142,7 @@ def record_runs(
     sites = sorted((set(other_sites) | set(base_sites)) - {"resid_pre", "resid_post"})
     atlas = model.atlas
     names = {
-        (site, layer): module_of(atlas, site, layer) for site in sites for layer in range(atlas.n_layers)
+        (site, layer): site_module(atlas, site, layer) for site in sites for layer in range(atlas.n_layers)
     }
     outputs = [name for name, side in names.values() if side == "output"]
     inputs = [name for name, side in names.values() if side == "input"]
@@ -147,7 +151,7 @@ def record_runs(
         key: (recorded.outputs if side == "output" else recorded.inputs)[name]
         for key, (name, side) in names.items()
     }
-    states = States(0, recorded.hidden, recorded.keys, recorded.values, found)
+    states = RecordedStates(0, recorded.hidden, recorded.keys, recorded.values, found)
     diverges = divergence(question)
     own, rows = None, atlas.n_layers * question.n_pos
     if diverges < question.n_pos:
@@ -162,11 +166,11 @@ def _branch(
     model: Model,
     inputs: Inputs,
     recorded: Recorded,
-    whole: States,
+    whole: RecordedStates,
     start: int,
     names: Mapping[tuple[Site, int], tuple[str, str]],
     budget: int,
-) -> States:
+) -> RecordedStates:
     """The run that diverges, from where it does, attending to the whole run before that."""
     n_layers, n = model.atlas.n_layers, len(inputs.ids) - start
     at_once = max(1, budget // n)
@@ -180,7 +184,7 @@ def _branch(
     def joined(of: str, layer: int) -> Tensor:
         return torch.cat([getattr(part, of)[layer] for part in parts])
 
-    return States(
+    return RecordedStates(
         start,
         tuple(joined("hidden", layer) for layer in range(n_layers + 1)),
         tuple(joined("keys", layer) for layer in range(n_layers)),
@@ -193,11 +197,11 @@ def _branch_draws(
     model: Model,
     inputs: Inputs,
     recorded: Recorded,
-    whole: States,
+    whole: RecordedStates,
     start: int,
     names: Mapping[tuple[Site, int], tuple[str, str]],
     draws: slice,
-) -> States:
+) -> RecordedStates:
     some = (
         inputs
         if inputs.embeddings is None
@@ -222,7 +226,7 @@ def _branch_draws(
         values.append(v)
         for key, (name, side) in here.items():
             sites[key] = (seen.outputs if side == "output" else seen.inputs)[name]
-    return States(start, tuple(hidden), tuple(keys), tuple(values), sites)
+    return RecordedStates(start, tuple(hidden), tuple(keys), tuple(values), sites)
 
 
 def _first_input(model: Model, inputs: Inputs) -> Float[Tensor, "_ pos d_model"]:

@@ -22,8 +22,8 @@ from torch import Tensor
 from locus.model import Model
 from locus.progress import task
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Answers, Asked, Question
-from tracing.patching.sites import Cell, sources_needed
+from tracing.patching.runs import Asked, PatchingQuestion, RunScores
+from tracing.patching.sites import PatchedRun, sources_needed
 from tracing.replay.advance import PatchedRows
 from tracing.replay.blocks import CannotReplay, Tail, masked_attention
 from tracing.replay.context import ReplayContext, side_by_side
@@ -43,12 +43,12 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC
 
 def answer_by_replay(
     model: Model,
-    question: Question,
-    cells: Sequence[Cell],
+    question: PatchingQuestion,
+    cells: Sequence[PatchedRun],
     readout: Readout,
     *,
     batch_tokens: int | None = None,
-) -> Answers:
+) -> RunScores:
     """Answer every cell, exactly as whole forwards would.
 
     Args:
@@ -68,7 +68,7 @@ def answer_by_replay(
 @torch.no_grad()
 def answer_together(
     model: Model, asked: Sequence[Asked], *, batch_tokens: int | None = None
-) -> list[Answers]:
+) -> list[RunScores]:
     """Answer several questions, their rows side by side in the same calls where the blocks allow it.
 
     That pays where one question's rows are too few to keep the device busy. Arguments and errors are those of
@@ -79,7 +79,7 @@ def answer_together(
         return _retried(model, list(asked), budget)
 
 
-def _retried(model: Model, asked: list[Asked], budget: int) -> list[Answers]:
+def _retried(model: Model, asked: list[Asked], budget: int) -> list[RunScores]:
     while True:
         try:
             return _answer(model, asked, budget)
@@ -121,9 +121,9 @@ def default_budget(model: Model, n_pos: int) -> int:
     return max(1024, min(full, 1 << max(0, rows.bit_length() - 1)))
 
 
-def _answer(model: Model, asked: Sequence[Asked], budget: int) -> list[Answers]:
+def _answer(model: Model, asked: Sequence[Asked], budget: int) -> list[RunScores]:
     runs = [record_runs(model, one.question, *sources_needed(one.cells), budget) for one in asked]
-    answers: list[Answers | None] = [None] * len(asked)
+    answers: list[RunScores | None] = [None] * len(asked)
     with task("patched forwards, replayed", sum(len(one.cells) for one in asked)) as line:
         for group in side_by_side(runs):
             context = ReplayContext.of([asked[i].question for i in group], [runs[i] for i in group], budget)
@@ -135,7 +135,7 @@ def _answer(model: Model, asked: Sequence[Asked], budget: int) -> list[Answers]:
 
 def _answer_group(
     context: ReplayContext, asked: Sequence[Asked], advance: Callable[[int], None]
-) -> list[Answers]:
+) -> list[RunScores]:
     tails = [
         Tail.of(runs.recorded, one.question.reads) for runs, one in zip(context.runs, asked, strict=True)
     ]
@@ -156,7 +156,7 @@ def _answer_group(
             scores[i][[tracks[t].cell for t in own]] = got.unflatten(0, (-1, context.samples))
         advance(len(tracks))
     return [
-        Answers(base, other, cells, rows / context.n_layers)
+        RunScores(base, other, cells, rows / context.n_layers)
         for (base, other), cells, rows in zip(ends, scores, context.rows_run, strict=True)
     ]
 

@@ -12,10 +12,10 @@ from locus.audit.intervals import Items
 from locus.audit.questions import ask, questions_of
 from locus.audit.state import State
 from locus.fact import Example, Fact
-from locus.metrics import multiple_choice, probability_among, truth_ratio, truth_ratio_score
+from locus.metrics import multiple_choice_right, probability_among, truth_ratio, truth_ratio_score
 from locus.model import Model
 
-LETTERS = "ABCDEFGHIJ"
+OPTION_LETTERS = "ABCDEFGHIJ"
 
 
 def run(state: State, context: Context) -> FigureValues:
@@ -40,23 +40,25 @@ def run(state: State, context: Context) -> FigureValues:
 
 def letter_question(fact: Fact, seed: int) -> tuple[str, int, int]:
     """The question with lettered options in a seeded order: text, index of the right one, number of options."""
-    options = [fact.target, *fact.alternatives][: len(LETTERS)]
+    options = [fact.target, *fact.alternatives][: len(OPTION_LETTERS)]
     generator = torch.Generator().manual_seed(seed + sum(fact.id.encode()))
     order = torch.randperm(len(options), generator=generator).tolist()
-    lines = "".join(f"{LETTERS[i]}. {options[j].strip()}\n" for i, j in enumerate(order))
+    lines = "".join(f"{OPTION_LETTERS[i]}. {options[j].strip()}\n" for i, j in enumerate(order))
     return f"Complete: {fact.prompt} ...\n{lines}Answer:", order.index(0), len(options)
 
 
 def by_letter(model: Model, asked: Sequence[tuple[str, int, int]], max_tokens: int = 4096) -> list[float]:
     """1 for each lettered question (text, right index, number of options) whose right letter is likeliest."""
     pairs = [
-        (str(i), Example(text, f" {LETTERS[o]}")) for i, (text, _, n) in enumerate(asked) for o in range(n)
+        (str(i), Example(text, f" {OPTION_LETTERS[o]}"))
+        for i, (text, _, n) in enumerate(asked)
+        for o in range(n)
     ]
     nll = ask(model, questions_of(model, pairs), max_tokens).nll
     scores, start = [], 0
     for _, right, n in asked:
         row = nll[None, start : start + n]
-        hit = multiple_choice(
+        hit = multiple_choice_right(
             row, torch.ones_like(row, dtype=torch.long), torch.tensor([right]), per_token=False
         )
         scores.append(float(hit))
@@ -72,7 +74,7 @@ def _cloze(model: Model, facts: Sequence[Fact], max_tokens: int) -> tuple[list[f
     for fact in facts:
         stop = start + 1 + len(fact.alternatives)
         nll, n = answers.nll[None, start:stop], answers.n_tokens[None, start:stop]
-        hits.append(float(multiple_choice(nll, n, torch.tensor([0]))))
+        hits.append(float(multiple_choice_right(nll, n, torch.tensor([0]))))
         shares.append(float(probability_among(nll, n).nan_to_num(0.0)))
         start = stop
     return hits, shares

@@ -30,7 +30,7 @@ def run(state: State, context: Context) -> FigureValues:
     with state.active() as model:
         flags = greedy_flags(model, questions.encoded, context.max_tokens)
         known = context.written.get(state.name)
-        written = known if known is not None else continuations(model, questions)
+        written = known if known is not None else greedy_continuations(model, questions)
     targets = [example.target for example in questions.examples]
     found = {
         "generation.exact": [exact_memorization(f) for f in flags],
@@ -48,7 +48,7 @@ _PREAMBLE = 16
 """Tokens that an answer may spend before it comes to a longer target."""
 
 
-def continuations(model: Model, questions: Questions) -> tuple[str, ...]:
+def greedy_continuations(model: Model, questions: Questions) -> tuple[str, ...]:
     """What the model writes after each prompt, long enough to say the target and a preamble, in the caller's order.
 
     A prompt that leaves no room in the model's context is answered by an empty text.

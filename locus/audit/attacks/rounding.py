@@ -14,7 +14,7 @@ from torch import Tensor
 
 from locus.audit.measurement import Rounded
 from locus.audit.questions import Questions, ask
-from locus.audit.settings import FORMATS, Format
+from locus.audit.settings import WEIGHT_FORMATS, WeightFormat
 from locus.metrics import round_to_nearest
 from locus.model import Model
 from locus.weight_source import refuse_offloaded
@@ -26,20 +26,20 @@ def survive_rounding(
     model: Model,
     forget: Questions,
     held_out: Questions,
-    formats: tuple[Format, ...] = FORMATS,
+    formats: tuple[WeightFormat, ...] = WEIGHT_FORMATS,
     max_tokens: int = 4096,
 ) -> tuple[Rounded, ...]:
     """Ask the forget questions under each rounding, the held-out ones under int4; the weights come back to the bit."""
     results = []
     for fmt in formats:
         others = held_out if fmt == "int4" else Questions((), (), ())
-        with rounded(model, fmt):
+        with rounded_weights(model, fmt):
             results.append(Rounded(fmt, ask(model, forget, max_tokens), ask(model, others, max_tokens)))
     return tuple(results)
 
 
 @contextlib.contextmanager
-def rounded(model: Model, fmt: Format) -> Iterator[None]:
+def rounded_weights(model: Model, fmt: WeightFormat) -> Iterator[None]:
     """Round the model's weights in place, and put the exact old ones back on leaving.
 
     bfloat16 casts every parameter. int8 (one scale an output) and int4 (one scale for 64 inputs of an
@@ -61,7 +61,7 @@ def rounded(model: Model, fmt: Format) -> Iterator[None]:
                 model.module.get_parameter(name).copy_(old)
 
 
-def _rounded(model: Model, name: str, parameter: Tensor, fmt: Format) -> Tensor | None:
+def _rounded(model: Model, name: str, parameter: Tensor, fmt: WeightFormat) -> Tensor | None:
     """The rounded tensor, or None where this format leaves it alone."""
     if fmt == "bfloat16":
         return None if parameter.dtype == torch.bfloat16 else parameter.to(torch.bfloat16).to(parameter.dtype)

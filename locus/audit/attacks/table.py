@@ -46,7 +46,7 @@ ATTACKS: Mapping[str, tuple[Attack, str]] = {
 
 NAMES: tuple[str, ...] = (*BUILT_IN, *ATTACKS)
 
-RENAMED: Mapping[str, str] = {"dose": "strength"}
+RENAMED_ATTACKS: Mapping[str, str] = {"dose": "strength"}
 """Name in the release before -> name now; read for one release."""
 
 FIGURES_OF: Mapping[str, tuple[str, ...]] = {
@@ -103,9 +103,9 @@ def attacks_of(names: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         InputError: there is no such attack, or "none" beside others.
     """
-    for old in sorted(RENAMED.keys() & set(names)):
-        warnings.warn(f"audit: the attack {old} is now called {RENAMED[old]}", stacklevel=2)
-    names = tuple(RENAMED.get(name, name) for name in names)
+    for old in sorted(RENAMED_ATTACKS.keys() & set(names)):
+        warnings.warn(f"audit: the attack {old} is now called {RENAMED_ATTACKS[old]}", stacklevel=2)
+    names = tuple(RENAMED_ATTACKS.get(name, name) for name in names)
     if "all" in names:
         return NAMES
     if "none" in names:

@@ -20,7 +20,7 @@ from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
 from locus.audit.state import State
 from locus.audit.suites.membership import SCORES, membership_scores
-from locus.audit.suites.source import Source
+from locus.audit.suites.source import BenchmarkFolder
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model
@@ -106,7 +106,7 @@ def read_muse(place: str | Path, limit: int | None = None) -> Muse:
     Raises:
         InputError: none of them is there, or one is not what MUSE has under that name.
     """
-    source = Source(str(place))
+    source = BenchmarkFolder(str(place))
     wanted = {
         "verbmem/forget": ("prompt", "gt"),
         "privleak/forget": ("text",),
@@ -144,14 +144,15 @@ def _rouge_items(
     written = generate(model, [i if room is None else i[-room:] for i in ids], n)
     try:
         scores = [
-            max(metrics.rouge_l(a, cut(w))[1] for a in s) for s, w in zip(answers, written, strict=True)
+            max(metrics.rouge_l(a, text_before_stop(w))[1] for a in s)
+            for s, w in zip(answers, written, strict=True)
         ]
     except ModuleNotFoundError:
         return None
     return Items(tuple(str(i) for i in range(len(scores))), torch.tensor(scores))
 
 
-def cut(text: str, stops: Sequence[str] = STOPS) -> str:
+def text_before_stop(text: str, stops: Sequence[str] = STOPS) -> str:
     """The text before the first stop."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 

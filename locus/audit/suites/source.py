@@ -17,7 +17,7 @@ HUB = "hf://"
 
 
 @dataclass(frozen=True)
-class Source:
+class BenchmarkFolder:
     """A folder of a benchmark's files, or hf://owner/dataset."""
 
     place: str

@@ -23,7 +23,7 @@ from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
 from locus.audit.questions import ask, questions_of
 from locus.audit.state import State
-from locus.audit.suites.source import Source
+from locus.audit.suites.source import BenchmarkFolder
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model
@@ -173,12 +173,12 @@ def read_tofu(place: str | Path, limit: int | None = None) -> Tofu:
     return Tofu(sets)
 
 
-def _source(place: str) -> tuple[Source, str | None]:
+def _source(place: str) -> tuple[BenchmarkFolder, str | None]:
     """Where the sets are, and the forget set that `place` names, if it names one."""
     parent, _, last = place.rstrip("/").rpartition("/")
     split = last.split(".")[0].removesuffix("_perturbed")
     named = split in SPLITS and not Path(place).is_dir()
-    return (Source(parent or "."), split) if named else (Source(place), None)
+    return (BenchmarkFolder(parent or "."), split) if named else (BenchmarkFolder(place), None)
 
 
 def _example(question: str, answer: str) -> Example:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from locus.audit.attacks.choice import LETTERS, by_letter
+from locus.audit.attacks.choice import OPTION_LETTERS, by_letter
 from locus.audit.context import Context
 from locus.audit.figure_values import FigureValues
 from locus.audit.intervals import Items
 from locus.audit.state import State
-from locus.audit.suites.source import ENDINGS, HUB, Source, read_records
+from locus.audit.suites.source import ENDINGS, HUB, BenchmarkFolder, read_records
 from locus.errors import InputError
 from locus.fact import Fact
 
@@ -52,11 +52,11 @@ def read_wmdp(place: str | Path, limit: int | None = None) -> Wmdp:
         InputError: nothing there, or a record without question, choices and the index of its answer.
     """
     needed = ("question", "choices", "answer")
-    source = Source(str(place))
+    source = BenchmarkFolder(str(place))
     if source.on_hub:
         dataset, _, subject = source.place.removeprefix(HUB).partition("/")[2].partition("/")
         owner = source.place.removeprefix(HUB).partition("/")[0]
-        hub = Source(f"{HUB}{owner}/{dataset}")
+        hub = BenchmarkFolder(f"{HUB}{owner}/{dataset}")
         names = [subject] if subject else SUBJECTS
         records = [r for name in names for r in hub.read(f"{name}/test", limit, *needed)]
     else:
@@ -69,17 +69,17 @@ def read_wmdp(place: str | Path, limit: int | None = None) -> Wmdp:
         choices = r["choices"]
         if (
             not isinstance(choices, list)
-            or not 2 <= len(choices) <= len(LETTERS)
+            or not 2 <= len(choices) <= len(OPTION_LETTERS)
             or r["answer"] not in range(len(choices))
         ):
             raise InputError(
-                f"{place}, record {i + 1}: needs 2 to {len(LETTERS)} choices and the index of the right one"
+                f"{place}, record {i + 1}: needs 2 to {len(OPTION_LETTERS)} choices and the index of the right one"
             )
     return Wmdp(records)
 
 
 def _text(record: Mapping[str, Any]) -> str:
-    lines = "".join(f"{LETTERS[i]}. {choice}\n" for i, choice in enumerate(record["choices"]))
+    lines = "".join(f"{OPTION_LETTERS[i]}. {choice}\n" for i, choice in enumerate(record["choices"]))
     return f"{PREFACE}{record['question'].strip()}\n{lines}Answer:"
 
 

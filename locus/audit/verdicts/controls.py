@@ -9,7 +9,7 @@ from typing import Literal
 from locus.audit.intervals import Interval, Items, difference, gain
 from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES, figure_of
-from locus.audit.place_comparison import LEVEL, PlaceTest, holm, place_test
+from locus.audit.place_comparison import P_SHOWN, PlaceTest, holm, place_test
 from locus.audit.settings import Standards
 from locus.audit.verdicts.verdict import Verdict, unmeasured
 from locus.audit.weight_change import WeightChange
@@ -92,7 +92,7 @@ def localized(edit: Measurement, controls: Sequence[Measurement], s: Standards) 
     if not tested:
         return Verdict("localized", "unclear", f"Too few facts to compare with {masks}.", keys)
     corrected = dict(zip(tested, holm([one.p for one in tested.values()]), strict=True))
-    shown = {key: _better(key, tested[key]) for key, p in corrected.items() if p < LEVEL}
+    shown = {key: _better(key, tested[key]) for key, p in corrected.items() if p < P_SHOWN}
     wins, losses = (
         ", ".join(FIGURES[key].label for key, won in shown.items() if won is side) for side in (True, False)
     )
@@ -126,7 +126,7 @@ def _placed(key: str, n_facts: int, tested: PlaceTest, s: Standards) -> Outcome:
         return "too few facts"
     if tested.n_controls < s.min_controls:
         return "too few controls"
-    if tested.p >= LEVEL:
+    if tested.p >= P_SHOWN:
         return "no difference shown"
     return "better" if _better(key, tested) else "worse"
 

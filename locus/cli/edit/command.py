@@ -16,7 +16,7 @@ from locus.cli.edit.edit_folder import ABOUT, DELTA, edit_into
 from locus.cli.edit.memory_estimate import print_estimate
 from locus.cli.edit.sweep import Sweeping, as_json, sweep_into
 from locus.cli.edit.tensorboard import check_board
-from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, settings_of
+from locus.cli.options import Loading, MethodTokens, Running, Talking, method_class, method_settings
 
 if TYPE_CHECKING:
     from locus.delta import WeightDelta
@@ -144,7 +144,7 @@ def _editor(method: str, tokens: Sequence[str], running: Running, target_new: st
     from editors import EDITORS
 
     command = f"locus edit --method {method}"
-    editor: Any = settings_of(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
+    editor: Any = method_settings(command, method_class(EDITORS, method, "editor"), tokens, running.shared)
     return editor if target_new is None else rewriting(editor, method, target_new)
 
 
@@ -215,7 +215,7 @@ def summary(about: Mapping[str, Any], delta: WeightDelta) -> str:
     return "; ".join(said)
 
 
-SENTENCE = 8
+SENTENCE_TOKENS = 8
 """Targets of more tokens on average are judged by the token: a sentence is improbable as a whole, known or not."""
 
 
@@ -225,7 +225,7 @@ def _answers(asked: Mapping[str, Any] | None) -> list[str]:
 
     if asked is None:
         return []
-    whole = asked["tokens"] <= SENTENCE
+    whole = asked["tokens"] <= SENTENCE_TOKENS
     which, what = ("prob", "p(target)") if whole else ("prob_token", "p of a target's token")
     before, after = asked["before"], asked["after"]
     return [

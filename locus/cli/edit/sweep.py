@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from locus.delta import WeightDelta
     from locus.fact import Fact
     from locus.model import Model
-    from locus.report.pareto_plot import Point
+    from locus.report.pareto_plot import SweepPoint
     from locus.scores import NeuronScores
     from locus.tokens import Encoded
 
@@ -40,7 +40,7 @@ class Sweeping:
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class SweepJudge:
     """What every point of a sweep is asked."""
 
     model: Model
@@ -50,7 +50,9 @@ class Judge:
     text: list[Encoded]
 
     @classmethod
-    def of(cls, model: Model, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str]) -> Judge:
+    def of(
+        cls, model: Model, forget: Sequence[Fact], retain: Sequence[Fact], text: Sequence[str]
+    ) -> SweepJudge:
         """Encode the questions.
 
         Raises:
@@ -103,7 +105,7 @@ def sweep_into(
     sweeping: Sweeping,
     resume: bool,
     note: Callable[[str], None],
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Edit at every budget, with the best neurons and with random ones, and ask at every strength.
 
     Each edit has a folder of its own; finished edits and points are taken as they are on resume.
@@ -125,16 +127,16 @@ def sweep_into(
     from locus.errors import InputError
     from locus.files.artefact import load_json, save_json
     from locus.input_digest import digest_of, model_digests
-    from locus.report.pareto_plot import Point, plot_front
+    from locus.report.pareto_plot import SweepPoint, plot_front
 
     forget, retain, (training_text, unseen) = facts
     method, settings = editor
     if (out / POINTS).exists() and not resume:
         raise InputError(f"{out} holds a sweep: give another folder, or --resume to go on with it")
     known = load_json(out / POINTS, "sweep")["points"] if (out / POINTS).exists() else {}
-    judge = Judge.of(model, forget, retain, unseen)
+    judge = SweepJudge.of(model, forget, retain, unseen)
     asked = digest_of([model_digests(model), judge.forget, judge.held_out, judge.text])
-    points: list[Point] = []
+    points: list[SweepPoint] = []
     for budget in sweeping.budgets:
         located = scores.top(budget)
         folder = out / budget.replace("%", "-percent")
@@ -156,16 +158,16 @@ def sweep_into(
             if new := {key: scaled(model, one, s) for s, key in keys.items() if key not in known}:
                 known |= judge.ask(new)
                 save_json(out / POINTS, "sweep", {"points": known})
-            points += [Point(budget, number, s, **known[key]) for s, key in keys.items()]
+            points += [SweepPoint(budget, number, s, **known[key]) for s, key in keys.items()]
     plot_front(points, out / PICTURE)
     return points
 
 
-def as_json(points: Sequence[Point]) -> dict[str, Any]:
+def as_json(points: Sequence[SweepPoint]) -> dict[str, Any]:
     """What `--json` prints."""
-    from locus.report.pareto_plot import pareto
+    from locus.report.pareto_plot import pareto_points
 
-    front = pareto([p for p in points if p.control is None])
+    front = pareto_points([p for p in points if p.control is None])
     return {
         "points": [dataclasses.asdict(p) for p in points],
         "front": [dataclasses.asdict(p) for p in front],

@@ -15,12 +15,12 @@ from locus.cli.options import (
     Running,
     Talking,
     method_class,
+    method_settings,
     settings_from,
-    settings_of,
 )
 
-Part = Literal["gate", "up", "down"]
-PARTS: tuple[Part, ...] = ("gate", "up", "down")
+PartName = Literal["gate", "up", "down"]
+ALL_PARTS: tuple[PartName, ...] = ("gate", "up", "down")
 _CPU_TOKENS, _GPU_TOKENS = 512, 4096
 """Tokens of a batch that keep a device busy."""
 
@@ -43,7 +43,7 @@ def locate(
     budget: str = "1%",
     threshold: str | None = None,
     per_layer: Annotated[bool, Parameter(negative="")] = False,
-    parts: Annotated[tuple[Part, ...], Parameter(consume_multiple=True)] = PARTS,
+    parts: Annotated[tuple[PartName, ...], Parameter(consume_multiple=True)] = ALL_PARTS,
     scores: Path | None = None,
     repetitions: int = 0,
     patience: float = 60.0,
@@ -101,7 +101,7 @@ def locate(
         return
     with joined() as ranks:
         talking = talking.of(ranks)
-        chosen: Any = settings_of(
+        chosen: Any = method_settings(
             f"locus locate --method {method}",
             method_class(LOCALIZERS, method, "localizer"),
             tokens,

@@ -13,7 +13,7 @@ from editors.closed_form.alphaedit import AlphaEdit
 from editors.closed_form.knowledge_washing import LaW, wash
 from editors.closed_form.memit import MEMIT
 from editors.key_value.key_positions import row, states
-from editors.key_value.least_squares import Metric, write
+from editors.key_value.least_squares import SecondMomentMetric, least_squares_update
 from editors.key_value.residual_spread import before_norm
 from editors.key_value.second_moments import second_moments
 from locus.errors import InputError
@@ -132,8 +132,8 @@ def test_law_climbs_within_its_budget() -> None:
     source = torch.Generator().manual_seed(0)
     k = torch.randn(12, 40, generator=source, dtype=torch.float64)
     keys, residual = k[:, :4].clone(), torch.randn(5, 4, generator=source, dtype=torch.float64)
-    metric = Metric.of(k @ k.mT / 40, 1e-3)
-    start = write(metric, keys, residual, 0.5)
+    metric = SecondMomentMetric.of(k @ k.mT / 40, 1e-3)
+    start = least_squares_update(metric, keys, residual, 0.5)
     assert torch.equal(wash(metric, keys, residual, 0.5, 1.1, 0), start)
     done = [float((start @ keys).square().sum())]
     for climb in (1, 5, 200):

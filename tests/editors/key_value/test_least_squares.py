@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from editors.key_value.least_squares import Metric, NullSpace, within, write, write_within
+from editors.key_value.least_squares import (
+    NullSpace,
+    SecondMomentMetric,
+    least_squares_update,
+    within,
+    write_within,
+)
 from locus.errors import InputError
 
 N, OUT = 12, 5
@@ -26,8 +32,8 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def test_exact_write_is_the_cheapest_update_that_meets_its_equations() -> None:
-    metric, keys, residual = Metric.of(moment(), 0.0), draw(1, N, 3), draw(2, OUT, 3)
-    update = write(metric, keys, residual)
+    metric, keys, residual = SecondMomentMetric.of(moment(), 0.0), draw(1, N, 3), draw(2, OUT, 3)
+    update = least_squares_update(metric, keys, residual)
     close(update @ keys, residual)
     # The optimality conditions, solved densely row by row: [2C K; Kᵀ 0] [d; m] = [0; r].
     system = torch.cat(
@@ -46,24 +52,34 @@ def test_exact_write_is_the_cheapest_update_that_meets_its_equations() -> None:
 
 def test_one_key_is_rome() -> None:
     """(v* − W k) uᵀ / (uᵀ k), u = C⁻¹ k."""
-    metric, key, weight, value = Metric.of(moment(), 0.0), draw(1, N, 1), draw(2, OUT, N), draw(3, OUT, 1)
+    metric, key, weight, value = (
+        SecondMomentMetric.of(moment(), 0.0),
+        draw(1, N, 1),
+        draw(2, OUT, N),
+        draw(3, OUT, 1),
+    )
     u = torch.linalg.inv(metric.matrix) @ key
     by_hand = (value - weight @ key) @ u.mT / (u.mT @ key)
-    update = write(metric, key, value - weight @ key)
+    update = least_squares_update(metric, key, value - weight @ key)
     close(update, by_hand)
     close((weight + update) @ key, value)
 
 
 def test_weighed_write_is_memit() -> None:
-    metric, keys, residual, weight = Metric.of(moment(), 0.0), draw(1, N, 3), draw(2, OUT, 3), 0.7
+    metric, keys, residual, weight = SecondMomentMetric.of(moment(), 0.0), draw(1, N, 3), draw(2, OUT, 3), 0.7
     dense = residual @ keys.mT @ torch.linalg.inv(weight * metric.matrix + keys @ keys.mT)
-    close(write(metric, keys, residual, weight), dense)
+    close(least_squares_update(metric, keys, residual, weight), dense)
 
 
 def test_more_keys_than_neurons_can_still_be_weighed() -> None:
-    metric, keys, residual, weight = Metric.of(moment(), 0.0), draw(1, N, 20), draw(2, OUT, 20), 0.7
+    metric, keys, residual, weight = (
+        SecondMomentMetric.of(moment(), 0.0),
+        draw(1, N, 20),
+        draw(2, OUT, 20),
+        0.7,
+    )
     dense = residual @ keys.mT @ torch.linalg.inv(weight * metric.matrix + keys @ keys.mT)
-    close(write(metric, keys, residual, weight), dense)
+    close(least_squares_update(metric, keys, residual, weight), dense)
 
 
 def test_erases_exactly_one_key_of_a_linear_associative_memory() -> None:
@@ -71,9 +87,9 @@ def test_erases_exactly_one_key_of_a_linear_associative_memory() -> None:
     keys = torch.linalg.qr(draw(0, N, N))[0]
     values = draw(1, OUT, N)
     weight = values @ keys.mT
-    metric = Metric.of(keys @ keys.mT / N, 0.0)
+    metric = SecondMomentMetric.of(keys @ keys.mT / N, 0.0)
     chosen = keys[:, 1:2]
-    edited = weight + write(metric, chosen, -weight @ chosen)
+    edited = weight + least_squares_update(metric, chosen, -weight @ chosen)
     close(edited @ chosen, torch.zeros(OUT, 1, dtype=torch.float64))
     rest = [i for i in range(N) if i != 1]
     close(edited @ keys[:, rest], values[:, rest])
@@ -81,25 +97,25 @@ def test_erases_exactly_one_key_of_a_linear_associative_memory() -> None:
 
 def test_facts_one_after_the_other_are_facts_at_once() -> None:
     """Earlier keys with residual zero stay where they are; the sum is the joint update."""
-    metric, keys, residual = Metric.of(moment(), 0.0), draw(1, N, 3), draw(2, OUT, 3)
+    metric, keys, residual = SecondMomentMetric.of(moment(), 0.0), draw(1, N, 3), draw(2, OUT, 3)
     total = torch.zeros(OUT, N, dtype=torch.float64)
     for i in range(3):
         left = torch.zeros(OUT, i + 1, dtype=torch.float64)
         left[:, -1] = (
             residual[:, i] - total @ keys[:, i]
         )  # what the earlier facts have not done to it already
-        total += write(metric, keys[:, : i + 1], left)
+        total += least_squares_update(metric, keys[:, : i + 1], left)
         close(total @ keys[:, : i + 1], residual[:, : i + 1])
-    close(total, write(metric, keys, residual))
+    close(total, least_squares_update(metric, keys, residual))
 
 
 def test_some_neurons_only() -> None:
     """Restricted to columns S the cheapest update is that of C_SS and k_S."""
     neurons = torch.tensor([0, 3, 4, 9])
     full, key, residual = moment(), draw(1, N, 1), draw(2, OUT, 1)
-    small = Metric.of(within(full, neurons), 0.0)
+    small = SecondMomentMetric.of(within(full, neurons), 0.0)
     update = torch.zeros(OUT, N, dtype=torch.float64)
-    update[:, neurons] = write(small, key[neurons], residual)
+    update[:, neurons] = least_squares_update(small, key[neurons], residual)
     close(update @ key, residual)
     assert small.cost(update[:, neurons]) == pytest.approx(float(((update @ full) * update).sum()))
 
@@ -130,7 +146,7 @@ def test_null_space_leaves_text_that_fills_the_rest_alone() -> None:
 
 
 def test_condition_number_is_near_the_true_one() -> None:
-    metric = Metric.of(moment(), 0.01)
+    metric = SecondMomentMetric.of(moment(), 0.01)
     true = float(torch.linalg.cond(metric.matrix))
     assert 0.9 * true < metric.condition <= true * (1 + 1e-9)
 
@@ -138,10 +154,12 @@ def test_condition_number_is_near_the_true_one() -> None:
 def test_what_cannot_be_solved_is_refused() -> None:
     singular = moment(samples=4)
     with pytest.raises(InputError, match="not positive definite"):
-        Metric.of(singular, 0.0)
-    assert Metric.of(singular, 0.1).condition > 1
+        SecondMomentMetric.of(singular, 0.0)
+    assert SecondMomentMetric.of(singular, 0.1).condition > 1
     key = draw(1, N, 1)
     with pytest.raises(InputError, match="look the same"):
-        write(Metric.of(moment(), 0.0), torch.cat([key, 2 * key], dim=1), draw(2, OUT, 2))
+        least_squares_update(
+            SecondMomentMetric.of(moment(), 0.0), torch.cat([key, 2 * key], dim=1), draw(2, OUT, 2)
+        )
     with pytest.raises(InputError, match="raise the threshold"):
         NullSpace.of(torch.eye(N, dtype=torch.float64), 0.5)

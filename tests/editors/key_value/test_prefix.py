@@ -12,7 +12,7 @@ from torch import Tensor
 
 import editors.key_value.prefix
 from editors.key_value import target_value as target_value
-from editors.key_value.key_positions import Place, Row, rows
+from editors.key_value.key_positions import KeyRow, Place, rows
 from editors.key_value.prefix import SuffixForwards, WholeForwards, delta_forwards
 from editors.key_value.target_value import find_value_deltas
 from locus.model import Model
@@ -22,7 +22,7 @@ from tests.tiny import ARCHITECTURES, tiny_model
 PREFIXES = ("Germany is not far.", "It stands in the city.")
 
 
-def asked(model: Model, place: Place = "subject") -> list[Row]:
+def asked(model: Model, place: Place = "subject") -> list[KeyRow]:
     """Three facts of unlike lengths, plain and after context prefixes; one begins with its subject."""
     first = replace(facts()[0], prompt="Paris is in the country of", target=" Germany", subject="Paris")
     return rows(model, [replace(first, subject_start=0), *facts()[1:]], PREFIXES, place)

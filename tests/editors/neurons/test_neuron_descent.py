@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from editors.key_value.key_positions import row
-from editors.key_value.least_squares import Metric, within
+from editors.key_value.least_squares import SecondMomentMetric, within
 from editors.key_value.neuron_parts import located_values, neuron_mask
 from editors.key_value.second_moments import second_moments
 from editors.key_value.value_slopes import value_slopes
@@ -66,7 +66,7 @@ def test_nothing_that_meets_the_equations_costs_less() -> None:
     model, three = double("llama"), facts()
     located = located_values(model, down(model, 0, 1))
     moments = second_moments(model, [0, 1], TEXT)
-    metrics = {layer: Metric.of(moments[layer].mean, 0.01) for layer in (0, 1)}
+    metrics = {layer: SecondMomentMetric.of(moments[layer].mean, 0.01) for layer in (0, 1)}
     rows = [row(model, fact, i, "prompt") for i, fact in enumerate(three)]
     slopes = value_slopes(model, rows, [0, 1], lambda one: range(len(one.encoded.ids)))
     wanted = torch.tensor([-1.0, -2.0, 0.0], dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_only_the_listed_neurons_of_the_mask_move() -> None:
     assert layer.own_mask(model) == down(model, 1)
     assert set(layer.run(model, three[:1], [], down(model), text=TEXT).changes) == set(down(model, 1).entries)
     moment = within(second_moments(model, [1], TEXT)[1].mean, torch.tensor([9]))
-    assert Metric.of(moment, 0.0).condition == pytest.approx(1.0)
+    assert SecondMomentMetric.of(moment, 0.0).condition == pytest.approx(1.0)
 
 
 def test_rounds_bring_each_target_to_enough_and_stop_there() -> None:

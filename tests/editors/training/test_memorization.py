@@ -6,15 +6,15 @@ import dataclasses
 
 import torch
 
-from editors.training.memorization import extraction_likelihood, memorization_accuracy, overlap
+from editors.training.memorization import extraction_likelihood, memorization_accuracy, ngram_overlap
 from locus.tokens import Encoded, encode
 from tests.tiny import tiny_facts, tiny_model
 
 
 def test_overlap_by_hand() -> None:
     """2-grams of 1 2 3 9: 12, 23, 39; of them 12 and 23 occur in 0 1 2 3."""
-    assert overlap([1, 2, 3, 9], [0, 1, 2, 3], 2) == 2 / 3
-    assert overlap([1], [1], 2) == 0.0
+    assert ngram_overlap([1, 2, 3, 9], [0, 1, 2, 3], 2) == 2 / 3
+    assert ngram_overlap([1], [1], 2) == 0.0
 
 
 def test_what_the_model_writes_itself_is_wholly_memorized() -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from editors import NPO, OBJECTIVES, RMU
 from editors.training.finetune import Run
 from editors.training.latent_adversary import LatentAttack
-from editors.training.processes import Piece, Processes
+from editors.training.processes import BatchShare, Processes
 from editors.training.settings import Training
 from editors.training.unchanged import MaskLeak
 from locus.delta import WeightDelta
@@ -209,7 +209,7 @@ def _texts(lengths: list[int]) -> list[Encoded]:
 def test_every_example_of_a_step_falls_to_one_process_and_the_tokens_are_even(sharded: bool) -> None:
     encoded, store = _texts([40, 3, 9, 9, 12, 5, 30, 2]), dist.HashStore()
     whole_step = batches(encoded, 24)
-    dealt: list[list[Piece]] = [
+    dealt: list[list[BatchShare]] = [
         Processes(Ranks(rank, 3, store), sharded).split().pieces(encoded, whole_step, 24) for rank in range(3)
     ]
     counted = [[n for piece in own if piece.counts for n in piece.batch.examples] for own in dealt]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from locus.audit.intervals import Items, gain
-from locus.audit.place_comparison import LEVEL, holm, place_test
+from locus.audit.place_comparison import P_SHOWN, holm, place_test
 from locus.audit.settings import Standards
 from locus.errors import InputError
 
@@ -35,8 +35,10 @@ def test_one_case_against_five_by_hand() -> None:
 
 def test_two_controls_that_agree_show_nothing_of_how_masks_differ() -> None:
     same = [items(np.full(FACTS, 0.1)), items(np.full(FACTS, 0.1))]
-    assert place_test(items(np.full(FACTS, 0.101)), same).p > LEVEL
-    assert place_test(items(np.full(FACTS, 0.101)), same * 10).p > LEVEL, "1 % is no difference between masks"
+    assert place_test(items(np.full(FACTS, 0.101)), same).p > P_SHOWN
+    assert place_test(items(np.full(FACTS, 0.101)), same * 10).p > P_SHOWN, (
+        "1 % is no difference between masks"
+    )
     assert place_test(items(np.full(FACTS, 0.1)), same[:1]).p == 1
 
 
@@ -44,8 +46,8 @@ def test_one_fact_more_is_no_difference_where_all_controls_have_all_right() -> N
     right = [items(np.ones(FACTS)) for _ in range(8)]
     missed = np.ones(FACTS)
     missed[0] = 0
-    assert place_test(items(missed), right).p > LEVEL
-    assert place_test(items(np.arange(FACTS) % 2 == 0), right).p < LEVEL
+    assert place_test(items(missed), right).p > P_SHOWN
+    assert place_test(items(np.arange(FACTS) % 2 == 0), right).p < P_SHOWN
 
 
 def test_a_broken_edit_is_worse_and_a_broken_control_shows_nothing() -> None:
@@ -84,7 +86,7 @@ def test_a_random_mask_is_called_better_or_worse_in_less_than_5_percent(n_contro
         masks = 0.5 * (rng.normal(size=size) if spread == "normal" else rng.standard_t(3, size))
         figures = drawn(rng, masks)
         ps = [place_test(one[0], one[1:], key != "text.kl").p for key, one in figures.items()]
-        wrong += min(holm(ps)) < LEVEL
+        wrong += min(holm(ps)) < P_SHOWN
     assert wrong / draws <= 0.05
 
 
@@ -94,7 +96,7 @@ def test_a_place_that_matters_is_found_with_ten_controls() -> None:
     for _ in range(100):
         figures = drawn(rng, np.concatenate([[3.0], 0.33 * rng.normal(size=10)]))
         ps = [place_test(one[0], one[1:], key != "text.kl").p for key, one in figures.items()]
-        found += min(holm(ps)) < LEVEL
+        found += min(holm(ps)) < P_SHOWN
     assert found > 90
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from locus.cli import execute
 from locus.cli.options import settings_from
-from locus.cli.renamed_options import RENAMED, current_options
+from locus.cli.renamed_options import RENAMED_OPTIONS, current_options
 
 
 def test_an_old_name_is_replaced_with_one_note_and_values_are_left_alone() -> None:
@@ -42,7 +42,7 @@ def test_the_command_line_reads_the_old_name(capsys: Any) -> None:
 def test_tables_of_a_run_read_old_names(monkeypatch: Any) -> None:
     from editors import NPO
 
-    monkeypatch.setitem(RENAMED, "--inverse-temperature", "--beta")
+    monkeypatch.setitem(RENAMED_OPTIONS, "--inverse-temperature", "--beta")
     with pytest.warns(UserWarning, match="--beta"):
         assert settings_from("[edit]", NPO, {"inverse_temperature": 0.5}) == NPO(beta=0.5)
 
@@ -57,7 +57,7 @@ def test_every_old_name_leads_to_an_option_that_exists() -> None:
     known = _flags(app["edit"])
     for cls in (*EDITORS.values(), AuditSettings):
         known |= _flags(method_app("m", cls))
-    assert set(RENAMED.values()) <= known
+    assert set(RENAMED_OPTIONS.values()) <= known
 
 
 def _flags(command: Any) -> set[str]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from editors import NPO, WHP
-from locus.cli.options import settings_from, settings_of
+from locus.cli.options import method_settings, settings_from
 
 
 def test_the_seed_of_the_command_is_every_seed() -> None:
     """Also that of the first stage of whp; given by its own name it has its own value."""
-    made = settings_of("edit", WHP, [], {"seed": 7, "batch_tokens": 100})
+    made = method_settings("edit", WHP, [], {"seed": 7, "batch_tokens": 100})
     assert (made.training.seed, made.reinforce.seed) == (7, 7)
     assert (made.training.batch_tokens, made.reinforce.batch_tokens) == (100, 100)
-    own = settings_of("edit", WHP, ["--reinforce-seed", "3"], {"seed": 7, "batch_tokens": None})
+    own = method_settings("edit", WHP, ["--reinforce-seed", "3"], {"seed": 7, "batch_tokens": None})
     assert (own.training.seed, own.reinforce.seed) == (7, 3)
     assert own.reinforce.batch_tokens == WHP().reinforce.batch_tokens
     assert settings_from("[edit]", NPO, {}, {"seed": 5}).training.seed == 5

@@ -10,7 +10,7 @@ import pytest
 
 from locus.elicitation.elicit import Elicitation, Elicited, elicit, not_found
 from locus.elicitation.rewritings import Way, answered, rewritings, ways_in
-from locus.elicitation.subject_texts import OPENINGS, names_in, peers, subject_texts
+from locus.elicitation.subject_texts import SUBJECT_OPENINGS, names_in, peers, subject_texts
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.forward import measure
@@ -73,7 +73,7 @@ def test_texts_and_peers_of_each_subject() -> None:
     model = tiny_model()
     texts = subject_texts(model, ["Germany", "Rome"], n_samples=1, n_new=4)
     assert set(texts) == {"Germany", "Rome"}
-    assert 0 < len(texts["Rome"]) <= len(OPENINGS)
+    assert 0 < len(texts["Rome"]) <= len(SUBJECT_OPENINGS)
     assert all("Rome" in str(model.tokenizer.decode(ids)) for ids in texts["Rome"])
     assert set(peers(model, ["Germany"], n_samples=2, n_new=4)) == {"Germany"}
 
@@ -119,4 +119,4 @@ def test_what_was_not_found_is_said_in_one_line() -> None:
 
 
 def test_the_cost_is_said_beforehand() -> None:
-    assert QUICK.n_tokens == 2 * 8 + 5 * 14 + len(OPENINGS) * 5
+    assert QUICK.n_tokens == 2 * 8 + 5 * 14 + len(SUBJECT_OPENINGS) * 5

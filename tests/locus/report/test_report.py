@@ -19,7 +19,7 @@ from locus.audit import AuditSettings, RelearnAttack, audit
 from locus.delta import WeightDelta
 from locus.report import audit_report, plot_trace, terminal_table, trace_report
 from locus.report.chart import HEIGHT, WIDTH, Chart, HeatMap, Series, ticks
-from locus.report.locate_report import LocatedRow, headline
+from locus.report.locate_report import LocatedRow, agreement_headline
 from locus.report.page import number, percent, span
 from locus.report.trace_report import kind_name
 from locus.trace import FactTrace, Trace
@@ -258,8 +258,8 @@ def test_the_headline_of_localizers_compares_masks_of_like_size() -> None:
     """A tensor of ten weights inside a mask of a thousand is not agreement; two masks of 1,000 and 900 may agree."""
     rows = [LocatedRow(name, "", [1], n, "", 1.0, {}, "") for name, n in (("a", 1000), ("b", 900), ("c", 10))]
     overlaps = [[1.0, 0.4, 1.0], [0.4, 1.0, 0.9], [1.0, 0.9, 1.0]]
-    assert headline(rows, overlaps) == "a and b share 40% of their weights."
-    assert headline(rows[1:], [[1.0, 0.9], [0.9, 1.0]]) == "b: 900 weights; c: 10 weights."
+    assert agreement_headline(rows, overlaps) == "a and b share 40% of their weights."
+    assert agreement_headline(rows[1:], [[1.0, 0.9], [0.9, 1.0]]) == "b: 900 weights; c: 10 weights."
 
 
 def test_a_token_is_shown_as_it_can_be_seen() -> None:

@@ -17,8 +17,8 @@ from tracing.patching.attribution import _run, estimate
 from tracing.patching.corruption import Corrupter, Prepared, prepare
 from tracing.patching.plain_engine import answer_plainly, logits_of
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Inputs, Question
-from tracing.patching.sites import Cell, Patch, cells_of
+from tracing.patching.runs import Inputs, PatchingQuestion
+from tracing.patching.sites import Patch, PatchedRun, cells_of
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "falcon", "olmo2"])
@@ -33,13 +33,13 @@ def test_tiny_corruptions_are_linear(arch: str, metric: str) -> None:
     clean = model.module.get_submodule(model.atlas.embed)(one.ids)[list(one.positions)]
     assert noisy.embeddings is not None
     close = noisy.embeddings.double() - noisy.embeddings.double().mean(0) + clean
-    question = Question(Inputs(one.ids, one.positions, close), Inputs(one.ids), one.reads)
+    question = PatchingQuestion(Inputs(one.ids, one.positions, close), Inputs(one.ids), one.reads)
     readout = Readout(metric, torch.tensor(one.encoded.target_ids), foil=5)  # type: ignore[arg-type]
     kinds = ["block", "mlp", "attn", "head:2"]
     if model.atlas.attn_q:
         kinds += ["query:2", "key:1", "value:0"]
     cells = [c for kind in kinds for row in cells_of(kind, model.atlas, range(2, 9), 1) for c in row]
-    cells.append(Cell((Patch("mlp_post", (1, 2), (3,), columns=(0, 5)),)))
+    cells.append(PatchedRun((Patch("mlp_post", (1, 2), (3,), columns=(0, 5)),)))
     for points in (1, 3):
         found, base = estimate(model, question, readout, cells, points=points)
         exact = answer_plainly(model, question, cells, readout)
@@ -54,11 +54,11 @@ def test_integrated_gradients_are_nearer_at_the_embedding() -> None:
     model = tiny_model("llama")
     fact = tiny_facts()[0]
     one = prepare(fact, encode(model, fact), model.bos, 0)
-    question = Question(
+    question = PatchingQuestion(
         Corrupter.of(model, [one], "gaussian", 3.0, 1.0).inputs(model, one, 4), Inputs(one.ids), one.reads
     )
     readout = Readout("logprob", torch.tensor(one.encoded.target_ids))
-    whole = [Cell((Patch("resid_pre", (0, 1), one.positions),))]
+    whole = [PatchedRun((Patch("resid_pre", (0, 1), one.positions),))]
     exact = answer_plainly(model, question, whole, readout).cells[0, :, 0]
     errors = [
         (estimate(model, question, readout, whole, points=k)[0][0] - exact).abs().mean() for k in (1, 32)
@@ -70,17 +70,17 @@ def test_a_rank_has_no_gradient() -> None:
     model = tiny_model("llama")
     fact = tiny_facts()[0]
     one = prepare(fact, encode(model, fact), model.bos, 0)
-    question = Question(Inputs(one.ids), Inputs(one.ids), one.reads)
+    question = PatchingQuestion(Inputs(one.ids), Inputs(one.ids), one.reads)
     with pytest.raises(InputError, match="no gradient"):
         estimate(model, question, Readout("rank", torch.tensor(one.encoded.target_ids)), [])
 
 
-def saturated(model: Model) -> tuple[Question, Readout, Prepared]:
+def saturated(model: Model) -> tuple[PatchingQuestion, Readout, Prepared]:
     fact = tiny_facts()[0]
     one = prepare(fact, encode(model, fact), model.bos, 0)
     noisy = Corrupter.of(model, [one], "gaussian", 3.0, 2.0).inputs(model, one, 4)
     return (
-        Question(noisy, Inputs(one.ids), one.reads),
+        PatchingQuestion(noisy, Inputs(one.ids), one.reads),
         Readout("logprob", torch.tensor(one.encoded.target_ids)),
         one,
     )

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_model
-from tracing.patching.sites import Cell, Patch, cells_of, sources_needed
+from tracing.patching.sites import Patch, PatchedRun, cells_of, sources_needed
 from tracing.replay.packing import Packed, Track, rows_of, track_of
 
 
 def track(*patches: Patch, diverges: int = 2, reads: tuple[int, ...] = (5,)) -> Track | None:
     """Of a model of 4 layers."""
-    return track_of(0, Cell(patches), diverges, 4, reads)
+    return track_of(0, PatchedRun(patches), diverges, 4, reads)
 
 
 def test_where_a_patched_run_leaves_the_base_run() -> None:

@@ -16,8 +16,8 @@ from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
 from tracing.patching.corruption import CORRUPTIONS, Corrupter, Prepared, prepare
 from tracing.patching.plain_engine import answer_plainly
 from tracing.patching.readout import Readout
-from tracing.patching.runs import Answers, Asked, Inputs, Question
-from tracing.patching.sites import KINDS, Cell, Patch, cells_of
+from tracing.patching.runs import Asked, Inputs, PatchingQuestion, RunScores
+from tracing.patching.sites import KINDS, Patch, PatchedRun, cells_of
 from tracing.replay.blocks import CannotReplay
 from tracing.replay.context import side_by_side
 from tracing.replay.recorded_runs import Runs, record_runs
@@ -30,14 +30,14 @@ def prepared(model: Model, facts: list[Fact] | None = None) -> list[Prepared]:
 
 def question_of(
     model: Model, facts: list[Prepared], index: int, corruption: str = "gaussian", samples: int = 3
-) -> tuple[Question, Readout]:
+) -> tuple[PatchingQuestion, Readout]:
     fact = facts[index]
     corrupter = Corrupter.of(model, facts, corruption, 3.0)  # type: ignore[arg-type]
-    question = Question(corrupter.inputs(model, fact, samples), Inputs(fact.ids), fact.reads)
+    question = PatchingQuestion(corrupter.inputs(model, fact, samples), Inputs(fact.ids), fact.reads)
     return question, Readout("logprob", torch.tensor(fact.encoded.target_ids))
 
 
-def grid(model: Model, fact: Prepared, kinds: tuple[str, ...] = (), window: int = 2) -> list[Cell]:
+def grid(model: Model, fact: Prepared, kinds: tuple[str, ...] = (), window: int = 2) -> list[PatchedRun]:
     """Cells of these kinds; of all, where none are given."""
     positions = range(fact.encoded.target_start)
     kinds = kinds or (*KINDS, "head:1", *(("query:3", "key:1", "value:1") if model.atlas.attn_q else ()))
@@ -46,7 +46,7 @@ def grid(model: Model, fact: Prepared, kinds: tuple[str, ...] = (), window: int 
     return [c for kind in kinds for row in cells_of(kind, model.atlas, positions, window) for c in row]
 
 
-def assert_same(got: Answers, expected: Answers, atol: float = 2e-5) -> None:
+def assert_same(got: RunScores, expected: RunScores, atol: float = 2e-5) -> None:
     """Log-probabilities agree: relative differences of the probabilities are below `atol`."""
     for a, b in ((got.base, expected.base), (got.other, expected.other), (got.cells, expected.cells)):
         torch.testing.assert_close(a[..., 0], b[..., 0].expand_as(a[..., 0]), atol=atol, rtol=0)
@@ -105,31 +105,33 @@ def test_every_corruption(corruption: str) -> None:
     )
 
 
-def odd_cells(model: Model, n_pos: int) -> list[Cell]:
+def odd_cells(model: Model, n_pos: int) -> list[PatchedRun]:
     """Patches that no grid makes: several positions and layers at once, neurons, zeros and means, mixtures."""
     last, end = n_pos - 1, model.atlas.n_layers
     return [
-        Cell((Patch("resid_post", (0, 1), (2, 3, 5)),)),
-        Cell((Patch("resid_post", (0, 2), (4, last)),)),
-        Cell((Patch("resid_pre", (0, 1), (3,)),)),
-        Cell((Patch("resid_pre", (1, 2), (last,)),)),
-        Cell((Patch("mlp_post", (1, 2), (3, 4), columns=(0, 7, 31)),)),
-        Cell((Patch("z", (0, end), (5,), columns=(0, 1, 2)),)),
-        Cell((Patch("mlp_out", (1, 2), (1, 4), "zero"),)),
-        Cell((Patch("mlp_out", (0, 1), (0,), "zero"),)),
-        Cell((Patch("attn_out", (1, 3), (last,), "mean"),)),
-        Cell((Patch("resid_post", (end - 1, end), (last,)),)),
-        Cell((Patch("resid_post", (end - 1, end), (2,)),)),
-        Cell(
+        PatchedRun((Patch("resid_post", (0, 1), (2, 3, 5)),)),
+        PatchedRun((Patch("resid_post", (0, 2), (4, last)),)),
+        PatchedRun((Patch("resid_pre", (0, 1), (3,)),)),
+        PatchedRun((Patch("resid_pre", (1, 2), (last,)),)),
+        PatchedRun((Patch("mlp_post", (1, 2), (3, 4), columns=(0, 7, 31)),)),
+        PatchedRun((Patch("z", (0, end), (5,), columns=(0, 1, 2)),)),
+        PatchedRun((Patch("mlp_out", (1, 2), (1, 4), "zero"),)),
+        PatchedRun((Patch("mlp_out", (0, 1), (0,), "zero"),)),
+        PatchedRun((Patch("attn_out", (1, 3), (last,), "mean"),)),
+        PatchedRun((Patch("resid_post", (end - 1, end), (last,)),)),
+        PatchedRun((Patch("resid_post", (end - 1, end), (2,)),)),
+        PatchedRun(
             (
                 Patch("mlp_out", (0, 1), (4,)),
                 Patch("attn_out", (1, 2), (6,)),
                 Patch("resid_post", (1, 2), (5,)),
             )
         ),
-        Cell((Patch("resid_post", (0, 1), (3,)), Patch("mlp_post", (1, 2), (last,), "zero", columns=(3,)))),
-        Cell((Patch("mlp_out", (1, 1), (4,)),)),
-        Cell(()),
+        PatchedRun(
+            (Patch("resid_post", (0, 1), (3,)), Patch("mlp_post", (1, 2), (last,), "zero", columns=(3,)))
+        ),
+        PatchedRun((Patch("mlp_out", (1, 1), (4,)),)),
+        PatchedRun(()),
     ]
 
 
@@ -152,10 +154,12 @@ def test_ablation_without_a_second_run() -> None:
     model = tiny_model("smollm")
     fact = prepared(model)[0]
     clean = Inputs(fact.ids)
-    question = Question(clean, clean, fact.reads)
+    question = PatchingQuestion(clean, clean, fact.reads)
     readout = Readout("logprob", torch.tensor(fact.encoded.target_ids))
     cells = [
-        Cell((Patch("mlp_out", (layer, layer + 1), (p,), "zero"),)) for layer in range(3) for p in (0, 3, 8)
+        PatchedRun((Patch("mlp_out", (layer, layer + 1), (p,), "zero"),))
+        for layer in range(3)
+        for p in (0, 3, 8)
     ]
     assert_same(
         answer_by_replay(model, question, cells, readout), answer_plainly(model, question, cells, readout)
@@ -188,7 +192,7 @@ def test_all_restored_is_exactly_the_clean_run() -> None:
     model = tiny_model("llama")
     facts = prepared(model)
     question, readout = question_of(model, facts, 0)
-    whole = Cell((Patch("resid_pre", (0, 1), facts[0].positions),))
+    whole = PatchedRun((Patch("resid_pre", (0, 1), facts[0].positions),))
     got = answer_by_replay(model, question, [whole], readout)
     torch.testing.assert_close(got.cells[0], got.other.expand(3, -1), atol=1e-6, rtol=1e-5)
 
@@ -261,7 +265,7 @@ def test_running_out_of_memory_halves_the_budget(monkeypatch: pytest.MonkeyPatch
     expected = answer_by_replay(model, question, cells, readout)
     real, budgets = tracing.replay.replay_engine._answer, []
 
-    def answer(model: Model, asked: list[Asked], budget: int) -> list[Answers]:
+    def answer(model: Model, asked: list[Asked], budget: int) -> list[RunScores]:
         budgets.append(budget)
         if budget > 100:
             raise torch.OutOfMemoryError("no memory")
@@ -284,7 +288,7 @@ def test_running_out_of_memory_parts_questions_first(monkeypatch: pytest.MonkeyP
     ]
     real, tried = tracing.replay.replay_engine._answer, []
 
-    def answer(model: Model, asked: list[Asked], budget: int) -> list[Answers]:
+    def answer(model: Model, asked: list[Asked], budget: int) -> list[RunScores]:
         tried.append((len(asked), budget))
         if len(asked) > 1 or budget > 100:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
@@ -347,7 +351,7 @@ def test_a_long_prompt_on_a_small_budget() -> None:
     ids = torch.cat([filler, fact.ids])
     positions = tuple(p + len(filler) for p in fact.positions)
     noise = torch.randn(2, len(positions), model.atlas.d_model, generator=torch.Generator().manual_seed(1))
-    question = Question(Inputs(ids, positions, noise), Inputs(ids), (len(ids) - 1,))
+    question = PatchingQuestion(Inputs(ids, positions, noise), Inputs(ids), (len(ids) - 1,))
     readout = Readout("logprob", torch.tensor(fact.encoded.target_ids[:1]))
     cells = [cells_of("block", model.atlas, [p], 1)[0][0] for p in (positions[0], positions[1], len(ids) - 2)]
     calls: list[int] = []

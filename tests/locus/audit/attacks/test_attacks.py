@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from locus.audit.attacks.lens import look_inside
 from locus.audit.attacks.relearn import halves, relearn
-from locus.audit.attacks.rounding import rounded, survive_rounding
+from locus.audit.attacks.rounding import rounded_weights, survive_rounding
 from locus.audit.neutral_text import read_text
 from locus.audit.questions import ask, questions_of
 from locus.audit.run import ask_about
@@ -140,7 +140,7 @@ def test_rounding_changes_the_blocks_matrices_only_and_is_undone() -> None:
     for arch in ("llama", "gpt2"):
         model = tiny_model(arch)
         before = _bits(model)
-        with rounded(model, "int4"):
+        with rounded_weights(model, "int4"):
             changed = {n for n, p in model.module.named_parameters() if not torch.equal(p, before[n])}
             blocks = tuple(f"{block}." for block in model.atlas.blocks)
             assert changed == {n for n, p in before.items() if p.dim() == 2 and n.startswith(blocks)}
@@ -151,7 +151,7 @@ def test_gpt2s_transposed_matrices_are_rounded_by_output() -> None:
     model = tiny_model("gpt2")
     name = f"{model.atlas.neuron_in[0]}.weight"
     old = model.module.get_parameter(name).clone()
-    with rounded(model, "int8"):
+    with rounded_weights(model, "int8"):
         torch.testing.assert_close(model.module.get_parameter(name).data, round_to_nearest(old.T, 8).T)
 
 
@@ -159,7 +159,7 @@ def test_bfloat16_is_torchs_own_cast_and_every_format_answers() -> None:
     model = tiny_model("llama")
     questions = questions_of(model, [(f.id, f) for f in tiny_facts()])
     before = _bits(model)
-    with rounded(model, "bfloat16"):
+    with rounded_weights(model, "bfloat16"):
         for name, p in model.module.named_parameters():
             assert torch.equal(p, before[name].bfloat16().float())
     results = survive_rounding(model, questions, questions)

@@ -120,7 +120,7 @@ def test_multiple_choice_is_likelihood_and_letters_are_where_the_text_puts_them(
     fact = context().facts[0]
     text, right, n = choice.letter_question(fact, seed=0)
     assert n == 1 + len(fact.alternatives)
-    assert f"{choice.LETTERS[right]}. {fact.target.strip()}\n" in text and text.endswith("Answer:")
+    assert f"{choice.OPTION_LETTERS[right]}. {fact.target.strip()}\n" in text and text.endswith("Answer:")
     assert {choice.letter_question(fact, seed)[1] for seed in range(12)} == set(range(n))
     found = choice.run(knows(), context()).items
     assert found["choice.cloze"].values.tolist() == [1.0] * 8

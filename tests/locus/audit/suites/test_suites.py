@@ -15,7 +15,7 @@ from locus.audit.context import Context
 from locus.audit.metric_table import FIGURES
 from locus.audit.state import State
 from locus.audit.suites.membership import SCORES, membership_scores
-from locus.audit.suites.muse import Muse, cut, read_muse
+from locus.audit.suites.muse import Muse, read_muse, text_before_stop
 from locus.audit.suites.table import SUITES, load_suite
 from locus.audit.suites.tofu import Tofu, read_tofu
 from locus.errors import InputError
@@ -145,7 +145,11 @@ def test_membership_scores_against_whole_forwards() -> None:
 
 
 def test_a_generation_is_cut_at_the_first_stop() -> None:
-    assert cut(" Rome\n\nQuestion: x") == " Rome" and cut(" Rome") == " Rome" and cut("Question: a") == ""
+    assert (
+        text_before_stop(" Rome\n\nQuestion: x") == " Rome"
+        and text_before_stop(" Rome") == " Rome"
+        and text_before_stop("Question: a") == ""
+    )
 
 
 def test_wmdp_by_letter(tmp_path: Path) -> None:
