@@ -32,7 +32,7 @@ from editors.key_value.down_projections import (
 )
 from editors.key_value.held_texts import HeldClass, HeldText, about_peers, held_moments, held_prompts
 from editors.key_value.key_positions import states
-from editors.key_value.least_squares import Metric, within, write
+from editors.key_value.least_squares import SecondMomentMetric, least_squares_update, within
 from editors.key_value.residual_spread import before_norm
 from editors.key_value.residual_target import suppressing_deltas
 from locus import progress
@@ -146,7 +146,8 @@ class LateSuppression:
         if not any(held.values()):
             raise InputError("no text to hold the model by: give text, retain facts, or let it write some")
         metrics = {
-            one.layer: Metric.of(within(moments[one.layer], one.neurons), self.ridge) for one in located
+            one.layer: SecondMomentMetric.of(within(moments[one.layer], one.neurons), self.ridge)
+            for one in located
         }
         updates = {one.param: (one, torch.zeros(one.allowed.shape, dtype=torch.float64)) for one in located}
         with borrowed(model, updates):
@@ -167,7 +168,7 @@ class LateSuppression:
         forget: Sequence[Fact],
         places: Sequence[AskingPlace],
         located: Sequence[DownProjection],
-        metrics: Mapping[int, Metric],
+        metrics: Mapping[int, SecondMomentMetric],
         updates: Mapping[str, tuple[DownProjection, Float[Tensor, "d_model neuron"]]],
         log: Log | None,
     ) -> list[dict[str, Any]]:
@@ -205,7 +206,7 @@ class LateSuppression:
         model: Model,
         places: Sequence[AskingPlace],
         located: Sequence[DownProjection],
-        metrics: Mapping[int, Metric],
+        metrics: Mapping[int, SecondMomentMetric],
     ) -> dict[str, Float[Tensor, "d_model neuron"]]:
         """One round: δ of every place, and each layer's share of it, added to the weight; the updates by its name."""
         rows = [one.row for one in places]
@@ -222,7 +223,9 @@ class LateSuppression:
         for one in located:
             keys = read[names[one.layer]][:, one.neurons].mT
             update = one.spread(
-                write(metrics[one.layer], keys, shares[one.layer].mT, self.weight * len(places))
+                least_squares_update(
+                    metrics[one.layer], keys, shares[one.layer].mT, self.weight * len(places)
+                )
             )
             add_(model, one, update)
             written[one.param] = update

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from editors.key_value.key_positions import Row, grouped
+from editors.key_value.key_positions import KeyRow, grouped
 from locus.elicitation.sampler import Sampling, continuations
 from locus.errors import InputError
 from locus.fact import Example, Fact
@@ -38,9 +38,9 @@ class AskingPlace:
     """First tokens of all forms of the target: none of them may be likely."""
 
     @property
-    def row(self) -> Row:
+    def row(self) -> KeyRow:
         """The text as a sequence, and its last position."""
-        return Row(sequence(self.ids), len(self.ids) - 1, self.fact)
+        return KeyRow(sequence(self.ids), len(self.ids) - 1, self.fact)
 
 
 def sequence(ids: Sequence[int]) -> Encoded:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from editors.key_value.asking_places import sequence
-from editors.key_value.key_positions import Row, grouped
+from editors.key_value.key_positions import KeyRow, grouped
 from locus import progress
 from locus.elicitation.sampler import prompt_ids
 from locus.forward import collate
@@ -136,7 +136,7 @@ def _moments(
     size = model.atlas.d_mlp
     total = {layer: torch.zeros(size, size, dtype=torch.float64) for layer in layers}
     n = 0
-    rows = [Row(sequence(text.ids), len(text.ids) - 1, 0) for text in texts]
+    rows = [KeyRow(sequence(text.ids), len(text.ids) - 1, 0) for text in texts]
     final = model.atlas.final_norm
     for group in grouped(rows, batch_tokens):
         batch = collate([one.encoded for one in rows], group).to(model.device)
