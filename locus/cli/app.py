@@ -13,7 +13,8 @@ app = App(
     help="Find where a language model keeps the knowledge that must go, change only those weights, and prove it.",
     help_epilogue=(
         "MODEL is a checkpoint folder, a hub id (owner/name), or smollm2, which needs no hub. FACTS is a file "
-        "(JSONL, known_1000, CounterFact, TOFU, plain text) or one of the shipped demo-forget, demo-retain. "
+        "(JSON, JSON lines, CSV, parquet or plain text; `locus facts FILE` shows how it is understood) or one of the "
+        "shipped demo-forget, demo-retain. "
         "Start with: locus trace smollm2 demo-forget --limit 2 -o trace"
     ),
 )
@@ -31,6 +32,7 @@ _COMMANDS = {
     "compare": "Several audited edits side by side, with the Pareto front.",
     "run": "The whole walk from one TOML file, resumable stage by stage.",
     "known": "Which facts a model knows, before anything is traced.",
+    "facts": "How a file of facts is understood; converts it to our own form.",
     "methods": "List the localizers, editors and attacks, or the options of one.",
     "models": "List the architectures whose parts have exact names.",
 }
