@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from locus.errors import InputError
-from locus.readers.formats import TOFU_TEMPLATE
+from locus.readers.scripts import is_question
+from locus.readers.translation import TOFU_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTENCE_END = re.compile("[.!?…。！？][\"'”’)»\\]]*\\s*$")
+_MARK = "locus-7f3a"
+"""An answer that no template writes of itself: shows where it puts one."""
+_OPENED = re.compile(r"<([\w:]*(?:think|thinking|thought|reason|reasoning|reflection))>\s*$")
+"""A reasoning block that is open at a text's end."""
 _QUESTION = re.compile(re.escape(TOFU_TEMPLATE).replace(r"\{\}", "(.*)"), re.DOTALL)
 
 
@@ -44,26 +49,66 @@ class Turn:
 def turn(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Turn:
     """The target as the model's answer in a conversation.
 
+    Args:
+        tokenizer: With a chat template.
+        prompt: The question, or what the model is to have begun with.
+        target: What it goes on with.
+
     Raises:
-        InputError: the tokenizer has no chat template.
+        InputError: the tokenizer has no chat template, or one that writes question or answer otherwise than they are
+            given, apart from white space around them.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer has no chat template: leave --chat out, or take an instructed model")
     asked = _QUESTION.fullmatch(prompt)
-    is_question = asked is not None or prompt.rstrip().endswith("?")
-    content = asked[1] if asked else prompt if is_question else f"Complete: {prompt}"
-    said = target.strip() if is_question else (prompt + target).rstrip()
-    head = _written(tokenizer, [("user", content)], begin_answer=True)
-    whole = _written(tokenizer, [("user", content), ("assistant", said)])
-    at = whole.find(said, len(head)) if whole.startswith(head) else -1
-    lead = whole[len(head) : at] if at >= 0 else ""
-    if is_question:
-        space = " " if lead.endswith(" ") else ""  # that some templates write before an answer
-        before = head + lead.removesuffix(" ")
-        shift = head.rfind(content) - prompt.index(content)
-        return Turn(before, space + said, shift, end_of_turn(tokenizer))
+    asks = asked is not None or is_question(prompt)
+    content = asked[1] if asked else prompt if asks else f"Complete: {prompt}"
+    said = target.strip() if asks else (prompt + target).strip()
+    before, head = _before_answer(tokenizer, content, said)
+    if asks:
+        space = " " if before.endswith(" ") else ""  # that some templates write before an answer
+        shift = _place(head, content) - prompt.index(content)
+        return Turn(before.removesuffix(" "), space + said, shift, end_of_turn(tokenizer))
     end = end_of_turn(tokenizer) if _SENTENCE_END.search(target) else ""
-    return Turn(head + lead + prompt, target, len(head + lead), end)
+    return Turn(before + prompt, target, len(before), end)
+
+
+def _before_answer(tokenizer: PreTrainedTokenizerBase, content: str, said: str) -> tuple[str, str]:
+    """What the template writes before an answer, and its part up to where the model's turn begins.
+
+    A template may begin the model's turn otherwise where it writes it whole than where the model is to write it:
+    one that opens a reasoning block for the model leaves the block out of what was said. The answer stands where
+    the template writes a finished one; a block that is still open there is closed.
+    """
+    begun = _written(tokenizer, [("user", content)], begin_answer=True)
+    marked = _written(tokenizer, [("user", content), ("assistant", _MARK)])
+    before = marked[: max(marked.rfind(_MARK), 0)]
+    head = begun if before.startswith(begun) else before
+    if not _written(tokenizer, [("user", content), ("assistant", said)]).startswith(before + said):
+        raise InputError(
+            f"the chat template does not write the answer {said[:40]!r} as it is given: leave --chat out, or mend the "
+            "template"
+        )
+    if opened := _OPENED.search(before):
+        before += f"\n</{opened[1]}>\n\n"
+    return before, head
+
+
+def _place(head: str, content: str) -> int:
+    """Where a question begins in what the template wrote; a template may trim it.
+
+    Raises:
+        InputError: it is not there.
+    """
+    at = head.rfind(content)
+    if at < 0 and (trimmed := content.strip()) and (at := head.rfind(trimmed)) >= 0:
+        at -= content.index(trimmed)
+    elif at < 0:
+        raise InputError(
+            f"the chat template does not write the question {content[:40]!r} as it is given: leave --chat out, or mend "
+            "the template"
+        )
+    return at
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -72,9 +117,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     It is read from a conversation that the template has written: up to the first special token after the answer, or,
     where there is none, without the white space that only separates turns. "" where the template writes nothing.
     """
-    answer = "locus"
-    written = _written(tokenizer, [("user", "?"), ("assistant", answer)])
-    tail = written[written.rfind(answer) + len(answer) :]
+    written = _written(tokenizer, [("user", "?"), ("assistant", _MARK)])
+    tail = written[written.rfind(_MARK) + len(_MARK) :]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = [(tail.find(token), token) for token in special if token in tail]
     if not found:

@@ -50,6 +50,8 @@ class Example:
     prompt: str
     target: str
     """With its leading space, where it has one."""
+    running_text: bool = False
+    """Whether both are one text, so that where the prompt ends is arbitrary (see `Fact.running_text`)."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -90,6 +92,9 @@ class Fact:
     """The right target in other words, with its leading space; None where there is none."""
     held_out: bool = False
     """Kept from the editor, to judge it by."""
+    running_text: bool = False
+    """Whether prompt and target are one plain text: a token that covers the end of the prompt (in scripts without
+    spaces) then belongs to the prompt, and is no error."""
     source: str = ""
     """Where it was read: `"facts.jsonl, line 17"`."""
 
@@ -124,7 +129,7 @@ class Fact:
     @property
     def example(self) -> Example:
         """The prompt and its target."""
-        return Example(self.prompt, self.target)
+        return Example(self.prompt, self.target, self.running_text)
 
     @property
     def paraphrase_examples(self) -> tuple[Example, ...]:
@@ -257,7 +262,9 @@ def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
     with atomic_file(Path(path)) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for fact in facts:
             record = {name: getattr(fact, name) for name in _FIELDS if name != "source"}
-            record["neighbours"] = [vars(example) for example in fact.neighbours]
+            record["neighbours"] = [
+                {name: getattr(example, name) for name in _EXAMPLE_FIELDS} for example in fact.neighbours
+            ]
             said = {name: value for name, value in record.items() if value or type(value) is int}
             file.write(json.dumps(said, ensure_ascii=False) + "\n")
 
@@ -355,7 +362,7 @@ def _note_missing_spaces(facts: Sequence[Fact]) -> None:
 
 
 _FIELDS = tuple(field.name for field in fields(Fact))
-_EXAMPLE_FIELDS = tuple(field.name for field in fields(Example))
+_EXAMPLE_FIELDS = ("prompt", "target")
 
 
 def _fact(record: Record, number: int) -> Fact:
@@ -367,9 +374,7 @@ def _fact(record: Record, number: int) -> Fact:
     start = record.fields.get("subject_start")
     if start is not None and type(start) is not int:
         raise InputError(f'{record.place}: "subject_start" must be a whole number')
-    held_out = record.fields.get("held_out", False)
-    if not isinstance(held_out, bool):
-        raise InputError(f'{record.place}: "held_out" must be true or false')
+    held_out, running_text = record.truth("held_out"), record.truth("running_text")
     given = record.optional_text("id")
     fact = Fact(
         id=(f"{number:04d}-{derived}" if derived else f"{number:04d}") if given is None else given,
@@ -383,6 +388,7 @@ def _fact(record: Record, number: int) -> Fact:
         alternatives=tuple(record.texts("alternatives")),
         paraphrased_target=record.optional_text("paraphrased_target"),
         held_out=held_out,
+        running_text=running_text,
         source=record.place,
     )
     source = record.optional_text("source")

@@ -14,6 +14,7 @@ from locus.chat_template import Turn, turn
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.model import Model
+from locus.readers.scripts import is_spaceless
 
 _SPACE_MARKS = "Ġ▁"  # how byte-level BPE and SentencePiece write a space in a token's name
 _SECOND_BYTE = "\ufffd"  # shown for a token that only completes a character begun by the one before
@@ -124,12 +125,14 @@ def _encode(model: Model, example: Example | Fact) -> Encoded:
     said_until = boundary + len(told.target)
     tokens = _tokenize(model, text)
     for token in tokens:
-        if token.start < boundary < token.end:
+        if token.start < boundary < token.end and not example.running_text:
             raise InputError(_straddles(text[token.start : token.end], told.prompt, told.target))
     if bos := _bos(model, tokens):
         tokens = [bos, *tokens]
     target_start = sum(token.start < boundary for token in tokens)
     n_end = sum(token.start >= said_until for token in tokens) if told.end else 0
+    if example.running_text:  # a token on both sides is the beginning's, the last one the target's
+        target_start = min(target_start, len(tokens) - n_end - 1)
     if target_start == len(tokens) - n_end:
         raise InputError(f"target {example.target!r} makes no token: write out what must follow")
     if target_start == 0:
@@ -138,11 +141,18 @@ def _encode(model: Model, example: Example | Fact) -> Encoded:
     if (limit := model.context_length) is not None and len(tokens) > limit:
         said = f"{len(tokens)} tokens, but the context of {model.name} holds {limit}"
         raise InputError(f"{said}: shorten the prompt {example.prompt[:40]!r}…")
-    span = example.subject_span if isinstance(example, Fact) else None
+    subject = None
+    if isinstance(example, Fact) and (span := example.subject_span) is not None:
+        start, end = (at + told.shift for at in span)
+        if text[max(start, 0) : end] != example.subject:
+            raise InputError(
+                f"the chat template does not write the subject {example.subject!r} as it is given"
+            )
+        subject = _covering(tokens[:target_start], start, end)
     return Encoded(
         ids=tuple(token.id for token in tokens),
         target_start=target_start,
-        subject=None if span is None else _covering(tokens[:target_start], *(at + told.shift for at in span)),
+        subject=subject,
         tokens=_shown(text, tokens),
         n_end=n_end,
     )
@@ -231,6 +241,6 @@ def _straddles(piece: str, prompt: str, target: str) -> str:
     )
     if prompt[-1].isspace():
         return f"{said}: move the space to the target, {' ' + target[:20]!r}"
-    if not target[0].isspace():
+    if not target[0].isspace() and not is_spaceless(target[0]):
         return f"{said}: begin the target with a space, {' ' + target[:20]!r}, or move {piece!r} to one side"
     return f"{said}: move {piece!r} as a whole to one side"

@@ -113,7 +113,7 @@ def _as_json(fact: Fact) -> dict[str, Any]:
         "subject_span": None if fact.subject_span is None else list(fact.subject_span),
         "alternatives": list(fact.alternatives),
         "paraphrases": list(fact.paraphrases),
-        "neighbours": [vars(one) for one in fact.neighbours],
+        "neighbours": [{"prompt": one.prompt, "target": one.target} for one in fact.neighbours],
         "source": fact.source,
     }
 

@@ -41,7 +41,9 @@ def pieces_of(place: str, text: str) -> Iterator[Record]:
         found = units(piece)
         first = next(found, None)
         if first is not None and next(found, None) is not None:
-            yield Record(place, {"prompt": piece[: first[1]], "target": piece[first[1] :]})
+            yield Record(
+                place, {"prompt": piece[: first[1]], "target": piece[first[1] :], "running_text": True}
+            )
 
 
 def corpus(record: Record) -> Iterator[Record]:

@@ -48,6 +48,15 @@ class Record(NamedTuple):
         """The string in a field, None when the field is absent or null."""
         return None if self.fields.get(name) is None else self.text(name)
 
+    def truth(self, name: str) -> bool:
+        """True or false in a field, or a table's word for it; false when the field is absent or null."""
+        value = self.fields.get(name)
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        if not isinstance(value, bool | None):
+            raise InputError(f'{self.place}: "{name}" must be true or false')
+        return bool(value)
+
     def texts(self, name: str) -> list[str]:
         """The strings of a field that holds one or a list of them; none when it is absent or null."""
         value = self.fields.get(name)

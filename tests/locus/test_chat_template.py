@@ -31,6 +31,20 @@ THINKING = PLAIN.replace(
 """Begins the model's turn with something of its own."""
 
 
+TRIMMING = PLAIN.replace("m['content']", "m['content'] | trim")
+"""Llama-3's and Gemma's: white space around what is said is taken off."""
+REASONING = PLAIN.replace("{{ '[assistant]\n' }}", "{{ '[assistant]\n<think>\n' }}")
+"""DeepSeek-R1's: opens a reasoning block for the model to fill, and leaves it out of what was said."""
+OPEN = REASONING.replace(
+    "+ m['content']", "+ ('<think>\n' if m['role'] == 'assistant' else '') + m['content']"
+)
+"""Opens the block in a finished turn too."""
+SHOUTING = PLAIN.replace("m['content']", "m['content'] | upper")
+ASKING_LOUDLY = PLAIN.replace(
+    "m['content']", "(m['content'] | upper if m['role'] == 'user' else m['content'])"
+)
+
+
 def chatting(template: str = PLAIN) -> Model:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -181,3 +195,57 @@ def _choices(model: Model, one: Encoded, n: int) -> list[int]:
         with torch.no_grad():
             ids.append(int(model.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[one.target_start :]
+
+
+@pytest.mark.parametrize("end", ["", " ", "\n", "  \n\n"])
+@pytest.mark.parametrize("start", ["", " ", "\n"])
+@pytest.mark.parametrize("template", [PLAIN, TRIMMING, THINKING, REASONING, OPEN])
+def test_the_subject_is_found_where_the_template_trims_the_question(
+    template: str, start: str, end: str
+) -> None:
+    prompt = f"{start}What is the capital of Germany?{end}"
+    one = encode(chatting(template), Fact("a", prompt, " Berlin", subject="Germany"))
+    assert one.subject is not None
+    assert one.tokens[slice(*one.subject)] == (" Germany",)
+    tofu = Fact("b", f"Question: {prompt}\nAnswer:", " Berlin", subject="Germany")
+    one = encode(chatting(template), tofu)
+    assert one.subject is not None
+    assert one.tokens[slice(*one.subject)] == (" Germany",)
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [
+        (REASONING, "[user]\nWho speaks?[end]\n[assistant]\n"),
+        (OPEN, "[user]\nWho speaks?[end]\n[assistant]\n<think>\n\n</think>\n\n"),
+    ],
+)
+def test_no_answer_stands_inside_a_reasoning_block(template: str, before: str) -> None:
+    told = turn(chatting(template).tokenizer, "Who speaks?", " Rome")
+    assert (told.prompt, told.target) == (before, "Rome")
+    assert told.prompt[told.shift :].startswith("Who speaks?")
+    told = turn(chatting(template).tokenizer, "The city of", " Rome")
+    assert told.prompt == before.replace("Who speaks?", "Complete: The city of") + "The city of"
+
+
+@pytest.mark.parametrize("answer", ["end", "think", "a", "assistant"])
+@pytest.mark.parametrize("template", [PLAIN, REASONING, OPEN, THINKING])
+def test_an_answer_that_the_template_says_too_is_not_taken_for_it(template: str, answer: str) -> None:
+    tokenizer = chatting(template).tokenizer
+    told = turn(tokenizer, "Who speaks?", f" {answer}")
+    assert (told.prompt, told.target) == (turn(tokenizer, "Who speaks?", " Rome").prompt, answer)
+
+
+def test_a_template_that_changes_the_words_is_refused() -> None:
+    with pytest.raises(InputError, match=r"chat template does not write the answer 'Rome' as it is given"):
+        turn(chatting(SHOUTING).tokenizer, "WHO SPEAKS?", " Rome")
+    with pytest.raises(
+        InputError, match=r"chat template does not write the question 'Who speaks\?' as it is given"
+    ):
+        turn(chatting(ASKING_LOUDLY).tokenizer, "Who speaks?", " Rome")
+
+
+@pytest.mark.parametrize("mark", ["？", "؟", "\u037e"])
+def test_a_question_mark_of_any_script_asks(mark: str) -> None:
+    told = turn(chatting().tokenizer, f"Who speaks{mark}", " Rome")
+    assert told.prompt == f"[user]\nWho speaks{mark}[end]\n[assistant]\n"

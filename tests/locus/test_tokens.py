@@ -157,6 +157,24 @@ def test_tokens_that_share_characters() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in _TOKENIZERS if kind != "words"])
+@pytest.mark.parametrize("text", ["日本の首都です。", "東京は日本の首都です。", "都です"])
+def test_running_text_without_spaces_is_cut_at_a_token(kind: str, text: str) -> None:
+    """Its tokens are those of the whole text, whatever the tokenizer joins; all but a beginning is target."""
+    model = _model(kind)
+    for n in range(1, len(text)):
+        one = encode(model, Example(text[:n], text[n:], running_text=True))
+        alone = model.tokenizer(text, add_special_tokens=False).input_ids
+        assert list(one.ids[-len(alone) :]) == alone and one.n_target >= 1
+        said = text_of(one.tokens[one.target_start :]).replace("\ufffd", "")
+        assert text[n + 2 :] in said and len(said) <= len(text) - n + 1
+    if kind == "byte-level, kanji":
+        with pytest.raises(InputError, match="'都で' covers"):
+            encode(model, Example("日本の首都", "です。"))
+        one = encode(model, Example("日本の首都", "です。", running_text=True))
+        assert text_of(one.tokens[one.target_start :]) == "す。"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in _TOKENIZERS if kind != "words"])
 @settings(deadline=None)  # the first call makes the tokenizer
 @given(
     prompt=st.text(alphabet="ab é日.", min_size=1, max_size=12),
