@@ -102,7 +102,7 @@ def longest_draw(model: Model, editor: NPO) -> tuple[list[Fact], list[Fact], lis
 
 
 def measure_row(name: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
-    """Account and truth of one row, in MB."""
+    """Estimate and truth of one row, in MB."""
     model = load_model("smollm2", dtype=dtype) if name == "smollm2" else llama("wide", WIDE, "cpu", dtype)
     editor, mask = edit_of(checkpointing), neuron_mask(model, 0.01)
     facts, kept, text = longest_draw(model, editor)

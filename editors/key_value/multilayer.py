@@ -117,7 +117,7 @@ class MultilayerWriter:
     model: Model
     located: Sequence[DownProjection]
     prefixes: Sequence[str]
-    """Openings that keys and values are averaged over."""
+    """Context prefixes that keys and values are averaged over."""
     moments: Mapping[int, Float[Tensor, "n n"]]
     """By layer: second moment of the located neurons over text and retain facts."""
     n_tokens: int

@@ -25,6 +25,11 @@ DIRECT: dict[str, tuple[str, ...]] = {
     "memit": (*QUICK, "--layers", "0", "1"),
     "alphaedit": (*QUICK, "--layers", "0", "1"),
     "law": (*QUICK, "--layers", "0", "1", "--rounds", "1"),
+    "late-suppression": (
+        "--elicitation-rewritings", "0", "--elicitation-lists", "0", "--elicitation-texts", "2",
+        "--elicitation-text-tokens", "8", "--goal", "1e-4", "--weight", "0.01", "--rounds", "1", "--look-ahead", "0",
+        "--hold-tokens", "6",
+    ),
     "neuron-zero": (),
     "neuron-flip": (),
     "neuron-mean": (),
@@ -34,7 +39,7 @@ DIRECT: dict[str, tuple[str, ...]] = {
     "knowledge-neurons": (),
     "depn": (),
     "projection": ("--protect", "1"),
-}
+}  # fmt: skip
 """Options, as on the command line, with which a draw matters."""
 
 

@@ -80,7 +80,7 @@ def edit(
         control_profile: layers: a control has as many weights in each layer as the mask; uniform: over all layers.
         estimate_memory: Print the peak memory of the edit, from the config, the mask and the facts, and stop. No
             weights are read, so it also runs on a machine too small for the model.
-        tensorboard: Write the history as TensorBoard scalars besides (pip install "locus-unlearn[tensorboard]").
+        tensorboard: Also write the history as TensorBoard scalars (pip install "locus-unlearn[tensorboard]").
         shard: Spread the model over the processes that torchrun started, each of which holds a part (FSDP2): for
             models that no device holds whole. Without it each holds all of it, and takes part of every step's examples.
         offload: Of a model that is spread, keep the parts in main memory.
