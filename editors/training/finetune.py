@@ -26,7 +26,7 @@ from editors.training.hessian import estimate_hessian
 from editors.training.lora import LoraDeltas
 from editors.training.objective import Answering, Finishing, Objective, retain_loss
 from editors.training.parametrize import Deltas, Trained
-from editors.training.prediction import Kept, Prediction
+from editors.training.prediction import Prediction, StoredLogits
 from editors.training.processes import ONE_PROCESS, Processes, WorkSplit
 from editors.training.reference import References, known_states
 from editors.training.retain import Retain, mean_kl
@@ -261,7 +261,7 @@ class Run:
             "last": state.history[-1],
         }
 
-    def _kept(self, encoded: Sequence[Encoded]) -> Kept | None:
+    def _stored(self, encoded: Sequence[Encoded]) -> StoredLogits | None:
         """Reads the base's logits on batches of these examples from the store, if there is one."""
         references = self.references
         return None if references is None else lambda batch: references.logits(encoded, batch)
@@ -348,11 +348,11 @@ class Run:
             others = [objective.answer(asked.facts[i], pool, step) for i in numbers]
             encoded = [encode(self.model, other) for other in others]
             batch = collate(encoded, range(len(encoded)))
-            return Prediction(self.model, self.deltas, batch, kept=self._kept(encoded))
+            return Prediction(self.model, self.deltas, batch, stored=self._stored(encoded))
 
         other = answer if isinstance(objective, Answering) else None
-        kept = self._kept(asked.encoded)
-        return Prediction(self.model, self.deltas, batch, asked.reference.nll, other, kept)
+        stored = self._stored(asked.encoded)
+        return Prediction(self.model, self.deltas, batch, asked.reference.nll, other, stored)
 
     def _active(self, forget: Prediction) -> Bool[Tensor, " example"]:
         """Which examples are still pushed: those not improbable yet, or not improbable through this edit."""
@@ -374,7 +374,7 @@ class Run:
             batches = list(source(term, training, step))
             n = sum(len(batch.labels) for batch in batches)
             for piece in split.pieces(encoded, batches, training.batch_tokens):
-                kept = Prediction(self.model, self.deltas, piece.batch, kept=self._kept(encoded))
+                kept = Prediction(self.model, self.deltas, piece.batch, stored=self._stored(encoded))
                 n_own = len(piece.batch.labels) if piece.counts else 0
                 loss = retain_loss(self.objective, kept) * (n_own / n)
                 named = ((f"retain {i + 1}", encoded[i]) for i in piece.batch.examples)

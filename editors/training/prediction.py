@@ -25,7 +25,7 @@ from locus.model import Model
 
 Answer = Callable[[Sequence[int]], "Prediction"]
 """Example numbers -> the model's prediction of another answer to each of the same prompts."""
-Kept = Callable[[Batch], Float[Tensor, "label d_vocab"]]
+StoredLogits = Callable[[Batch], Float[Tensor, "label d_vocab"]]
 """Batch -> the reference's logits at its labels."""
 
 
@@ -39,7 +39,7 @@ class Prediction:
         batch: Batch,
         reference: Float[Tensor, " example"] | None = None,
         answer: Answer | None = None,
-        kept: Kept | None = None,
+        stored: StoredLogits | None = None,
         perturbation: Perturbation | None = None,
     ) -> None:
         """Nothing runs yet.
@@ -50,11 +50,11 @@ class Prediction:
             batch: The examples; `batch.examples` are their numbers in the caller's list.
             reference: The reference's NLL of every example of that list, when it is already known.
             answer: Gives the prediction of another answer (a refusal, say) to the same prompts.
-            kept: Gives the reference's logits at a batch's labels, where they are kept; None asks the model.
+            stored: Reads the reference's logits at a batch's labels from the store; None runs the base.
             perturbation: Stays on whenever the edited model reads the batch; the reference never sees it.
         """
         self.model, self.deltas, self.batch = model, deltas, batch.to(model.device)
-        self._reference, self._answer, self._kept = reference, answer, kept
+        self._reference, self._answer, self._stored = reference, answer, stored
         self._perturbation = perturbation
 
     @property
@@ -76,8 +76,8 @@ class Prediction:
     @cached_property
     def ref_logits(self) -> Float[Tensor, "label d_vocab"]:
         """The same under the reference model; carries no gradient."""
-        if self._kept is not None:
-            return self._kept(self.batch)
+        if self._stored is not None:
+            return self._stored(self.batch)
         with torch.no_grad(), self.deltas.silenced():
             return label_logits(self.model, self.batch)
 
@@ -152,7 +152,7 @@ class Prediction:
     def only(self, keep: Bool[Tensor, " example"]) -> Prediction:
         """The examples where `keep`, sharing what has been computed already."""
         batch, kept_labels = _narrow(self.batch, keep.to(self.batch.rows.device))
-        narrowed = Prediction(self.model, self.deltas, batch, self._reference, self._answer, self._kept)
+        narrowed = Prediction(self.model, self.deltas, batch, self._reference, self._answer, self._stored)
         for name in ("logits", "ref_logits"):
             if name in self.__dict__:
                 narrowed.__dict__[name] = self.__dict__[name][kept_labels]
@@ -161,7 +161,7 @@ class Prediction:
     def under(self, perturbation: Perturbation) -> Prediction:
         """The same batch as the edited model reads it under a perturbation; another answer under that of its prompt."""
         return Prediction(
-            self.model, self.deltas, self.batch, self._reference, self._answer, self._kept, perturbation
+            self.model, self.deltas, self.batch, self._reference, self._answer, self._stored, perturbation
         )
 
     def _perturbed(self) -> contextlib.AbstractContextManager[None]:
