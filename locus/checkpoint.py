@@ -19,6 +19,7 @@ from locus.parameter_names import is_embedding, is_head, resolve
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
@@ -42,6 +43,7 @@ class Checkpoint:
                 "is a file, a checkpoint is a folder" if self.folder.exists() else "there is no such folder"
             )
             raise InputError(f"{self.folder}: {what}")
+        refuse_pointers(self.folder)
         if (self.folder / "adapter_config.json").exists():
             raise InputError(f"{self.folder}: holds an adapter; merge it into its base model first")
         weight_map = self._weight_map()
@@ -199,3 +201,19 @@ class Checkpoint:
         if others:
             return InputError(f"{self.folder}: has {others[0]} but neither {SINGLE} nor {INDEX}; rename it")
         return InputError(f"{self.folder}: holds neither {SINGLE} nor {INDEX}; is this a checkpoint folder?")
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raise InputError where a file of the folder is a pointer of Git LFS that was never fetched."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json", ".model", ".txt", ".jinja") or not path.is_file():
+            continue
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(_POINTER))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if start == _POINTER:
+            raise InputError(
+                f"{path}: a Git LFS pointer, not the file itself: fetch it with git lfs pull, or with hf download"
+            )

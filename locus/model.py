@@ -18,7 +18,7 @@ import torch
 from locus import embedded
 from locus.atlas import Atlas
 from locus.atlas_reader import read_atlas
-from locus.checkpoint import Checkpoint
+from locus.checkpoint import Checkpoint, refuse_pointers
 from locus.errors import InputError
 from locus.fingerprint import fingerprint_of
 from locus.fsdp_loader import load_sharded
@@ -245,6 +245,7 @@ def module_shape(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refuse_pointers(folder)
     with without_bars_of_transformers(), _told(folder, str(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         chosen = _dtype(dtype, torch.device("meta"), mapped=False)
@@ -416,9 +417,19 @@ def _told(folder: Path, name: str) -> Iterator[None]:
     ) as error:  # a hostile folder raises anything: tokenizers gives bare Exceptions, and panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise InputError(
-            f"{name}: transformers cannot load it as a causal language model: {reason[:300]}"
-        ) from error
+        raise InputError(f"{name}: {_reason(folder, error)}") from error
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+_LONGEST = 300
+
+
+def _reason(folder: Path, error: BaseException) -> str:
+    """Why a folder cannot be loaded, in one line that is whole: what transformers says, with the mend it leaves out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return "its modelling code comes with it; read that code, and where you trust it, add --trust-remote-code"
+    if not any(next(folder.glob(name), None) for name in _TOKENIZERS) and "tokenizer" in text.lower():
+        return "there is no tokenizer in the folder (tokenizer.json): copy it from the model that this one was made of"
+    said = text if len(text) <= _LONGEST else f"{text[:_LONGEST].rpartition(' ')[0]} …"
+    return f"transformers cannot load it as a causal language model: {said}"

@@ -5,10 +5,13 @@ Sampled from the model as it is, so a KL to it on this text asks no more than th
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 
 from locus import progress
 from locus.model import Model
+from locus.readers.scripts import units
 
 OPENINGS = ("The", "In", "It", "When", "A", "Most", "After", "People", "We", "There", "Every", "For")
 """First words of the paragraphs, in turn."""
@@ -50,7 +53,7 @@ def generated_text(model: Model, n: int = 24, n_tokens: int = 96, seed: int = 0)
             for row in written.tolist():
                 text = model.tokenizer.decode(row, skip_special_tokens=True)
                 paragraph = " ".join(str(text).split())
-                if len(paragraph.split()) > 1:
+                if len(list(islice(units(paragraph), 2))) > 1:
                     texts[paragraph] = None
             line.advance(len(rows))
     return list(texts)

@@ -7,7 +7,6 @@ write that text, here it is sentences drawn from the neutral text, which need no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +20,7 @@ from locus.fact import Fact, trainable_facts
 from locus.forward import Batch, collate
 from locus.hooks import record, stop_after
 from locus.model import Model
+from locus.readers.scripts import ends_sentence, sentences, units
 from locus.tokens import Encoded, encode
 
 Place = Literal["subject", "prompt"]
@@ -46,8 +46,8 @@ def context_prefixes(text: Sequence[str], n: int, seed: int = 0) -> list[str]:
     Raises:
         InputError: the text has fewer.
     """
-    sentences = [s.strip() for paragraph in text for s in re.split(r"(?<=[.!?])\s+", paragraph)]
-    fit = sorted({s for s in sentences if SHORT <= len(s.split()) <= LONG and s[-1] in ".!?"})
+    found = {s for paragraph in text for s in sentences(paragraph) if ends_sentence(s)}
+    fit = sorted(s for s in found if SHORT <= sum(1 for _ in units(s)) <= LONG)
     if len(fit) < n:
         raise InputError(
             f"{n} context prefixes wanted, but the text has {len(fit)} sentences of {SHORT} to {LONG} words: "

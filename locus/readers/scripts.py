@@ -6,6 +6,7 @@ cut between characters where it has no words to cut between.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -94,6 +95,20 @@ def cut(text: str, n_units: int) -> Iterator[str]:
         count, end = count + 1, last
     if count:
         yield text[start:end]
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f\uff0e\u0964\u104b\u17d4\u06d4\u061f])\s*")
+"""After a full stop and a space; after the stops of Chinese, Hindi, Burmese, Khmer, Urdu and Arabic without one."""
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each with its end mark; the last may have none."""
+    return [one.strip() for one in _SENTENCE_END.split(text) if one.strip()]
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a text ends with a sentence's end mark."""
+    return text[-1:] in set(".!?\u3002\uff01\uff1f\uff0e\u0964\u104b\u17d4\u06d4\u061f")
 
 
 QUESTION_MARKS = (

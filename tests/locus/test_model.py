@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import locus
 from locus import embedded
 from locus.errors import InputError
-from locus.model import load_model
+from locus.model import load_model, load_shape
 from locus.quiet_stderr import unheard
 from tests.tiny import save_tiny, tiny_model
 
@@ -114,6 +114,38 @@ def test_a_tokenizer_that_panics_is_one_line_and_nothing_else_on_the_terminal(da
     with pytest.raises(InputError, match="cannot load it"):
         load_model(damaged)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_called_one(damaged, name):
+    (damaged / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n")
+    for read in (load_model, load_shape):
+        with pytest.raises(InputError, match=rf"{name}: a Git LFS pointer, not the file itself"):
+            read(damaged)
+
+
+def test_a_folder_without_a_tokenizer_says_so(damaged):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (damaged / name).unlink()
+    with pytest.raises(InputError, match="there is no tokenizer in the folder"):
+        load_model(damaged)
+
+
+def test_remote_code_names_the_option(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "cfg.C", "AutoModelForCausalLM": "mod.M"}}
+    (damaged / "config.json").write_text(json.dumps(config))
+    for name in ("cfg.py", "mod.py"):
+        (damaged / name).write_text("")
+    with pytest.raises(InputError, match="add --trust-remote-code"):
+        load_model(damaged)
+
+
+def test_a_long_message_ends(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    with pytest.raises(InputError, match=r"Unrecognized configuration class .* …$"):
+        load_model(damaged)
 
 
 def test_what_is_held_back_from_the_terminal_comes_out_when_all_went_well(capfd):
