@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.lib.yardstick import Yardstick, kept_row, right
 from editors import ROME
-from editors.key_value.target_value import EditTarget
+from editors.key_value.edit_target import EditTarget
 from locus.fact import Example, Fact, neutral_text, read_facts, split_text
 from locus.forward import measure
 from locus.model import Model, load_model

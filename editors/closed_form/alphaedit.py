@@ -40,7 +40,7 @@ class AlphaEdit(MultilayerEdit):
         spaces = {layer: NullSpace.of(moment, self.threshold) for layer, moment in spread.moments.items()}
 
         def solve(
-            one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
+            one: DownProjection, keys: Float[Tensor, "n key"], residual: Float[Tensor, "d_model key"]
         ) -> Float[Tensor, "d_model n"]:
             space = spaces[one.layer]
             size = float((space.basis.mT @ keys).square().sum(0).mean())

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection
+from editors.key_value.edit_target import EditTarget
 from editors.key_value.least_squares import SecondMomentMetric, least_squares_update
 from editors.key_value.multilayer import MultilayerEdit, MultilayerWriter, Solve
-from editors.key_value.target_value import EditTarget
 from locus.errors import InputError
 
 
@@ -51,7 +51,7 @@ class LaW(MultilayerEdit):
         weight = self.weight * spread.model.atlas.d_mlp
 
         def solve(
-            one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
+            one: DownProjection, keys: Float[Tensor, "n key"], residual: Float[Tensor, "d_model key"]
         ) -> Float[Tensor, "d_model n"]:
             return wash(metrics[one.layer], keys, residual, weight, self.beta, self.climb)
 
@@ -72,7 +72,8 @@ def wash(
     of the cost is B ← B (I + η G), here with η = 1 / ‖G‖, and back onto the cost's sphere.
 
     Returns:
-        An update of cost `beta` times that of `write(metric, keys, residual, weight)`, or that one for climb = 0.
+        An update of cost `beta` times that of `least_squares_update(metric, keys, residual, weight)`,
+        or that one for climb = 0.
 
     Raises:
         InputError: beta is below 1.

@@ -42,7 +42,7 @@ class MEMIT(MultilayerEdit):
         weight = self.weight * spread.model.atlas.d_mlp
 
         def solve(
-            one: DownProjection, keys: Float[Tensor, "n fact"], residual: Float[Tensor, "d_model fact"]
+            one: DownProjection, keys: Float[Tensor, "n key"], residual: Float[Tensor, "d_model key"]
         ) -> Float[Tensor, "d_model n"]:
             every, wanted = spread.written.with_earlier(one, keys, residual)
             return least_squares_update(metrics[one.layer], every, wanted, weight)

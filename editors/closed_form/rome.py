@@ -23,17 +23,12 @@ from editors.key_value.down_projections import (
     refuse_edited,
     whole_projections,
 )
-from editors.key_value.key_positions import (
-    Place,
-    context_prefixes,
-    mean_by_fact,
-    retain_moments,
-    rows,
-    states,
-)
+from editors.key_value.edit_target import EditTarget
+from editors.key_value.key_positions import Place, context_prefixes, retain_moments, rows, states
 from editors.key_value.least_squares import SecondMomentMetric, least_squares_update, within
 from editors.key_value.second_moments import second_moments
-from editors.key_value.target_value import EditTarget, ValueDeltas, find_value_deltas
+from editors.key_value.shared_keys import by_key
+from editors.key_value.target_value import ValueDeltas, find_value_deltas
 from locus import progress
 from locus.delta import WeightDelta
 from locus.errors import InputError
@@ -46,11 +41,12 @@ from locus.model import Model
 class ROME:
     """Rank-one model editing (Meng et al. 2022, arXiv:2202.05262): one fact after the other, in one layer.
 
-    The value v* that makes the model answer as aimed is written to the fact's key k by the cheapest update D with
-    D k = v* − W k, cheapest in E‖D k‖² over text. Facts after the first leave the keys of those before them
+    The value v* that makes the model give the wanted answer is written to the fact's key k by the cheapest update D
+    with D k = v* − W k, cheapest in E‖D k‖² over text. Facts after the first leave the keys of those before them
     exactly where they are, so a sequence does not undo itself; all of them together are EMMET's equality-
-    constrained update (Gupta et al. 2024, arXiv:2403.14236). Where the mask holds only some neurons of the layer,
-    keys and metric are those of these neurons and the equations hold as they are.
+    constrained update (Gupta et al. 2024, arXiv:2403.14236). Facts that share a key, as facts of one subject in like
+    words do, are edited as one: a single value that minimizes the losses of all of them. Where the mask holds only
+    some neurons of the layer, keys and metric are those of these neurons and the equations hold as they are.
     """
 
     layer: int | None = None
@@ -91,7 +87,7 @@ class ROME:
         resume: bool = False,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> WeightDelta:
-        """Edit the facts one after the other; the model in memory ends bit for bit as it was.
+        """Edit the facts one key after the other; the model in memory ends bit for bit as it was.
 
         Keys of retain facts that are not held out count in the second moment. `text` is what the rest of it and
         the context prefixes are taken from, by default the neutral text that comes with locus. The text's second moment
@@ -103,7 +99,7 @@ class ROME:
         """
         if not forget:
             raise InputError("nothing to forget: the list of facts is empty")
-        forget = facts_for(self.target, forget, retain, self.seed)
+        forget = facts_for(model, self.target, forget, retain, self.seed)
         text = text or neutral_text()
         wanted = () if self.layer is None else (self.layer,)
         located = chosen_layers(down_projections(model, mask), model.atlas.n_layers, wanted, 1)[0]
@@ -118,12 +114,14 @@ class ROME:
         metric = SecondMomentMetric.of(within(moment.mean + kept, located.neurons), self.ridge)
         memory = _Memory(metric, located)
         with borrowed(model, [located.param]):
-            for fact in progress.track(forget, "edit"):
-                key, found = self._look(model, fact, located, prefixes)
+            groups = by_key(model, forget, located.layer, prefixes, self.place, self.batch_tokens)
+            for group in progress.track(groups, "edit"):
+                key, found = self._look(model, group, located, prefixes)
                 add_(model, located, memory.learn(key, found.delta[0]))
-                memory.losses[fact.id] = float(found.loss[0])
-                if log is not None:
-                    log(memory.record(fact, found))
+                for number, fact in enumerate(group):
+                    memory.losses[fact.id] = float(found.loss[number])
+                    if log is not None:
+                        log(memory.record(fact, number, found))
         provenance = {
             "editor": settings_of(self),
             "layer": located.layer,
@@ -136,14 +134,14 @@ class ROME:
         return delta_of(model, {located.param: (located, memory.total)}, mask, provenance)
 
     def _look(
-        self, model: Model, fact: Fact, located: DownProjection, prefixes: Sequence[str]
+        self, model: Model, group: Sequence[Fact], located: DownProjection, prefixes: Sequence[str]
     ) -> tuple[Float[Tensor, " neuron"], ValueDeltas]:
-        """The fact's key at the layer, averaged over context prefixes, and its value delta."""
+        """The key that some facts share at the layer, averaged over context prefixes, and its value delta."""
         site = model.atlas.neuron_in[located.layer]
-        seen = rows(model, [fact], prefixes, self.place)
+        seen = rows(model, group, prefixes, self.place)
         keys = states(model, seen, inputs=[site], batch_tokens=self.batch_tokens)[0][site]
-        found = find_value_deltas(model, [fact], self.target, site, prefixes, self.place, self.batch_tokens)
-        return mean_by_fact(keys, seen, 1)[0], found
+        found = find_value_deltas(model, [group], self.target, site, prefixes, self.place, self.batch_tokens)
+        return keys.mean(0), found
 
 
 class _Memory:
@@ -166,12 +164,12 @@ class _Memory:
         self.total += update
         return update
 
-    def record(self, fact: Fact, found: ValueDeltas) -> dict[str, Any]:
-        """One fact's record for the log."""
+    def record(self, fact: Fact, number: int, found: ValueDeltas) -> dict[str, Any]:
+        """The record for the log of fact `number` of those that share a key."""
         return {
             "fact": fact.id,
             "loss": self.losses[fact.id],
-            "prob": float(found.prob[0]),
+            "prob": float(found.prob[number]),
             "steps": found.steps,
             "from_prefix": found.from_prefix,
             "value_delta": float(found.delta.norm()),

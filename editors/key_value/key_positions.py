@@ -36,8 +36,8 @@ class KeyRow:
     encoded: Encoded
     position: int
     """Index of the token whose key and value are meant."""
-    fact: int
-    """Index of the fact it belongs to."""
+    owner: int
+    """Index of the fact it belongs to, or of the key where facts share one."""
 
 
 def context_prefixes(text: Sequence[str], n: int, seed: int = 0) -> list[str]:
@@ -176,13 +176,13 @@ def retain_moments(
     return {layer: weight * keys[name].mT @ keys[name] / len(seen) for layer, name in names.items()}
 
 
-def mean_by_fact(
-    values: Float[Tensor, "row d"], rows: Sequence[KeyRow], n_facts: int
-) -> Float[Tensor, "fact d"]:
-    """The mean over each fact's rows."""
-    owner = torch.tensor([one.fact for one in rows])
-    total = values.new_zeros(n_facts, values.shape[1]).index_add(0, owner, values)
-    return total / torch.bincount(owner, minlength=n_facts)[:, None]
+def mean_by_owner(
+    values: Float[Tensor, "row d"], rows: Sequence[KeyRow], n_owners: int
+) -> Float[Tensor, "owner d"]:
+    """The mean over each owner's rows."""
+    owner = torch.tensor([one.owner for one in rows])
+    total = values.new_zeros(n_owners, values.shape[1]).index_add(0, owner, values)
+    return total / torch.bincount(owner, minlength=n_owners)[:, None]
 
 
 def grouped(rows: Sequence[KeyRow], batch_tokens: int) -> list[list[int]]:

@@ -25,11 +25,12 @@ from editors.key_value.down_projections import (
     refuse_edited,
     whole_projections,
 )
+from editors.key_value.edit_target import EditTarget, is_sentence
 from editors.key_value.key_positions import Place, context_prefixes, retain_moments
 from editors.key_value.least_squares import within
 from editors.key_value.residual_spread import ResidualSpread
 from editors.key_value.second_moments import second_moments
-from editors.key_value.target_value import EditTarget
+from editors.key_value.shared_keys import by_key
 from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Fact, neutral_text
@@ -38,7 +39,7 @@ from locus.mask import WeightMask
 from locus.model import Model
 
 Solve = Callable[[DownProjection, Tensor, Tensor], Tensor]
-"""A layer, the facts' keys `n fact` and residuals `d_model fact` -> the update `d_model n` of its n located neurons."""
+"""A layer, the facts' keys `n key` and residuals `d_model key` -> the update `d_model n` of its n located neurons."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class MultilayerEdit(ABC):
     rounds: int = 3
     """How often a fact is written at most: what the model still says after a round is written again."""
     forgotten: float = 0.01
-    """A fact whose target has no more probability than this is not written again."""
+    """A fact whose target has no more probability than this counts as forgotten and is not written again. A target of
+    more than eight tokens is judged by the token: see `target.sentence_stop`."""
     batch: int = 0
-    """Facts edited at once; 0 for all."""
+    """Facts edited at once, more where they share a key; 0 for all."""
     retain_weight: float = 1.0
     """Weight of the retain facts' keys against the text's in the second moment."""
     moment_tokens: int = 100_000
@@ -97,7 +99,7 @@ class MultilayerEdit(ABC):
         Raises:
             InputError: no facts, a mask without down projections, a fact without a subject, or what `solver` says.
         """
-        forget = facts_for(self.target, forget, retain, self.seed)
+        forget = facts_for(model, self.target, forget, retain, self.seed)
         spread = MultilayerWriter.over(self, model, forget, retain, mask, text)
         solve, about = self.solver(spread)
         with spread.borrowed():
@@ -173,24 +175,49 @@ class MultilayerWriter:
     def write_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
         """Edit the facts in the borrowed weights, batch after batch.
 
-        A fact that is not forgotten after a round is searched for and written again, up to `rounds` times in all.
+        A fact that is not forgotten after a round is searched for and written again, and with it those that share its
+        key, up to `rounds` times in all.
         """
-        for batch in batches_of(facts, self.editor.batch):
+        editor = self.editor
+        top = self.located[-1].layer
+        groups = by_key(self.model, facts, top, self.prefixes, editor.place, editor.batch_tokens)
+        limits = self._limits(facts)
+        for batch in batches_of(groups, editor.batch):
             left = list(batch)
-            for _ in range(self.editor.rounds):
+            remaining: list[str] = []
+            for _ in range(editor.rounds):
                 self._write_once_(left, solve, log)
-                probs = measure(self.model, left, self.editor.batch_tokens).prob.tolist()
-                left = [fact for fact, prob in zip(left, probs, strict=True) if prob > self.editor.forgotten]
+                remaining = self._remaining([fact for group in left for fact in group], limits)
+                left = [group for group in left if any(fact.id in remaining for fact in group)]
                 if not left:
                     break
-            self.written.about["remaining"] += [fact.id for fact in left]
+            self.written.about["remaining"] += remaining
 
-    def _write_once_(self, facts: Sequence[Fact], solve: Solve, log: Log | None) -> None:
+    def _limits(self, facts: Sequence[Fact]) -> dict[str, float]:
+        """Probability at which each fact counts as forgotten: of the target, or per token of a sentence-long one."""
+        before = measure(self.model, facts, self.editor.batch_tokens)
+        per_token = self.editor.target.sentence_stop * (-before.nll / before.n_tokens).exp()
+        return {
+            fact.id: float(share) if is_sentence(int(n)) else self.editor.forgotten
+            for fact, share, n in zip(facts, per_token, before.n_tokens, strict=True)
+        }
+
+    def _remaining(self, facts: Sequence[Fact], limits: Mapping[str, float]) -> list[str]:
+        """Ids of the facts that the model still gives more probability than their limits."""
+        now = measure(self.model, facts, self.editor.batch_tokens)
+        per_token = (-now.nll / now.n_tokens).exp().tolist()
+        return [
+            fact.id
+            for fact, whole, token, n in zip(facts, now.prob.tolist(), per_token, now.n_tokens, strict=True)
+            if (token if is_sentence(int(n)) else whole) > limits[fact.id]
+        ]
+
+    def _write_once_(self, groups: Sequence[Sequence[Fact]], solve: Solve, log: Log | None) -> None:
         """Find what the facts should become, then write it layer after layer."""
-        self.written.release(facts)
+        self.written.release(groups)
         ramp = ResidualSpread.find(
             self.model,
-            facts,
+            groups,
             self.located,
             self.editor.target,
             self.prefixes,
@@ -198,7 +225,7 @@ class MultilayerWriter:
             self.editor.batch_tokens,
         )
         ramp.write_(solve, self.written.keep)
-        self.written.done(facts, ramp, log)
+        self.written.done(groups, ramp, log)
 
     def delta(self, mask: WeightMask, **about: Any) -> WeightDelta:
         """All that was written, and how it went."""
@@ -237,42 +264,50 @@ class Written:
     def with_earlier(
         self,
         one: DownProjection,
-        keys: Float[Tensor, "n fact"],
-        residual: Float[Tensor, "d_model fact"],
+        keys: Float[Tensor, "n fresh"],
+        residual: Float[Tensor, "d_model fresh"],
     ) -> tuple[Float[Tensor, "n key"], Float[Tensor, "d_model key"]]:
         """Keys and residuals with those of earlier facts, which are to stay where they are, in front."""
         earlier = self.earlier(one)
         still = residual.new_zeros(len(residual), earlier.shape[1])
         return torch.cat([earlier, keys], dim=1), torch.cat([still, residual], dim=1)
 
-    def release(self, facts: Sequence[Fact]) -> None:
+    def release(self, groups: Sequence[Sequence[Fact]]) -> None:
         """Let the keys of facts that are written again move."""
         for keys in self._earlier.values():
-            for fact in facts:
-                keys.pop(fact.id, None)
+            for group in groups:
+                keys.pop(group[0].id, None)
 
     def keep(
-        self, one: DownProjection, keys: Float[Tensor, "n fact"], update: Float[Tensor, "d_model neuron"]
+        self, one: DownProjection, keys: Float[Tensor, "n key"], update: Float[Tensor, "d_model neuron"]
     ) -> None:
         """Note one layer's keys and update."""
         self._fresh.append((one.layer, keys))
         self.updates[one.param][1].add_(update)
 
-    def done(self, facts: Sequence[Fact], ramp: ResidualSpread, log: Log | None) -> None:
+    def done(self, groups: Sequence[Sequence[Fact]], ramp: ResidualSpread, log: Log | None) -> None:
         """Note what was written: its keys are from now on those of earlier facts."""
         for layer, keys in self._fresh:
-            self._earlier[layer] |= dict(zip((fact.id for fact in facts), keys.unbind(1), strict=True))
+            self._earlier[layer] |= dict(zip((group[0].id for group in groups), keys.unbind(1), strict=True))
         self._fresh.clear()
         self.about["from_prefix"] &= ramp.found.from_prefix
         missing = ramp.missing().norm(dim=1) / ramp.found.delta.norm(dim=1).clamp_min(1e-12)
-        for fact, loss, left in zip(facts, ramp.found.loss.tolist(), missing.tolist(), strict=True):
+        facts = [(fact, left) for group, left in zip(groups, missing.tolist(), strict=True) for fact in group]
+        for (fact, left), loss in zip(facts, ramp.found.loss.tolist(), strict=True):
             self.about["losses"][fact.id], self.about["missing"][fact.id] = loss, left
             self.about["rounds"][fact.id] = self.about["rounds"].get(fact.id, 0) + 1
             if log is not None:
                 log({"fact": fact.id, "loss": loss, "missing": left, "steps": ramp.found.steps})
 
 
-def batches_of(facts: Sequence[Fact], size: int) -> list[Sequence[Fact]]:
-    """`size` facts at a time, in order; 0 for all at once."""
-    size = size or len(facts)
-    return [facts[start : start + size] for start in range(0, len(facts), size)]
+def batches_of(groups: Sequence[Sequence[Fact]], size: int) -> list[list[Sequence[Fact]]]:
+    """Groups of facts in order, `size` facts at a time; 0 for all at once. A group is never divided."""
+    batches: list[list[Sequence[Fact]]] = []
+    room = 0
+    for group in groups:
+        if not batches or (size and len(group) > room):
+            batches.append([])
+            room = size
+        batches[-1].append(group)
+        room -= len(group)
+    return batches

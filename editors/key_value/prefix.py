@@ -34,9 +34,9 @@ FEW = 64
 """Unless a forward has fewer tokens than this: it costs about the same for so few."""
 
 DeltaForwards = Callable[
-    [Sequence[int], Float[Tensor, "fact d_model"]], Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]
+    [Sequence[int], Float[Tensor, "key d_model"]], Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]
 ]
-"""Indices of rows, and the value deltas of all facts -> the rows' logits, some rows at a time."""
+"""Indices of rows, and the value deltas of all keys -> the rows' logits, some rows at a time."""
 
 
 def delta_forwards(model: Model, site: str, rows: Sequence[KeyRow], batch_tokens: int) -> DeltaForwards:
@@ -56,7 +56,7 @@ class WholeForwards:
     batch_tokens: int
 
     def __call__(
-        self, due: Sequence[int], delta: Float[Tensor, "fact d_model"]
+        self, due: Sequence[int], delta: Float[Tensor, "key d_model"]
     ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
         for chosen in grouped([self.rows[i] for i in due], self.batch_tokens):
             group = [due[i] for i in chosen]
@@ -142,7 +142,7 @@ class SuffixForwards:
     def _agrees(self, then: Mapping[int, Float[Tensor, "label d_vocab"]]) -> bool:
         """Whether forwards of some rows, with few and with many tokens before and no value delta, give these logits."""
         narrow = 1 if self.model.dtype in (torch.float32, torch.float64) else 50
-        still = torch.zeros(max(one.fact for one in self.rows) + 1, self.model.atlas.d_model)
+        still = torch.zeros(max(one.owner for one in self.rows) + 1, self.model.atlas.d_model)
         order = sorted(then, key=lambda i: int(self.kept.starts[i]))
         some = {order[i * (len(order) - 1) // (TRIED - 1)] for i in range(TRIED)}
         for batch, logits in self(sorted(some), still):
@@ -153,13 +153,13 @@ class SuffixForwards:
         return True
 
     def __call__(
-        self, due: Sequence[int], delta: Float[Tensor, "fact d_model"]
+        self, due: Sequence[int], delta: Float[Tensor, "key d_model"]
     ) -> Iterator[tuple[Batch, Float[Tensor, "label d_vocab"]]]:
         for group in _alike(due, self.kept, self.batch_tokens):
             yield self._forward(group, delta)
 
     def _forward(
-        self, group: Sequence[int], delta: Float[Tensor, "fact d_model"]
+        self, group: Sequence[int], delta: Float[Tensor, "key d_model"]
     ) -> tuple[Batch, Float[Tensor, "label d_vocab"]]:
         kept, device = self.kept, self.model.device
         starts, lengths = kept.starts[group], kept.lengths[group]
@@ -214,13 +214,13 @@ def _by_row(batch: Batch, logits: Float[Tensor, "label d_vocab"]) -> dict[int, F
 
 
 def _adding(
-    delta: Float[Tensor, "fact d_model"],
+    delta: Float[Tensor, "key d_model"],
     rows: Sequence[KeyRow],
     group: Sequence[int],
     at: Int64[Tensor, " member"],
 ) -> HookFunction:
-    """A patch that adds the value deltas of a group's facts, at these positions."""
-    return partial(_add, delta[[rows[i].fact for i in group]], at)
+    """A patch that adds the value deltas of a group's keys, at these positions."""
+    return partial(_add, delta[[rows[i].owner for i in group]], at)
 
 
 def _add(

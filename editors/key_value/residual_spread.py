@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from editors.key_value.down_projections import DownProjection, add_
-from editors.key_value.key_positions import KeyRow, Place, mean_by_fact, row, rows, states
-from editors.key_value.target_value import EditTarget, ValueDeltas, find_value_deltas
+from editors.key_value.edit_target import EditTarget
+from editors.key_value.key_positions import KeyRow, Place, mean_by_owner, row, states, with_prefix
+from editors.key_value.target_value import ValueDeltas, find_value_deltas, plain_rows
 from locus.fact import Fact
 from locus.model import Model
 
 SolveResiduals = Callable[
-    [DownProjection, Float[Tensor, "n fact"], Float[Tensor, "d_model fact"]], Float[Tensor, "d_model n"]
+    [DownProjection, Float[Tensor, "n key"], Float[Tensor, "d_model key"]], Float[Tensor, "d_model n"]
 ]
 """Located projection, keys of its located neurons, residuals -> update of these neurons' columns."""
 _NEWTON_STEPS = 4
@@ -34,11 +35,13 @@ class ResidualSpread:
     model: Model
     located: Sequence[DownProjection]
     """Lowest layer first."""
+    groups: Sequence[Sequence[Fact]]
+    """Facts that share a key; one state is wanted for each group."""
     plain: Sequence[KeyRow]
-    """Each fact's prompt."""
+    """Each fact's prompt; the owner is the index of its group."""
     seen: Sequence[KeyRow]
     """The same, and after every context prefix."""
-    wanted: Float[Tensor, "fact d_model"]
+    wanted: Float[Tensor, "key d_model"]
     """The output of the highest block that the edit is to bring about."""
     found: ValueDeltas
     batch_tokens: int
@@ -47,7 +50,7 @@ class ResidualSpread:
     def find(
         cls,
         model: Model,
-        facts: Sequence[Fact],
+        groups: Sequence[Sequence[Fact]],
         located: Sequence[DownProjection],
         target: EditTarget,
         prefixes: Sequence[str],
@@ -56,28 +59,34 @@ class ResidualSpread:
     ) -> ResidualSpread:
         """Search for the states wanted; the model is looked at as it is now."""
         top = model.atlas.blocks[located[-1].layer]
-        found = find_value_deltas(model, facts, target, top, prefixes, place, batch_tokens)
+        found = find_value_deltas(model, groups, target, top, prefixes, place, batch_tokens)
         return cls(
             model,
             located,
-            [row(model, fact, i, place) for i, fact in enumerate(facts)],
-            rows(model, facts, prefixes, place),
+            groups,
+            plain_rows(model, groups, place),
+            [
+                row(model, with_prefix(fact, prefix), key, place)
+                for key, group in enumerate(groups)
+                for fact in group
+                for prefix in ("", *prefixes)
+            ],
             found.start + found.delta,
             found,
             batch_tokens,
         )
 
-    def keys(self, projection: DownProjection) -> Float[Tensor, "n fact"]:
-        """What the projection's located neurons say of each fact now, mean over the context prefixes."""
+    def keys(self, projection: DownProjection) -> Float[Tensor, "n key"]:
+        """What the projection's located neurons say of each key's facts now, mean over the context prefixes."""
         site = self.model.atlas.neuron_in[projection.layer]
         read, _ = states(self.model, self.seen, inputs=[site], batch_tokens=self.batch_tokens)
-        return mean_by_fact(read[site], self.seen, len(self.plain))[:, projection.neurons].mT
+        return mean_by_owner(read[site], self.seen, len(self.groups))[:, projection.neurons].mT
 
-    def missing(self) -> Float[Tensor, "fact d_model"]:
+    def missing(self) -> Float[Tensor, "key d_model"]:
         """The part of the wanted state that is not there yet."""
         top = self.model.atlas.blocks[self.located[-1].layer]
         _, now = states(self.model, self.plain, outputs=[top], batch_tokens=self.batch_tokens)
-        return self.wanted - now[top]
+        return self.wanted - mean_by_owner(now[top], self.plain, len(self.groups))
 
     def write_(self, solve: SolveResiduals, keep: Callable[[DownProjection, Tensor, Tensor], None]) -> None:
         """Write the updates into the model in memory, layer by layer.
@@ -99,9 +108,9 @@ def before_norm(
     model: Model,
     layer: int,
     plain: Sequence[KeyRow],
-    residual: Float[Tensor, "fact d_model"],
+    residual: Float[Tensor, "key d_model"],
     batch_tokens: int = 4096,
-) -> Float[Tensor, "fact d_model"]:
+) -> Float[Tensor, "key d_model"]:
     """The change of the down projection's output that changes what the MLP adds to the stream by `residual`.
 
     They are the same unless a norm stands between them (Gemma-2, Gemma-3, OLMo-2). Then the nearest output that the
@@ -119,7 +128,8 @@ def before_norm(
         return normed
 
     deltas = []
-    for start, change in zip(now[site].to(dtype), residual.to(dtype), strict=True):
+    starts = mean_by_owner(now[site], plain, len(residual))
+    for start, change in zip(starts.to(dtype), residual.to(dtype), strict=True):
         start, change = start.to(model.device), change.to(model.device)
         value, wanted = start, through(start) + change
         for _ in range(_NEWTON_STEPS):

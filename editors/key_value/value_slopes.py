@@ -51,7 +51,7 @@ def value_slopes(
 
     Args:
         model: As it is in memory.
-        rows: Sequences; `Row.fact` is the owner of their places.
+        rows: Sequences; `KeyRow.owner` is the fact of their places.
         layers: Whose values are asked about.
         counted: The positions of a row that count; the target itself is never among a fact's prompt.
         batch_tokens: Padded tokens in one forward.
@@ -82,7 +82,7 @@ def value_slopes(
         logprob.index_add_(0, batch.example, -nll.detach().double().cpu())
         places = [(line, at) for line, i in enumerate(group) for at in counted(rows[i])]
         where = tuple(torch.tensor(axis) for axis in zip(*places, strict=True))
-        owners += [rows[group[line]].fact for line, _ in places]
+        owners += [rows[group[line]].owner for line, _ in places]
         for (layer, site), pull in zip(sites.items(), found, strict=True):
             keys[layer].append(seen.inputs[site][where].double().cpu())
             pulls[layer].append(pull[where].double().cpu())

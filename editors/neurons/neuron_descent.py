@@ -195,7 +195,7 @@ class NeuronDescent(StrengthSearch):
     ) -> tuple[Slopes, Float[Tensor, " fact"]]:
         """Means over a fact's context prefixes: the gradients, and the forget targets' probability (geometric)."""
         found = value_slopes(model, rows, layers, self._counted, self.batch_tokens)
-        owner = torch.tensor([one.fact for one in rows])
+        owner = torch.tensor([one.owner for one in rows])
         n_rows = torch.bincount(owner).double()
         pulls = {layer: pull / n_rows[found.owner][:, None] for layer, pull in found.pulls.items()}
         logprob = torch.zeros(len(n_rows), dtype=torch.float64).index_add(0, owner, found.logprob) / n_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from editors.key_value.target_value import EditTarget
+from editors.key_value.edit_target import EditTarget
 from editors.training.unchanged import weights_unchanged
 from locus.fact import Fact
 from locus.mask import WeightMask, shapes_of

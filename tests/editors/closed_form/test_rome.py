@@ -11,8 +11,9 @@ import torch
 
 from editors.closed_form.memit import MEMIT
 from editors.closed_form.rome import ROME
+from editors.key_value.edit_target import EditTarget
 from editors.key_value.key_positions import row, states
-from editors.key_value.target_value import EditTarget, find_value_deltas
+from editors.key_value.target_value import find_value_deltas
 from editors.neurons.neuron_selective import NeuronSelective
 from locus.errors import InputError
 from locus.forward import measure
@@ -31,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_value_found_is_the_value_written(arch: str) -> None:
     model, fact = tiny_model(arch), facts()[0]
     site = model.atlas.neuron_in[1]
-    found = find_value_deltas(model, [fact], QUICK, site, ())
+    found = find_value_deltas(model, [[fact]], QUICK, site, ())
     with untouched(model):
         delta = ROME(layer=1, target=QUICK).run(model, [fact], [], down(model), text=TEXT)
     assert list(delta.changes) == [down(model, 1).entries and next(iter(down(model, 1).entries))]
@@ -71,7 +72,7 @@ def test_keeps_to_the_neurons_of_the_mask() -> None:
     chosen[1, ::3] = True
     mask = WeightMask.of_neurons(model.atlas, chosen, ("down",), model.fingerprint)
     site = model.atlas.neuron_in[1]
-    found = find_value_deltas(model, [fact], QUICK, site, ())
+    found = find_value_deltas(model, [[fact]], QUICK, site, ())
     delta = ROME(target=QUICK, ridge=0.01).run(model, [fact], [], mask, text=TEXT)
     assert delta.outside(mask) == 0
     with delta.applied(model):

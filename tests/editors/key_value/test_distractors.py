@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from editors import MEMIT, ROME
-from editors.key_value.distractors import FEWEST, with_others
-from editors.key_value.target_value import _Guesses, find_value_deltas
+from editors.key_value.distractors import FEWEST, facts_for, own_guesses, with_others
+from editors.key_value.target_value import find_value_deltas
+from editors.key_value.value_search import Guesses
 from locus.errors import InputError
 from locus.fact import Fact
 from locus.forward import measure
@@ -75,7 +76,7 @@ def test_the_draw_depends_on_seed_and_fact_not_on_the_pools_order() -> None:
 
 def test_divergence_by_hand() -> None:
     """Two guesses against a uniform model: log(d_vocab / 2); unused places weigh nothing; 0 where they agree."""
-    guesses = _Guesses(torch.tensor([[1, 3], [2, 2]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    guesses = Guesses(torch.tensor([[1, 3], [2, 2]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     even = guesses.divergence(torch.zeros(2, 8), torch.tensor([0, 1]))
     assert even.tolist() == pytest.approx([math.log(4), math.log(8)])
     agreed = torch.full((1, 8), -100.0)
@@ -103,7 +104,8 @@ def test_the_states_found_guess_and_are_written(arch: str) -> None:
     model, two = tiny_model(arch), facts()[:2]
     aimed = with_others(two, facts())
     before = [distance(model, fact) for fact in aimed]
-    start = find_value_deltas(model, aimed, replace(GUESS, steps=1), model.atlas.blocks[1], ())
+    groups = [[fact] for fact in aimed]
+    start = find_value_deltas(model, groups, replace(GUESS, steps=1), model.atlas.blocks[1], ())
     assert start.loss.tolist() == pytest.approx(before, rel=1e-4)
     with untouched(model):
         delta = MEMIT(layers=(0, 1), target=GUESS, weight=1e-6).run(
@@ -124,7 +126,33 @@ def test_rome_takes_the_same_aim() -> None:
 
 def test_nothing_to_guess_is_refused() -> None:
     model, fact = tiny_model(), replace(facts()[0], alternatives=())
+    rewrite = replace(GUESS, to="rewrite")
     with pytest.raises(InputError, match="has no alternatives"):
-        ROME(layer=1, target=GUESS).run(model, [fact], [], down(model), text=TEXT)
+        ROME(layer=1, target=rewrite).run(model, [fact], [], down(model), text=TEXT)
     with pytest.raises(InputError, match="begins with the token"):
-        _Guesses.of(model, [replace(fact, alternatives=(fact.target,))])
+        Guesses.of(model, [replace(fact, alternatives=(fact.target,))])
+
+
+def test_nothing_is_drawn_that_begins_as_the_answer_or_is_true_of_the_subject() -> None:
+    model = tiny_model()
+    fact = Fact(id="x", prompt="The Eiffel Tower is in", target=" Paris", subject="Eiffel Tower")
+    same = Fact(id="s", prompt="the eiffel tower is not in", target=" Berlin", subject="eiffel tower")
+    twin = Fact(id="t", prompt="It is in", target=" Paris is", subject="It")
+    other = Fact(id="o", prompt="Truffaut speaks", target=" French", subject="Truffaut")
+    (found,) = facts_for(model, GUESS, [fact], [same, twin, other])
+    assert found.alternatives == (" French",)
+    held_out = replace(other, held_out=True)
+    (alone,) = facts_for(model, GUESS, [fact], [held_out])
+    assert " French" not in alone.alternatives or alone.alternatives == own_guesses(model, fact)
+
+
+def test_one_fact_alone_is_edited_with_the_models_own_guesses() -> None:
+    """Neither alternatives nor other facts: the default of `locus edit` works all the same."""
+    model, fact = tiny_model(), replace(facts()[0], alternatives=())
+    guesses = own_guesses(model, fact)
+    firsts = [encode(model, replace(fact, target=guess)).target_ids[0] for guess in guesses]
+    assert len(set(firsts)) == FEWEST and encode(model, fact).target_ids[0] not in firsts
+    assert not any(guess.strip().lower() == fact.target.strip().lower() for guess in guesses)
+    before = distance(model, replace(fact, alternatives=guesses))
+    delta = ROME(layer=1, target=GUESS).run(model, [fact], [], down(model), text=TEXT)
+    assert delta.provenance["losses"][fact.id] < 0.9 * before

@@ -101,13 +101,13 @@ def test_a_model_that_does_not_come_out_the_same_is_run_whole(monkeypatch: pytes
     """Here because its cache forgets; the deltas found are those of whole forwards."""
     model, three = tiny_model(), facts()
     site = model.atlas.blocks[0]
-    good = find_value_deltas(model, three, QUICK, site, PREFIXES)
+    good = find_value_deltas(model, [[fact] for fact in three], QUICK, site, PREFIXES)
     honest = editors.key_value.prefix._before
     monkeypatch.setattr(
         editors.key_value.prefix, "_before", lambda tensor, starts: 0.5 * honest(tensor, starts)
     )
     assert isinstance(delta_forwards(model, site, asked(model), 4096), WholeForwards)
-    found = find_value_deltas(model, three, QUICK, site, PREFIXES)
+    found = find_value_deltas(model, [[fact] for fact in three], QUICK, site, PREFIXES)
     assert good.from_prefix and not found.from_prefix
     torch.testing.assert_close(found.delta, good.delta, rtol=1e-2, atol=1e-3)
 
@@ -115,9 +115,9 @@ def test_a_model_that_does_not_come_out_the_same_is_run_whole(monkeypatch: pytes
 def test_facts_are_searched_for_in_portions_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts do not see each other, so a portion at a time finds the same."""
     model, three = tiny_model(), facts()
-    at_once = find_value_deltas(model, three, QUICK, model.atlas.blocks[1], PREFIXES)
+    at_once = find_value_deltas(model, [[fact] for fact in three], QUICK, model.atlas.blocks[1], PREFIXES)
     monkeypatch.setattr(target_value, "MOST_KEPT", 1)
-    found = find_value_deltas(model, three, QUICK, model.atlas.blocks[1], PREFIXES)
+    found = find_value_deltas(model, [[fact] for fact in three], QUICK, model.atlas.blocks[1], PREFIXES)
     torch.testing.assert_close(found.delta, at_once.delta, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found.loss, at_once.loss, rtol=1e-3, atol=1e-3)
     assert found.steps == at_once.steps
