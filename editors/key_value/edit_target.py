@@ -65,7 +65,7 @@ class EditTarget:
         return replace(self, to="rewrite", answer=answer)
 
 
-def is_sentence(n_tokens: int) -> bool:
+def judged_per_token(n_tokens: int) -> bool:
     """Whether a target of so many tokens is judged by the token."""
     return n_tokens > SENTENCE
 

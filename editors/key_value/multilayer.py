@@ -25,7 +25,7 @@ from editors.key_value.down_projections import (
     refuse_edited,
     whole_projections,
 )
-from editors.key_value.edit_target import EditTarget, is_sentence
+from editors.key_value.edit_target import EditTarget, judged_per_token
 from editors.key_value.key_positions import Place, context_prefixes, retain_moments
 from editors.key_value.least_squares import within
 from editors.key_value.residual_spread import ResidualSpread
@@ -198,7 +198,7 @@ class MultilayerWriter:
         before = measure(self.model, facts, self.editor.batch_tokens)
         per_token = self.editor.target.sentence_stop * (-before.nll / before.n_tokens).exp()
         return {
-            fact.id: float(share) if is_sentence(int(n)) else self.editor.forgotten
+            fact.id: float(share) if judged_per_token(int(n)) else self.editor.forgotten
             for fact, share, n in zip(facts, per_token, before.n_tokens, strict=True)
         }
 
@@ -209,7 +209,7 @@ class MultilayerWriter:
         return [
             fact.id
             for fact, whole, token, n in zip(facts, now.prob.tolist(), per_token, now.n_tokens, strict=True)
-            if (token if is_sentence(int(n)) else whole) > limits[fact.id]
+            if (token if judged_per_token(int(n)) else whole) > limits[fact.id]
         ]
 
     def _write_once_(self, groups: Sequence[Sequence[Fact]], solve: Solve, log: Log | None) -> None:

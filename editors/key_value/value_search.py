@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from editors.key_value.edit_target import EditTarget, answers, is_sentence
+from editors.key_value.edit_target import EditTarget, answers, judged_per_token
 from editors.key_value.key_positions import KeyRow, Place, row, with_prefix
 from editors.key_value.prefix import delta_forwards
 from locus.errors import InputError
@@ -60,7 +60,7 @@ def asked_rows(
     facts = [fact for group in groups for fact in group]
     key = [number for number, group in enumerate(groups) for _ in group]
     ids = [encode(model, fact).target_ids for fact in facts]
-    sentence = [target.to != "rewrite" and is_sentence(len(one)) for one in ids]
+    sentence = [target.to != "rewrite" and judged_per_token(len(one)) for one in ids]
     rows: list[KeyRow] = []
     of: list[int] = []
     roles: list[Role] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from editors import MEMIT
-from editors.key_value.edit_target import SENTENCE, is_sentence
+from editors.key_value.edit_target import SENTENCE, judged_per_token
 from editors.key_value.target_value import find_value_deltas
 from locus.fact import Fact
 from locus.forward import measure
@@ -62,7 +62,11 @@ def test_a_sentence_that_is_still_probable_by_the_token_is_not_forgotten() -> No
     """As a whole it never has more than `forgotten`; an edit that hardly changes it says that it remains."""
     model = tiny_model()
     scores = measure(model, [LONG])
-    assert is_sentence(int(scores.n_tokens)) and int(scores.n_tokens) > SENTENCE and float(scores.prob) < 0.01
+    assert (
+        judged_per_token(int(scores.n_tokens))
+        and int(scores.n_tokens) > SENTENCE
+        and float(scores.prob) < 0.01
+    )
     weak = MEMIT(layers=(0, 1), target=replace(QUICK, steps=1, lr=1e-6), rounds=2, place="prompt")
     delta = weak.run(model, [LONG], [], down(model, 0, 1), text=TEXT)
     assert delta.provenance["remaining"] == ["long"]
@@ -72,7 +76,7 @@ def test_a_sentence_that_is_still_probable_by_the_token_is_not_forgotten() -> No
 
 
 def test_a_short_target_is_judged_as_before() -> None:
-    assert not is_sentence(SENTENCE) and is_sentence(SENTENCE + 1)
+    assert not judged_per_token(SENTENCE) and judged_per_token(SENTENCE + 1)
     model = tiny_model()
     found = find_value_deltas(model, [[facts()[0]]], replace(QUICK, steps=1), model.atlas.blocks[1], ())
     assert torch.isfinite(found.delta).all() and found.steps == 1
