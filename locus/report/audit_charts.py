@@ -193,7 +193,7 @@ def _relearn_chart(doc: Mapping[str, Any], css: Mapping[str, str], name: str = "
     how = "fine-tuned" if name == "relearn" else "given low-rank adapters that are trained"
     caption = (
         f"p(target) of {n} forgotten facts while the model is {how} on the other {n_taught}. A line that climbs "
-        "back towards the base shows that the knowledge was only covered up. Band: 95 %, bootstrap over facts."
+        "back towards the base shows that the knowledge was only covered up. Band: its 95 % interval over facts."
     )
     highest = max((y for s in series for y in (*s.ys, *s.high) if y is not None), default=0.0)
     y_max = 1.0 if highest > 0.4 else None
