@@ -63,10 +63,12 @@ def control_edits(edited: Edited, profile: Profile = "layers") -> Iterator[tuple
     from editors.editor import ChoosesMask
     from locus.mask import WeightMask
     from locus.mask_controls import drawn_masks
+    from locus.parameter_names import canonical
 
     mask, chooses = edited.mask, isinstance(edited.editor, ChoosesMask)
     if chooses:
-        chosen = {name: one for name, one in mask.entries.items() if name in edited.delta.changes}
+        changed = {canonical(name) for name in edited.delta.changes}
+        chosen = {name: one for name, one in mask.entries.items() if canonical(name) in changed}
         mask = _of_neurons(edited, WeightMask(chosen, mask.fingerprint, mask.provenance))
     for one in drawn_masks(edited.model, mask, profile):
         yield (_held_to(edited.editor, edited.model, one) if chooses else edited.editor), one
