@@ -76,11 +76,11 @@ def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
     if not judged:
         sentence = "Other facts: not measured, there are neither held-out facts nor neighbours."
         return unmeasured("spared", sentence, tuple(_OTHERS)[:2])
-    answer = next((one for one, _ in judged.values() if one != "unclear"), "unclear")
-    rank = ("yes", "partly", "no")
+    answer: VerdictAnswer = next((one for one, _ in judged.values() if one != "unclear"), "unclear")
+    rank: tuple[VerdictAnswer, ...] = ("yes", "partly", "no")
     for key, (found, _) in judged.items():
-        worst = "partly" if key == "neighbour.top1" and found == "no" and len(judged) > 1 else found
-        if worst != "unclear" and rank.index(worst) > rank.index(answer):
+        worst: VerdictAnswer = "partly" if key == "neighbour.top1" and found == "no" and len(judged) > 1 else found
+        if worst in rank and rank.index(worst) > rank.index(answer):
             answer = worst
     words = {
         "yes": "Other facts survived",
