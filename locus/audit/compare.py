@@ -8,6 +8,7 @@ from typing import Any
 
 from locus.audit.metric_table import FIGURES
 from locus.errors import InputError
+from locus.input_digest import differing
 
 COMPARED_FIGURES = ("forget.prob", "paraphrase.top1", "held_out.top1", "text.kl")
 """Figures that the Pareto front is taken over."""
@@ -61,6 +62,8 @@ class EditsCompared:
     """What is wrong with the recommended one, or with the least bad where none is recommended."""
     others: Mapping[str, str]
     """Name of each edit that is not recommended -> why not."""
+    unequal: tuple[str, ...] = ()
+    """What some of the audits asked otherwise than the first one, so that their figures do not quite compare."""
 
 
 def compare(audits: Mapping[str, Mapping[str, Any]]) -> EditsCompared:
@@ -70,7 +73,7 @@ def compare(audits: Mapping[str, Mapping[str, Any]]) -> EditsCompared:
         audits: Name -> document, as `locus.audit.read_audit` gives it.
 
     Raises:
-        InputError: no audits, or audits of different base models or forget sets.
+        InputError: no audits, or audits of different base models, forget facts, dtypes or forms.
     """
     if not audits:
         raise InputError("compare: give at least one audit")
@@ -78,6 +81,9 @@ def compare(audits: Mapping[str, Mapping[str, Any]]) -> EditsCompared:
     first = documents[0][1]
     for name, doc in documents[1:]:
         _same(documents[0][0], first, name, doc)
+    unequal = tuple(
+        line for name, doc in documents[1:] for line in _unequal(documents[0][0], first, name, doc)
+    )
     several = len(documents) > 1
     found = [
         _candidate(f"{audit}: {s['name']}" if several else s["name"], doc, s)
@@ -100,6 +106,7 @@ def compare(audits: Mapping[str, Mapping[str, Any]]) -> EditsCompared:
         why,
         tuple(_flaws(best)),
         others,
+        unequal,
     )
 
 
@@ -139,8 +146,9 @@ def _score(c: Candidate, key: str) -> float:
 
 
 def _may_ship(c: Candidate) -> bool:
-    """Only what has forgotten, and was seen to have lost nothing and broken nothing."""
-    return c.verdicts.get("forgotten") == "yes" and not {"no", "not measured"} & {
+    """Only what has forgotten, in other words too as far as known, and was seen to have lost and broken nothing."""
+    gone = c.verdicts.get("forgotten") == "yes" and c.verdicts.get("general") != "no"
+    return gone and not {"no", "not measured"} & {
         c.verdicts.get("spared", "not measured"),
         c.verdicts.get("intact", "not measured"),
     }
@@ -167,9 +175,10 @@ def _recommend(candidates: Sequence[Candidate]) -> tuple[Candidate, bool, str]:
         return best, False, f"{why} The least bad is {best.name}: {_blame(best)}."
     good = [_WORDS[q] for q, a in best.verdicts.items() if a == "yes"]
     why = f"{best.name}: good on {', '.join(good)}"
-    weak = [_WORDS[q] for q, a in best.verdicts.items() if a in ("no", "partly")]
-    why += f"; weak on {', '.join(weak)}" if weak else ""
-    unmeasured = [_WORDS[q] for q, a in best.verdicts.items() if a == "not measured"]
+    for answer, words in (("no", "fails on"), ("partly", "weak on"), ("unclear", "no verdict on")):
+        found = [_WORDS[q] for q, a in best.verdicts.items() if a == answer and q != "localized"]
+        why += f"; {words} {', '.join(found)}" if found else ""
+    unmeasured = [_WORDS[q] for q in _WORDS if best.verdicts.get(q, "not measured") == "not measured"]
     why += f"; not measured: {', '.join(unmeasured)}" if unmeasured else ""
     return best, True, why + "."
 
@@ -184,8 +193,9 @@ def _flaws(c: Candidate) -> list[str]:
 
 def _blame(c: Candidate) -> str:
     """Why an edit may not be shipped: the verdicts that forbid it."""
-    said = [c.sentences.get(q, "") for q in ("forgotten", "spared", "intact")
-            if c.verdicts.get(q, "not measured") in ("no", "partly", "unclear", "not measured")
+    said = [c.sentences.get(q, "") for q in ("forgotten", "general", "spared", "intact")
+            if (q != "general" or c.verdicts.get(q) == "no")
+            and c.verdicts.get(q, "not measured") in ("no", "partly", "unclear", "not measured")
             and not (q != "forgotten" and c.verdicts.get(q) in ("partly", "unclear"))]  # fmt: skip
     return " ".join(said).rstrip(".") or "not judged"
 
@@ -207,13 +217,38 @@ def _why_not(c: Candidate, best: Candidate | None) -> str:
 
 
 def _same(name: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> None:
+    """Refuse audits whose figures are not of the same things."""
     if a["model"]["fingerprint"] != b["model"]["fingerprint"]:
         raise InputError(f"compare: {name} and {other} are audits of different base models")
-    ids = [{f["id"] for f in doc["facts"] if f["group"] == "forget"} for doc in (a, b)]
-    if ids[0] != ids[1]:
+    asked = [
+        {f["id"]: (f.get("prompt"), f.get("target")) for f in doc["facts"] if f["group"] == "forget"}
+        for doc in (a, b)
+    ]
+    if asked[0].keys() != asked[1].keys():
         raise InputError(
             f"compare: {name} and {other} are about different facts; their figures do not compare"
         )
+    for fact, question in asked[0].items():
+        if question != asked[1][fact]:
+            raise InputError(
+                f"compare: {name} asks fact {fact!r} otherwise than {other}: {question!r}, {asked[1][fact]!r}; "
+                f"audit both with one fact file"
+            )
+    for field, words in (("dtype", "in"), ("chat", "with chat form"), ("bos", "with first token")):
+        ours, theirs = (doc["model"].get(field) for doc in (a, b))
+        if ours != theirs and field in a["model"] and field in b["model"]:
+            raise InputError(
+                f"compare: {name} was audited {words} {ours}, {other} {words} {theirs}; audit both alike"
+            )
+
+
+def _unequal(name: str, a: Mapping[str, Any], other: str, b: Mapping[str, Any]) -> list[str]:
+    """What the second audit asked otherwise than the first, of what does not forbid to set them side by side."""
+    if not a.get("inputs") or not b.get("inputs"):
+        older = other if a.get("inputs") else name
+        return [f"{older} does not say all that it asked (an earlier version wrote it)"]
+    changed = differing(a["inputs"], b["inputs"])
+    return [f"{other} differs from {name} in {', '.join(changed)}"] if changed else []
 
 
 def merge(audits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -222,7 +257,7 @@ def merge(audits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         InputError: as `compare`.
     """
-    compare(audits)
+    side = compare(audits)
     documents = list(audits.items())
     first = documents[0][1]
     if len(documents) == 1:
@@ -253,6 +288,10 @@ def merge(audits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "comparisons": comparisons,
         "verdicts": verdicts,
         "headline": headlines,
+        "notes": [
+            *(f"{name}: {note}" for name, doc in documents for note in doc.get("notes", ())),
+            *(f"Not asked alike: {line}." for line in side.unequal),
+        ],
         "facts": facts,
         "relations": [],
         "missing": [

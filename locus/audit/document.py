@@ -37,6 +37,8 @@ def document(audit: Findings) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": dict(audit.model),
         "settings": audit.settings.to_json(),
+        "inputs": dict(audit.inputs),
+        "notes": list(audit.notes),
         "data": {kind: len(audit.questions.get(kind, ())) for kind in QUESTION_KINDS}
         | {"text_tokens": _tokens(base)},
         "metrics": _metrics(_keys(audit)),

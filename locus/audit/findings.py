@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from locus.audit.measurement import Measurement
@@ -32,6 +32,10 @@ class Findings:
     model: Mapping[str, Any]
     versions: Mapping[str, str]
     seconds: float
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Digests of all that was asked, see `locus.input_digest`: equal ones mean that two audits compare."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know before the figures: an edit audited in another form than it was made in."""
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:

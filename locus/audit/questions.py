@@ -120,7 +120,7 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
     is also a retain fact to train on, word for word, says nothing about what was spared and is not asked.
 
     Raises:
-        InputError: no forget facts, or a fact id used twice.
+        InputError: no forget facts, a fact id used twice, or a forget fact among those to keep.
     """
     if not forget:
         raise InputError("audit: the forget set is empty; there is nothing to audit")
@@ -130,6 +130,13 @@ def split_facts(forget: Sequence[Fact], retain: Sequence[Fact]) -> dict[str, lis
             if fact.id in seen:
                 raise InputError(f"audit: two {where} facts have the id {fact.id!r}; figures are kept by id")
             seen.add(fact.id)
+    gone = {fact.example: fact.id for fact in forget}
+    for fact in retain:
+        if fact.example in gone:
+            raise InputError(
+                f"audit: retain fact {fact.id!r} is forget fact {gone[fact.example]!r}, word for word; it cannot both "
+                f"go and stay: take it out of one file"
+            )
     held_out = held_out_facts(retain)
     relations = {fact.relation for fact in forget} - {None}
     known = [fact for fact in held_out if fact.relation is not None] if relations else []

@@ -34,6 +34,7 @@ from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.files.artefact import load_json, save_json
+from locus.input_digest import input_digests
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.parallel.map import each_value
@@ -254,6 +255,13 @@ def audit(
         model=_about(base),
         versions=_versions(),
         seconds=time.perf_counter() - start,
+        inputs=input_digests(
+            base,
+            facts={"forget facts": facts, "retain facts": retain},
+            settings=settings,
+            neutral_text=tuple(text),
+            suites=[type(suite).__name__ for suite in suites],
+        ),
     )
 
 
@@ -364,6 +372,8 @@ def _about(base: Model) -> dict[str, Any]:
         "n_layers": base.atlas.n_layers,
         "n_parameters": sum(p.numel() for p in base.module.parameters()),
         "dtype": str(base.dtype).removeprefix("torch."),
+        "bos": base.bos,
+        "chat": base.chat,
     }
 
 

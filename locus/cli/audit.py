@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -157,7 +158,9 @@ def audit_edits(
     own = [str(folder) for path in edits.values() for folder in sorted(Path(path).glob("control-*"))]
     for path in dict.fromkeys([*own, *controls]):
         beside[f"control {len(beside) + 1}"] = _read(path, loading)
-    masks = {} if mask is None else dict.fromkeys(judged, WeightMask.load(mask))
+    masks = {
+        name: WeightMask.load(place) for name, path in edits.items() if (place := mask or _own_mask(path))
+    }
     done = judge(
         model,
         judged,
@@ -172,7 +175,33 @@ def audit_edits(
     )
     refused = {name: why for name, path in edits.items() if (why := why_no_controls(Path(path)))}
     said = [{"what": f"controls of {name}", "why": why} for name, why in refused.items()]
-    return dataclasses.replace(done, missing=(*done.missing, *said)) if said else done
+    notes = [note for name, path in edits.items() if (note := _other_form(name, path, model))]
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return dataclasses.replace(done, missing=(*done.missing, *said), notes=(*done.notes, *notes))
+
+
+def _own_mask(path: str) -> Path | None:
+    """The mask that an edit's folder keeps beside its delta."""
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    found = folder / "mask.safetensors"
+    return found if found.is_file() and (folder / "edit.json").is_file() else None
+
+
+def _other_form(name: str, path: str, model: Model) -> str | None:
+    """What to say where an edit was made in another form (chat or plain) than it is audited in."""
+    from locus.files.artefact import load_json
+
+    place = Path(path)
+    about = (place if place.is_dir() else place.parent) / "edit.json"
+    if not about.is_file():
+        return None
+    chat = bool(load_json(about, "edit").get("chat", False))
+    if chat == model.chat:
+        return None
+    made, asked = ("in conversation (--chat)", "plainly") if chat else ("plainly", "in conversation (--chat)")
+    return f"{name} was edited {made} and is audited {asked}: the figures say little of what it was made for"
 
 
 def write_audit(done: Audit, folder: Path) -> dict[str, Any]:

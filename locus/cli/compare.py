@@ -40,11 +40,18 @@ def compare(
         means = [(one.figures[key] or {}).get("mean") for key in side.objectives]
         cells = ["" if mean is None else f"{mean:.3g}" for mean in means]
         table.add_row(one.name, *cells, "yes" if one.on_front else "no")
-    table.caption = f"{side.why}\n{page}"
+    table.caption = "\n".join((*(f"Not asked alike: {line}." for line in side.unequal), side.why, str(page)))
     table.caption_justify = "left"
     candidates = [dataclasses.asdict(one) for one in side.candidates]
     talking.finish(
-        {"page": str(page), "recommended": side.recommended, "why": side.why, "candidates": candidates}, table
+        {
+            "page": str(page),
+            "recommended": side.recommended,
+            "why": side.why,
+            "unequal": list(side.unequal),
+            "candidates": candidates,
+        },
+        table,
     )
 
 

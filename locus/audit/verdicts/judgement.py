@@ -79,7 +79,9 @@ def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
     answer: VerdictAnswer = next((one for one, _ in judged.values() if one != "unclear"), "unclear")
     rank: tuple[VerdictAnswer, ...] = ("yes", "partly", "no")
     for key, (found, _) in judged.items():
-        worst: VerdictAnswer = "partly" if key == "neighbour.top1" and found == "no" and len(judged) > 1 else found
+        worst: VerdictAnswer = (
+            "partly" if key == "neighbour.top1" and found == "no" and len(judged) > 1 else found
+        )
         if worst in rank and rank.index(worst) > rank.index(answer):
             answer = worst
     words = {

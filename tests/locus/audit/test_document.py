@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     control = {"random": scrambled(base, edited, 0)}
     done = audit(base, {"edit": delta}, *facts(), TEXT, control, never_knew=edited, settings=settings)
+    done = replace(done, notes=("the edit was made in conversation",))
     folder = tmp_path_factory.mktemp("audit")
     path = done.save(folder)
     assert read_audit(folder).items() <= json.loads(path.read_text()).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +211,65 @@ def test_audits_of_other_models_or_facts_do_not_compare() -> None:
         compare({"x": doc, "y": other})
     with pytest.raises(InputError, match="at least one"):
         compare({})
+
+
+def _asked(doc: dict[str, Any], **model: object) -> dict[str, Any]:
+    """The document of an audit that says what it asked."""
+    doc["model"] |= {"dtype": "float32", "chat": False, "bos": 1, **model}
+    doc["inputs"] = {
+        "forget facts": {"prompt": "1"},
+        "retain facts": {"prompt": "2"},
+        "settings": {"relearn": {"lr": "3"}},
+    }
+    doc["facts"][0] |= {"prompt": "The capital of France is", "target": " Paris"}
+    return doc
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["facts"][0].update(target=" Lyon"), "asks fact 'a' otherwise"),
+        (lambda d: d["facts"][0].update(prompt="Paris is"), "asks fact 'a' otherwise"),
+        (lambda d: d["model"].update(dtype="bfloat16"), "audited in float32, y in bfloat16"),
+        (lambda d: d["model"].update(chat=True), "chat form"),
+    ],
+)
+def test_audits_that_asked_something_else_do_not_compare(
+    change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    one, other = _asked(_document(one=(0.01, 0.9))), _asked(_document(one=(0.01, 0.9)))
+    assert compare({"x": one, "y": other}).unequal == ()
+    change(other)
+    with pytest.raises(InputError, match=message):
+        compare({"x": one, "y": other})
+
+
+def test_audits_with_other_settings_or_retain_facts_are_marked() -> None:
+    one, other = _asked(_document(one=(0.01, 0.9))), _asked(_document(one=(0.01, 0.9)))
+    other["inputs"] = {**one["inputs"], "retain facts": {"prompt": "9"}, "settings": {"relearn": {"lr": "4"}}}
+    side = compare({"x": one, "y": other})
+    assert side.unequal == ("y differs from x in retain facts: prompt, settings: relearn: lr",)
+    assert merge({"x": one, "y": other})["notes"] == [f"Not asked alike: {side.unequal[0]}."]
+    del other["inputs"]
+    assert "y does not say all that it asked" in compare({"x": one, "y": other}).unequal[0]
+
+
+def _with_verdicts(doc: dict[str, Any], name: str, **answers: str) -> dict[str, Any]:
+    for question, answer in answers.items():
+        doc["verdicts"][name].append(
+            {"question": question, "answer": answer, "sentence": f"{question} {answer}.", "evidence": []}
+        )
+    return doc
+
+
+def test_an_edit_that_other_wordings_bring_back_is_not_shipped() -> None:
+    known = _with_verdicts(_document(only=(0.01, 0.9)), "only", general="no")
+    side = compare({"a": known})
+    assert side.recommended is None and "general no." in side.why
+
+
+def test_a_recommendation_says_what_fails_and_what_nobody_measured() -> None:
+    doc = _with_verdicts(_document(only=(0.01, 0.9)), "only", hidden="no", returns="partly")
+    why = compare({"a": doc}).why
+    assert "fails on inner layers" in why and "weak on staying away under attack" in why
+    assert "not measured: other wordings" in why

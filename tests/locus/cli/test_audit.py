@@ -7,10 +7,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from locus.cli import execute
 from locus.delta import WeightDelta
 from locus.fact import write_facts
+from locus.files.artefact import save_json
+from locus.mask import WeightMask
+from locus.selection import Selection
 from tests.locus.audit.audit_model import facts, knowing, never_knew
 from tests.tiny import save_tiny, tiny_model
 
@@ -125,3 +129,35 @@ def test_tasks_need_the_harness(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code = _audit(place, tmp_path / "out", "--tasks", "hellaswag")
     _refused(capsys, code, "--tasks hellaswag", 'pip install "locus-unlearn[harness]"')
+
+
+def test_the_mask_beside_a_delta_is_the_one_it_had_to_keep_to(place, tmp_path):
+    """The folder of an edit keeps its mask: changes outside it are counted without --mask."""
+    base, edited = knowing(), never_knew()
+    delta = WeightDelta.between(base.module, edited.module)
+    folder = tmp_path / "edit"
+    delta.save(folder / "delta.safetensors")
+    save_json(folder / "edit.json", "edit", {"method": "npo"})
+    name = next(iter(delta.changes))
+    rows = torch.tensor([0])
+    shape = tuple(base.module.get_parameter(name).shape)
+    WeightMask({name: Selection("rows", rows, shape)}).save(folder / "mask.safetensors")
+    assert _audit(place, tmp_path / "out", "--attacks", "none", edited=folder) == 0
+    change = next(s for s in _document(tmp_path / "out")["states"] if s["role"] == "edit")["change"]
+    assert change["off_mask"] > 0
+
+
+def test_an_edit_made_in_conversation_and_audited_plainly_gets_a_note(place, tmp_path, capsys):
+    folder = tmp_path / "edit"
+    WeightDelta.between(knowing().module, never_knew().module).save(folder / "delta.safetensors")
+    save_json(folder / "edit.json", "edit", {"method": "idk", "chat": True})
+    assert _audit(place, tmp_path / "out", "--attacks", "none", edited=folder) == 0
+    document = _document(tmp_path / "out")
+    assert document["model"]["chat"] is False and "audited plainly" in document["notes"][0]
+    assert "audited plainly" in (tmp_path / "out" / "report.html").read_text()
+    assert "audited plainly" in capsys.readouterr().err
+
+
+def test_a_fact_that_has_to_go_and_to_stay_is_refused(place, tmp_path, capsys):
+    code = _audit(place, tmp_path / "out", "--retain", place / "forget.jsonl")
+    _refused(capsys, code, "cannot both go and stay", "home-Ann")
