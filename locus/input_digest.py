@@ -18,7 +18,7 @@ from torch import Tensor
 
 from locus.errors import InputError
 from locus.fact import Fact
-from locus.fingerprint import tensor_digest
+from locus.fingerprint import configuration, tensor_digest
 from locus.model import Model
 
 Digests = Mapping[str, Any]
@@ -26,11 +26,6 @@ Digests = Mapping[str, Any]
 
 WITHOUT_EFFECT: Mapping[type, frozenset[str]] = {Fact: frozenset({"source"})}
 """Fields on which no result depends: where a fact was read is said in messages only."""
-
-_NOT_ITS_CONFIGURATION = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
-)
-"""Keys of a transformers configuration that have a digest of their own or change nothing."""
 
 
 def digest_of(value: Any) -> str:
@@ -55,13 +50,8 @@ def fact_digests(facts: Sequence[Fact]) -> dict[str, str]:
 
 def model_digests(model: Model) -> dict[str, str]:
     """What the model's answers depend on: its weights, and how they are read and asked."""
-    config = model.module.config
-    attention = getattr(config, "_attn_implementation", None)
-    said = {
-        name: value
-        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
-        if name not in _NOT_ITS_CONFIGURATION and "attn_implementation" not in name
-    }
+    said = configuration(model.module)
+    attention = said.pop("attention")
     tokenizer = json.loads(model.tokenizer.backend_tokenizer.to_str())
     for state in ("padding", "truncation"):  # left by the last call, and set anew by each
         tokenizer.pop(state, None)

@@ -9,6 +9,7 @@ from locus.audit.questions import Answers, Questions
 from locus.audit.settings import AuditSettings
 from locus.audit.state import State
 from locus.fact import Fact
+from locus.finished_parts import FinishedParts
 from locus.model import Model
 
 
@@ -24,7 +25,8 @@ class Context:
     questions: Mapping[str, Questions]
     settings: AuditSettings = field(default_factory=AuditSettings)
     max_new_tokens: int = 24
-    seed: int = 0
+    finished: FinishedParts = field(default_factory=FinishedParts)
+    """What an earlier run of the same audit has measured already."""
     never_knew: State | None = None
     """A model retrained without the forget set, where there is one."""
     answers: MutableMapping[str, Mapping[str, Answers]] = field(default_factory=dict)
@@ -32,6 +34,11 @@ class Context:
 
     written: MutableMapping[str, tuple[str, ...]] = field(default_factory=dict)
     """State name -> what it wrote after each forget prompt, of the states that have written already."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of what an attack draws."""
+        return self.settings.seed
 
     @property
     def max_tokens(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from locus.audit.measurement import Measurement
 from locus.audit.metric_table import FIGURES
 from locus.audit.neutral_text import TextScores, read_text
 from locus.audit.questions import Answers, Questions, ask, grid_questions, questions_of, split_facts, subset
-from locus.audit.settings import AuditSettings
+from locus.audit.settings import AuditSettings, Standards
 from locus.audit.state import State, states_of
 from locus.audit.suites.table import Suite
 from locus.audit.weight_change import WeightChange, change_of
@@ -34,6 +34,7 @@ from locus.delta import WeightDelta
 from locus.errors import InputError
 from locus.fact import Example, Fact
 from locus.files.artefact import load_json, save_json
+from locus.finished_parts import FinishedParts
 from locus.input_digest import input_digests
 from locus.mask import WeightMask
 from locus.model import Model
@@ -93,40 +94,59 @@ def measure_model(
         context: What the further attacks of `settings.attacks` are given; None leaves them out.
     """
     start, spent = time.perf_counter(), time.process_time()
-    forget, budget, attacks = (
-        questions["forget"],
-        batch_tokens(settings, state.model),
-        _attacks(state, settings),
+    attacks = _attacks(state, settings)
+    if context is None:
+        return replace(_asked(state, questions, settings, attacks), text=text)
+    built_in = [name for name in attacks if name in BUILT_IN]
+    one = context.finished.take(
+        ["state", state.identity, built_in],
+        Measurement,
+        lambda: _asked(state, questions, settings, attacks),
     )
+    context.answers[state.name] = one.answers
+    if one.written:
+        context.written[state.name] = one.written
+    found = attack_all(attacks, state, context)
+    return replace(
+        one,
+        text=text,
+        extra={**one.extra, **found.items},
+        scalars=found.scalars,
+        curves=found.curves,
+        seconds=max(one.seconds, time.perf_counter() - start),
+        processor_seconds=max(one.processor_seconds, time.process_time() - spent),
+    )
+
+
+def _asked(
+    state: State, questions: Mapping[str, Questions], settings: AuditSettings, attacks: tuple[str, ...]
+) -> Measurement:
+    """The state's answers, and the attacks whose measurements have a place of their own."""
+    start, spent = time.perf_counter(), time.process_time()
+    forget, budget = questions["forget"], batch_tokens(settings, state.model)
     with state.active() as model:
         answers = {kind: ask(model, q, budget) for kind, q in questions.items() if kind not in _PARTS}
         answers |= {
             kind: subset(answers["held_out"], questions, kind) for kind in _PARTS if kind in questions
         }
-        if context is not None:
-            context.answers[state.name] = answers
-        written, values = ((), {}) if state.role == "control" else _speak(model, questions, answers, budget)
-        if context is not None and written:
-            context.written[state.name] = written
+        spoken = state.role != "control"
+        written, values = _speak(model, questions, answers, settings) if spoken else ((), {})
         leak = look_inside(model, forget, budget) if "lens" in attacks else None
         held_out = questions.get("held_out", Questions((), (), ()))
         formats = settings.rounding if "rounding" in attacks else ()
         survived = survive_rounding(model, forget, held_out, formats, budget)
         teach = "relearn" in attacks and state.role != "base" and len(forget) > 1
         curve = relearn(model, forget, settings.relearn, budget, answers["forget"]) if teach else None
-    found = FigureValues() if context is None else attack_all(attacks, state, context)
     return Measurement(
         state.name,
         state.role,
         answers,
-        text,
+        None,
         leak,
         curve,
         survived,
         written,
-        {**values, **found.items},
-        found.scalars,
-        found.curves,
+        values,
         seconds=time.perf_counter() - start,
         processor_seconds=time.process_time() - spent,
     )
@@ -143,16 +163,20 @@ MAX_REWORDED = 64
 
 
 def _speak(
-    model: Model, questions: Mapping[str, Questions], answers: Mapping[str, Answers], max_tokens: int
+    model: Model,
+    questions: Mapping[str, Questions],
+    answers: Mapping[str, Answers],
+    settings: AuditSettings,
 ) -> tuple[tuple[str, ...], dict[str, Items]]:
     """What the model writes after each forget prompt, and the figures of that and of the other wordings."""
-    forget = questions["forget"]
+    forget, max_tokens = questions["forget"], batch_tokens(settings, model)
     written = greedy_continuations(model, forget)
     found = said_figures("forget", forget, written)
     found |= sentence_figures(model, forget, written, answers["forget"].token_prob.values, max_tokens)
     for kind in ("paraphrase", "unseen_way"):
         if kind in questions:
-            order = torch.randperm(len(questions[kind]), generator=torch.Generator().manual_seed(0)).tolist()
+            generator = torch.Generator().manual_seed(settings.seed)
+            order = torch.randperm(len(questions[kind]), generator=generator).tolist()
             asked = questions[kind].take(sorted(order[:MAX_REWORDED]))
             found |= said_figures(kind, asked, greedy_continuations(model, asked))
     return written, found
@@ -197,6 +221,7 @@ def audit(
     suites: Sequence[Suite] = (),
     settings: AuditSettings | None = None,
     before: Audit | None = None,
+    finished: FinishedParts | None = None,
 ) -> Audit:
     """Measure the base, each edit and each control on the same questions and attacks.
 
@@ -216,6 +241,7 @@ def audit(
         settings: What is measured.
         before: An earlier audit of the same base, with the same questions and settings: what it measured of the
             base is taken over.
+        finished: Where each finished part is kept, and taken from if an earlier run of the same inputs left it.
 
     Raises:
         InputError: nothing to audit, a name twice, a model that does not compare with the base, a fact
@@ -230,8 +256,13 @@ def audit(
     encoded = _pieces(base, text, settings)
     attacks_of(settings.attacks), attacks_of(settings.control_attacks)
     reference = next((state for state in states if state.role == "reference"), None)
-    context = Context(states[0], facts, retain, questions, settings, never_knew=reference)
-    texts = read_text(states, encoded, max_bytes=settings.max_bytes) if encoded else {}
+    parts = (finished or FinishedParts()).of(_inputs(base, facts, retain, questions, settings, reference))
+    context = Context(states[0], facts, retain, questions, settings, finished=parts, never_knew=reference)
+    texts: Mapping[str, TextScores] = {}
+    if encoded:
+        about = ["text", [state.identity for state in states], encoded]
+        read = partial(read_text, states, encoded, max_bytes=settings.max_bytes)
+        texts = parts.take(about, TextScores, read)
 
     def measured_in(state: State) -> Measurement:
         if state.role == "base" and before is not None:
@@ -265,6 +296,25 @@ def audit(
     )
 
 
+def _inputs(
+    base: Model,
+    facts: Sequence[Fact],
+    retain: Sequence[Fact],
+    questions: Mapping[str, Questions],
+    settings: AuditSettings,
+    reference: State | None,
+) -> dict[str, Any]:
+    """What every part of the audit depends on; which attacks are asked for, and the verdicts' lines, no part does."""
+    alike = replace(settings, attacks=(), control_attacks=(), standards=Standards())
+    return input_digests(
+        base,
+        facts={"facts": facts, "retain facts": retain},
+        settings=alike,
+        questions=questions,
+        reference=None if reference is None else reference.identity,
+    )
+
+
 def _taken_over(
     before: Audit,
     base: Model,
@@ -292,7 +342,7 @@ def _changes(
 def _pieces(base: Model, text: Sequence[str], settings: AuditSettings) -> list[Encoded]:
     """Neutral text as encoded pieces, up to the settings' number of tokens."""
     pieces = [piece for paragraph in text for piece in encode_text(base, paragraph, settings.text_block)]
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     kept, n = set(), 0
     for i in order:
         if n < settings.text_tokens:
@@ -306,7 +356,11 @@ def with_suites(one: Measurement, state: State, suites: Sequence[Suite], context
     start = time.perf_counter()
     found = FigureValues(one.extra, one.scalars, one.curves)
     for suite in suites:
-        found |= suite.run(state, context)
+        run = partial(suite.run, state, context)
+        if is_dataclass(suite):
+            found |= context.finished.take(["suite", suite, state.identity], FigureValues, run)
+        else:  # nothing says what it is made from
+            found |= run()
     seconds = one.seconds + time.perf_counter() - start
     return replace(one, extra=found.items, scalars=found.scalars, curves=found.curves, seconds=seconds)
 

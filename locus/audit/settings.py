@@ -113,6 +113,9 @@ class AuditSettings:
     """Memory for the base's log-probabilities on neutral text."""
     standards: Standards = field(default_factory=Standards)
     """The lines between the verdicts."""
+    seed: int = 0
+    """Seed of what the audit draws: shown facts, orders of options, taught halves, pieces of text. The relearning
+    attacks have their own."""
 
     def __post_init__(self) -> None:
         if any(k < 1 for k in self.lens_k) or self.text_block < 2 or (self.max_tokens or 1) < 1:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from locus.delta import WeightDelta
 from locus.errors import InputError
+from locus.input_digest import model_digests
 from locus.model import Model
 from locus.parameter_names import resolve
 
@@ -31,6 +32,12 @@ class State:
     """Where it runs: for a delta the base model, which is changed only inside `active`."""
     delta: WeightDelta | None = None
     """What makes it of the base; None for a model of its own."""
+
+    @property
+    def identity(self) -> Any:
+        """Which weights these are, beside the base: equal for equal ones."""
+        made_by = model_digests(self.model) if self.delta is None else self.delta.id
+        return [self.name, self.role, made_by]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Model]:

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from locus.cli.edit.controls import why_no_controls
 from locus.cli.edit.edit_data import retained
-from locus.cli.options import Loading, MethodTokens, Running, Talking, method_settings, settings_from
+from locus.cli.options import Loading, MethodTokens, Running, Talking, method_settings
 from locus.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from locus.audit.suites.table import Suite
     from locus.delta import WeightDelta
     from locus.fact import Fact
+    from locus.finished_parts import FinishedParts
     from locus.model import Model
 
 
@@ -49,7 +50,9 @@ def audit(
     """Judge an edit: what was forgotten, what survived, what came back, beside controls.
 
     Exit 3 if a gate was given and is not met. Started by torchrun, several processes share the base, the edit and the
-    controls. `locus methods audit` shows the attacks and the further settings.
+    controls. With --resume an audit that was interrupted goes on: each state, attack and suite that is finished is
+    kept in the folder `parts`, and an attack added later costs only itself. `locus methods audit` shows the attacks and
+    the further settings.
 
     Args:
         base: The model before the edit: checkpoint folder, hub id, or smollm2.
@@ -66,7 +69,8 @@ def audit(
             PrivLeak and the depth score need it.
         control: Further controls: the same edit with a random mask of equal size, given like EDITED. With those beside
             the edit there must be at least 5 for a verdict on whether the place mattered.
-        mask: The mask the edit had to keep to; changes outside it are counted.
+        mask: The mask the edit had to keep to; changes outside it are counted. The default is the mask.safetensors
+            in the folder EDITED, where an edit without a mask has kept its own.
         text: Neutral paragraphs; the default is a text that comes with locus. Every third is read: those
             that `locus edit` leaves out of training.
         tasks: Tasks of lm-evaluation-harness to run besides (pip install "locus-unlearn[harness]").
@@ -74,12 +78,12 @@ def audit(
         tasks_folder: Folder with YAML files of further tasks.
         gate: A TOML file of thresholds and verdicts; exit 3 if one fails or its evidence is missing.
     """
-    from locus.audit import AuditSettings
-    from locus.audit.attacks.table import attacks_of
     from locus.audit.gate import check_gate, read_gate
     from locus.audit.suites.harness import Harness
     from locus.audit.suites.table import load_suite
     from locus.fact import neutral_text, split_text
+    from locus.finished_parts import FinishedParts
+    from locus.input_digest import digest_of, input_digests
     from locus.parallel.map import together
     from locus.parallel.ranks import joined
 
@@ -88,9 +92,7 @@ def audit(
         if tasks and ranks.size > 1:
             raise InputError("locus audit --tasks runs in one process: start it without torchrun")
         wanted = None if gate is None else read_gate(gate)
-        settings = method_settings("locus audit", AuditSettings, tokens, {"max_tokens": running.batch_tokens})
-        if attacks:
-            settings = dataclasses.replace(settings, attacks=attacks_of(attacks))
+        settings = audit_settings(tokens, attacks, running)
         judged_by = load_suite(suite, facts, running.limit)
         suites = [judged_by, *([Harness(tasks, tasks_limit, tasks_folder)] if tasks else [])]
         kept = [*judged_by.retain, *retained(judged_by.facts, retain)]
@@ -98,10 +100,13 @@ def audit(
         loaded = loading.load(base)
         reference = None if never_knew is None else loading.load(never_knew)
         edits, asked = {"edited": edited}, (judged_by.facts, kept, unseen, settings, loading, mask)
-        given = [loaded.fingerprint, [f.id for f in judged_by.facts], [f.id for f in kept], settings]
-        ranks.agree("models, facts or settings", repr(given))
+        given = input_digests(loaded, facts={"facts": judged_by.facts, "retain": kept}, settings=settings)
+        ranks.agree("models, facts or settings", digest_of(given))
         with ranks.hold(out), talking.progress():
-            done = audit_edits(loaded, edits, control, *asked, never_knew=reference, suites=suites)
+            finished = FinishedParts.open(out / "parts", running.resume, ranks)
+            done = audit_edits(
+                loaded, edits, control, *asked, never_knew=reference, suites=suites, finished=finished
+            )
             written = write_audit(done, out) if ranks.first else {}
         results = [] if wanted is None else check_gate(done, wanted)
         if ranks.first:
@@ -110,30 +115,15 @@ def audit(
         return 0 if all(r.passed for r in results) else 3
 
 
-def audit_into(
-    folder: Path,
-    model: Model,
-    edits: Mapping[str, Path],
-    forget: Sequence[Fact],
-    retain: Sequence[Fact],
-    text: Sequence[str],
-    *,
-    mask: Path | None,
-    settings: AuditSettings,
-) -> dict[str, Any]:
-    """Audit finished edits of a loaded model and write the judgement into a folder."""
-    paths = {name: str(path) for name, path in edits.items()}
-    return write_audit(audit_edits(model, paths, (), forget, retain, text, settings, Loading(), mask), folder)
-
-
-def settings_of_table(where: str, table: Mapping[str, Any]) -> AuditSettings:
-    """Audit settings from a table of a TOML file."""
+def audit_settings(tokens: Sequence[str], attacks: tuple[str, ...], running: Running) -> AuditSettings:
+    """The settings of the audit's own options on the command line, with the attacks named, all of which there are."""
     from locus.audit import AuditSettings
     from locus.audit.attacks.table import attacks_of
 
-    settings = settings_from(where, AuditSettings, table)
-    attacks_of(settings.attacks)
-    return settings
+    shared = {"max_tokens": running.batch_tokens, "seed": running.seed}
+    settings = method_settings("locus audit", AuditSettings, tokens, shared)
+    named = attacks_of(attacks or settings.attacks)
+    return dataclasses.replace(settings, attacks=named) if attacks else settings
 
 
 def audit_edits(
@@ -148,19 +138,19 @@ def audit_edits(
     mask: Path | None,
     never_knew: Model | None = None,
     suites: Sequence[Suite] = (),
+    finished: FinishedParts | None = None,
 ) -> Audit:
     """Measure edits and controls given by path; an edit's own controls come with it."""
     from locus.audit import audit as judge
     from locus.mask import WeightMask
 
-    judged = {name: _read(path, loading) for name, path in edits.items()}
+    judged = {name: read_state(path, loading) for name, path in edits.items()}
     beside: dict[str, WeightDelta | Model] = {}
     own = [str(folder) for path in edits.values() for folder in sorted(Path(path).glob("control-*"))]
     for path in dict.fromkeys([*own, *controls]):
-        beside[f"control {len(beside) + 1}"] = _read(path, loading)
-    masks = {
-        name: WeightMask.load(place) for name, path in edits.items() if (place := mask or _own_mask(path))
-    }
+        beside[f"control {len(beside) + 1}"] = read_state(path, loading)
+    kept_to = {name: mask or own_mask(path) for name, path in edits.items()}
+    masks = {name: WeightMask.load(path) for name, path in kept_to.items() if path is not None}
     done = judge(
         model,
         judged,
@@ -172,6 +162,7 @@ def audit_edits(
         never_knew=never_knew,
         suites=suites,
         settings=settings,
+        finished=finished,
     )
     refused = {name: why for name, path in edits.items() if (why := why_no_controls(Path(path)))}
     said = [{"what": f"controls of {name}", "why": why} for name, why in refused.items()]
@@ -181,7 +172,7 @@ def audit_edits(
     return dataclasses.replace(done, missing=(*done.missing, *said), notes=(*done.notes, *notes))
 
 
-def _own_mask(path: str) -> Path | None:
+def own_mask(path: str) -> Path | None:
     """The mask that an edit's folder keeps beside its delta."""
     place = Path(path)
     folder = place if place.is_dir() else place.parent
@@ -219,7 +210,7 @@ def write_audit(done: Audit, folder: Path) -> dict[str, Any]:
     }
 
 
-def _read(path: str, loading: Loading) -> WeightDelta | Model:
+def read_state(path: str, loading: Loading) -> WeightDelta | Model:
     """A delta (its file, or the folder of an edit), or else a checkpoint loaded beside the base."""
     from locus.delta import WeightDelta
 

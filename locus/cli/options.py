@@ -28,6 +28,17 @@ _MODEL = Group("Model", sort_key=10)
 _RUN = Group("Run", sort_key=11)
 _OUTPUT = Group("Output", sort_key=12)
 
+
+def shown_default(value: Any) -> str | None:
+    """A default as it would be typed; None, which shows none, for a flag that is not set and for nothing."""
+    if value is None or value is False or value == ():
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+PLAIN = Parameter(negative_iterable=(), show_default=shown_default)
+"""How options are shown: defaults as they would be typed, and no `--empty-` form of lists."""
+
 MethodTokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 """What is left of the command line for the chosen method's own options."""
 
@@ -76,6 +87,7 @@ class Loading:
         from locus.model import load_shape
 
         on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+        on_cpu = on_cpu and self.device_map is None
         return load_shape(
             name,
             dtype="float32" if self.dtype == "auto" and on_cpu else self.dtype,
@@ -156,6 +168,31 @@ class Talking:
             Console(highlight=False, soft_wrap=True).print(summary)
 
 
+def tokens_of(table: Mapping[str, Any], flags: Sequence[str] = ()) -> list[str]:
+    """A table of options, as in a TOML file, as the command line would say it.
+
+    Args:
+        table: Name of an option (with _ or -) -> its value.
+        flags: Options that have no `--no-` form: false leaves them out.
+    """
+    tokens: list[str] = []
+    for name, value in table.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            if value or name.replace("-", "_") not in flags:
+                tokens.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            tokens += [flag, *map(str, value)]
+        else:
+            tokens += [flag, str(value)]
+    return tokens
+
+
+def option_names(cls: type[Any]) -> list[str]:
+    """The options that a method's fields become, with _ for -."""
+    return [_flag(path) for path, *_ in _leaves(cls(), ())]
+
+
 def method_class(table: dict[str, type[S]], name: str, kind: str) -> type[S]:
     """The entry `name` of a table of methods.
 
@@ -181,7 +218,13 @@ def method_app(command: str, cls: type[S], shared: Mapping[str, Any] = MappingPr
     itself (`--seed`): they get that value, unless it is None, and are no options here. A nested field of the same
     name (`--reinforce-seed`) stays an option, and has the command's value where it is not given.
     """
-    app = App(name=command, version_flags=(), help_flags=(), help=inspect.cleandoc(cls.__doc__ or ""))
+    app = App(
+        name=command,
+        version_flags=(),
+        help_flags=(),
+        help=inspect.cleandoc(cls.__doc__ or ""),
+        default_parameter=PLAIN,
+    )
     settled = {name: value for name, value in shared.items() if value is not None}
     leaves = [
         (path, hint, settled.get(path[-1], default), doc)
@@ -269,16 +312,7 @@ def settings_from(
     Raises:
         InputError: an unknown option or a value that the method refuses.
     """
-    tokens: list[str] = []
-    for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            tokens.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
-            tokens += [flag, *map(str, value)]
-        else:
-            tokens += [flag, str(value)]
     try:
-        return method_settings(where, cls, current_options(tokens), shared)
+        return method_settings(where, cls, current_options(tokens_of(given)), shared)
     except CycloptsError as error:
         raise InputError(f"{where}: {error}") from error

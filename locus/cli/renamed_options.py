@@ -29,6 +29,7 @@ RENAMED_OPTIONS: dict[str, str] = {
     "--dose-goal": "--strength-goal",
     "--dose-curve": "--strength-curve",
     "--enough": "--prob-stop",
+    "--max-tokens": "--batch-tokens",
     "--washed": "--forgotten",
 }
 """Old option -> the option that does the same now."""

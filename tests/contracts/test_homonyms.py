@@ -20,6 +20,7 @@ ALLOWED = {
     "run": "every attack of the audit's table has one, and the command `locus run`",
     "KIND": "the kind of artefact that a module writes, in its header",
     "T": "a type variable",
+    "ask": "the audit asks its questions; the command `locus ask` is called by its name",
     **dict.fromkeys(("audit", "compare", "diff", "export", "known", "revert"), COMMAND),
 }
 

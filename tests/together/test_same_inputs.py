@@ -84,6 +84,9 @@ COMMANDS = {
         ("trace", "model", "facts.jsonl", "--samples", "1", "--kinds", "mlp", "-q"),
         "trace", "traced", frozenset({"settings"}),
     ),
+    "run": Command(
+        ("run", "run.toml"), "run", "edit/delta.safetensors", frozenset({"retain", "text", "settings"}),
+    ),
 }  # fmt: skip
 
 

@@ -138,11 +138,11 @@ def test_resume_takes_finished_stages_and_remakes_what_depends_on_a_change(place
         ("[model]\nname = 3 4", ("TOML",)),
         ("[modle]\n", ("modle",)),
         ("[model]\nname='x'\n", ("[facts]",)),
-        ("[model]\nname='x'\n[facts]\nforget='f'\n[edit]\n", ("[locate]",)),
+        ("[model]\nname='x'\n[facts]\nforget='f'\n[export]\n", ("[edit]",)),
         ("[model]\nname='x'\n[facts]\nforget='f'\n[locate]\nmethod='nope'\n", ("nope",)),
         (
             "[model]\nname='x'\n[facts]\nforget='f'\n[locate]\n[edit]\nlearning_rate=1\n",
-            ("[edit]", "learning-rate"),
+            ("[edit]", "learning_rate"),
         ),
         ("[model]\nname='x'\nlr=3\n[facts]\nforget='f'\n", ("lr",)),
     ],

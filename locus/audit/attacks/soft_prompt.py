@@ -33,6 +33,8 @@ class SoftPrompt:
     steps: int = 60
     lr: float = 0.1
     """Adam's, in units of the embeddings' standard deviation."""
+    seed: int = 0
+    """Seed of the embeddings at the start."""
 
 
 def run(state: State, context: Context) -> FigureValues:
@@ -46,7 +48,7 @@ def run(state: State, context: Context) -> FigureValues:
         if model.context_length is not None and longest > model.context_length:
             return FigureValues()
         fitted, prob = attack(
-            model, forget.take(taught), forget.take(tested), SoftPrompt(), context.max_tokens
+            model, forget.take(taught), forget.take(tested), SoftPrompt(seed=context.seed), context.max_tokens
         )
     return FigureValues(
         {
@@ -71,7 +73,7 @@ def attack(
     table = model.module.get_parameter(f"{model.atlas.embed}.weight").detach()
     spread, width = table.float().std(), table.shape[1]
     start = 0 if model.bos is None else 1
-    noise = torch.randn(how.n_tokens, width, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(how.n_tokens, width, generator=torch.Generator().manual_seed(how.seed))
     soft = (noise.to(spread.device) * spread).requires_grad_(True)
 
     def put(hidden: Tensor) -> Tensor:

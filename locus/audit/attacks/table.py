@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from locus.audit.attacks import (
     choice,
@@ -127,5 +128,6 @@ def attack_all(names: tuple[str, ...], state: State, context: Context) -> Figure
     found = FigureValues()
     for name in names:
         if name in ATTACKS:
-            found |= ATTACKS[name][0](state, context)
+            run = partial(ATTACKS[name][0], state, context)
+            found |= context.finished.take(["attack", name, state.identity], FigureValues, run)
     return found

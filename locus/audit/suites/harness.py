@@ -48,7 +48,7 @@ class Harness:
     def run(self, state: State, context: Context) -> FigureValues:
         """Every metric of every task that has one value a document; others as one number for the set."""
         with state.active() as model:
-            results = self._evaluate(model, context.max_tokens)
+            results = self._evaluate(model, context.max_tokens, context.seed)
         items: dict[str, Items] = {}
         scalars: dict[str, float] = {}
         for task, metrics in results["results"].items():
@@ -71,7 +71,7 @@ class Harness:
                     scalars[key] = float(value)
         return FigureValues(items, scalars)
 
-    def _evaluate(self, model: Model, max_tokens: int) -> Mapping[str, Any]:
+    def _evaluate(self, model: Model, max_tokens: int, seed: int) -> Mapping[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -89,10 +89,10 @@ class Harness:
                 task_manager=self._manager(),
                 bootstrap_iters=0,
                 log_samples=True,
-                random_seed=0,
-                numpy_random_seed=0,
-                torch_random_seed=0,
-                fewshot_random_seed=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
             )
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

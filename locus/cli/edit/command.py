@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from locus.cli.edit.controls import Edited, Wanted, make_controls
 from locus.cli.edit.edit_data import GENERATED, material
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 MASK = "mask.safetensors"
 WORTH_SAYING = 0.05
 """Share of an edit's norm that rounding may change without a word."""
+_WHERE = Group("Where it may change", sort_key=2)
+_KEEP = Group("What must stay", sort_key=3)
+_CONTROLS = Group("Controls for the audit", sort_key=4)
+_LARGE = Group("Large models", sort_key=5)
 WITH_MASK, WITHOUT_MASK = "npo", "alphaedit"
 """The editor where none is named (benchmarks/README.md, "Fresh facts")."""
 
@@ -36,45 +41,46 @@ def edit(
     /,
     *tokens: MethodTokens,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    mask: Path | None = None,
-    widen: Annotated[bool, Parameter(negative="")] = False,
-    target_new: str | None = None,
     method: str | None = None,
-    retain: str | None = None,
-    text: Path | None = None,
-    controls: int = 0,
-    control_profile: Literal["layers", "uniform"] = "layers",
-    estimate_memory: Annotated[bool, Parameter(negative="")] = False,
+    target_new: str | None = None,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
-    shard: Annotated[bool, Parameter(negative="")] = False,
-    offload: Annotated[bool, Parameter(negative="")] = False,
+    mask: Annotated[Path | None, Parameter(group=_WHERE)] = None,
+    widen: Annotated[bool, Parameter(negative="", group=_WHERE)] = False,
+    retain: Annotated[str | None, Parameter(group=_KEEP)] = None,
+    text: Annotated[Path | None, Parameter(group=_KEEP)] = None,
+    controls: Annotated[int, Parameter(group=_CONTROLS)] = 0,
+    control_profile: Annotated[Literal["layers", "uniform"], Parameter(group=_CONTROLS)] = "layers",
+    estimate_memory: Annotated[bool, Parameter(negative="", group=_LARGE)] = False,
+    shard: Annotated[bool, Parameter(negative="", group=_LARGE)] = False,
+    offload: Annotated[bool, Parameter(negative="", group=_LARGE)] = False,
     sweeping: Sweeping = Sweeping(),
     loading: Loading = Loading(),
     running: Running = Running(),
     talking: Talking = Talking(),
 ) -> None:
-    """Make the model forget the facts by changing only the masked weights; writes a delta.
+    """Make the model forget facts by changing few of its weights; writes the change, a delta.
 
-    With a mask its weights are trained. Without one the facts are written over, which needs no training, but facts
-    whose subject is named: rome, memit, alphaedit and law may change the down projections of the layers named (all of
-    them, if none is), and edits of neurons those listed as `--neurons layer:neuron`; the mask they kept to is then
-    written beside the delta. Each method has options of its own: `locus methods NAME` shows them. Started by torchrun,
-    several processes make each step of a training together.
+    With --mask the weights of the mask are trained (npo). Without it, and if every fact names its subject, AlphaEdit
+    replaces each answer in closed form: it chooses the weights, and writes its mask beside the delta. --method names
+    another editor. Every editor has options of its own, given like those below: `locus methods` lists the editors,
+    `locus methods NAME` the options of one. Under torchrun, processes share every step of a trained edit.
 
     Args:
         model: The base: checkpoint folder, hub id, or smollm2.
         facts: What must go: a fact file, or demo-forget.
         out: Folder for delta.safetensors, edit.json and history.jsonl, and strength.png where a strength was
             searched for.
-        mask: The weights that may change: what `locus locate` wrote.
-        widen: Let the whole down projections change of the layers in which the mask has neurons.
-        target_new: What rome, memit and alphaedit shall make the model answer instead, for every fact; without it
+        mask: The mask that `locus locate` wrote: nothing else may change. Without it rome, memit, alphaedit and law
+            choose down projections, and the edits of neurons take those listed as `--neurons layer:neuron`.
+        widen: Let the whole down projections of the mask's layers change, not its neurons alone.
+        target_new: The answer that rome, memit and alphaedit write instead, for every fact. Without it
             `--target-to rewrite` takes each fact's own (CounterFact's target_new, or the first alternative).
-        method: The editor; `locus methods` lists them. The default is npo with a mask, and alphaedit without one.
-        retain: What must stay: a fact file, demo-retain, or neighbours for those that the facts name themselves.
-            Facts marked held_out are never trained on, nor is every third neighbour.
-        text: Neutral paragraphs for the retain term: a text file, or generated for what the model writes itself
-            (kept beside the delta); the default is a text that comes with locus. Every third is left for the audit.
+        method: The editor, with its own options: `locus methods NAME` shows them. The default is npo with a mask,
+            alphaedit without one.
+        retain: What must stay: a fact file, demo-retain, or `neighbours` for the neighbours that the facts list.
+            Facts marked held_out are never trained on, nor is every third neighbour: the audit judges by them.
+        text: Neutral paragraphs for the retain term: a text file, or `generated` for text that the model writes
+            itself, kept beside the delta. The default is a text that comes with locus. The audit reads every third.
         controls: Also make this many controls for the audit: the same edit with random masks of equal size and kind; of
             an edit that chooses its layers, in other layers. A verdict on whether the place mattered takes 5.
         control_profile: layers: a control has as many weights in each layer as the mask; uniform: over all layers.
@@ -83,7 +89,7 @@ def edit(
         tensorboard: Also write the history as TensorBoard scalars (pip install "locus-unlearn[tensorboard]").
         shard: Spread the model over the processes that torchrun started, each of which holds a part (FSDP2): for
             models that no device holds whole. Without it each holds all of it, and takes part of every step's examples.
-        offload: Of a model that is spread, keep the parts in main memory.
+        offload: With --shard, keep the parts in main memory.
     """
     from locus.errors import InputError
     from locus.mask import WeightMask
@@ -93,10 +99,7 @@ def edit(
 
     with joined() as ranks:
         talking = talking.of(ranks)
-        if method is None:
-            method = (
-                WITHOUT_MASK if mask is None and sweeping.sweep is None and not estimate_memory else WITH_MASK
-            )
+        method = edit_method(method, mask is not None or sweeping.sweep is not None or estimate_memory)
         editor = _editor(method, tokens, running, target_new)
         if ranks.size > 1:
             _refuse_alone(method, sweeping, text, estimate_memory)
@@ -136,7 +139,21 @@ def edit(
                 talking.note(f"controls: {why}")
         if ranks.first:
             about = json.loads((out / ABOUT).read_text("utf-8"))
-            talking.finish(about, _told(about, f"{out / DELTA}: {summary(about, delta)}"))
+            lines = [
+                f"{out / DELTA}: {summary(about, delta)}",
+                f"ask it: {ask_command(model, out, forget[0].prompt)}",
+            ]
+            talking.finish(about, _told(about, "\n".join(lines)))
+
+
+def ask_command(model: str, edited: Path, prompt: str) -> str:
+    """The command that lets the edited model continue a prompt."""
+    return f"locus ask {shlex.quote(model)} --edited {shlex.quote(str(edited))} {shlex.quote(prompt)}"
+
+
+def edit_method(method: str | None, with_mask: bool) -> str:
+    """The editor named, or the one that is taken with a mask or without."""
+    return method or (WITH_MASK if with_mask else WITHOUT_MASK)
 
 
 def _editor(method: str, tokens: Sequence[str], running: Running, target_new: str | None) -> Any:

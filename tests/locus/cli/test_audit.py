@@ -161,3 +161,47 @@ def test_an_edit_made_in_conversation_and_audited_plainly_gets_a_note(place, tmp
 def test_a_fact_that_has_to_go_and_to_stay_is_refused(place, tmp_path, capsys):
     code = _audit(place, tmp_path / "out", "--retain", place / "forget.jsonl")
     _refused(capsys, code, "cannot both go and stay", "home-Ann")
+
+
+def test_another_seed_draws_otherwise_and_the_same_one_alike(place, tmp_path):
+    """What is drawn: the facts shown (few_shot), the taught half (relearn, soft_prompt), the embeddings at first."""
+    more = (
+        "--retain",
+        place / "retain.jsonl",
+        "--attacks",
+        "prompts",
+        "relearn",
+        "soft-prompt",
+        "--relearn-at",
+        "1",
+    )
+
+    def drawn(out, *options):
+        assert _audit(place, tmp_path / out, *more, *options) == 0
+        figures = _document(tmp_path / out)["states"][1]["figures"]
+        return {key: figures[key] for key in ("prompts.few_shot.prob", "relearn.prob", "soft_prompt.prob")}
+
+    first, again, other = drawn("a"), drawn("b", "--seed", "0"), drawn("c", "--seed", "5")
+    assert first == again
+    assert all(first[key] != other[key] for key in first)
+    assert drawn("d", "--seed", "5", "--relearn-seed", "0")["relearn.prob"] == first["relearn.prob"]
+    assert _document(tmp_path / "c")["settings"]["seed"] == 5
+
+
+def test_resume_measures_nothing_twice(place, tmp_path, monkeypatch):
+    from locus.audit.attacks.table import ATTACKS
+
+    more = ("--attacks", "prompts", "--retain", place / "retain.jsonl")
+    assert _audit(place, tmp_path / "a", *more) == 0
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setitem(ATTACKS, "prompts", (refuse, ""))
+    before = _document(tmp_path / "a")
+    assert _audit(place, tmp_path / "a", *more, "--resume") == 0
+    after = _document(tmp_path / "a")
+    assert [state["figures"] for state in after["states"]] == [state["figures"] for state in before["states"]]
+    assert _audit(place, tmp_path / "a", *more, "--resume", "--seed", "1") == 1, (
+        "another seed is measured anew"
+    )
