@@ -93,11 +93,27 @@ _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_SIZES, **_GQA}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", {**_SIZES, **_GQA}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {**_SIZES, **_GQA, "logit_scale": 0.25}),
+    "gptneo": (
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "window_size": 6,
+            "max_position_embeddings": 64,
+            "attention_types": [[["local", "global", "local"], 1]],
+        },
+    ),
     "smollm": ("LlamaConfig", "LlamaForCausalLM", {**_SIZES, **_GQA, "tie_word_embeddings": True}),
 }
 
-ARCHITECTURES: tuple[str, ...] = tuple(_ZOO)
-"""Names that `tiny_model` knows."""
+_ODD = ("olmo", "cohere", "gptneo")
+ARCHITECTURES: tuple[str, ...] = tuple(name for name in _ZOO if name not in _ODD)
+"""Names that `tiny_model` knows, but for those with a peculiarity that has tests of its own."""
 
 alive: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 """Every module made here that still exists; conftest.py looks for forgotten hooks on them."""
@@ -107,7 +123,8 @@ def tiny_model(arch: str = "llama", seed: int = 0, **settings: Any) -> Model:
     """A random model of 3 layers, 32 dimensions and 48 neurons a layer, in float32 on the CPU.
 
     Args:
-        arch: One of `ARCHITECTURES`.
+        arch: One of `ARCHITECTURES`; "olmo" and "cohere": norms that centre and are no LayerNorm, a scaled logit;
+            "gptneo": an attention window that the blocks know and no mask shows.
         seed: Of the weights; the global generator is left alone.
         settings: Fields of the transformers configuration to set otherwise (num_hidden_layers=2).
     """

@@ -259,10 +259,11 @@ class CausalTrace:
             readout,
             [grids.cells[i] for i in numbers],
             points=self.points,
+            noising=self.direction == "noise",
             fix_attention=self.attention_fix,
             batch_tokens=self.batch_tokens or 4096,
         )
-        values = torch.full((len(grids.cells), question.samples), float("nan"))
+        values = torch.full((len(grids.cells), question.samples), float("nan"), dtype=found.dtype)
         values[numbers] = found
         exact = set(grids.numbers([kind for kind in self.kinds if kind not in guessed]))
         if self.method == "hybrid":

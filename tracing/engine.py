@@ -1,7 +1,8 @@
 """Which engine answers: replay where the model can be replayed, whole forwards where it cannot.
 
-The first question an `Engine` gets is also a test: a few of its cells are answered both ways, and if the two
-differ the plain engine takes over for good, with a warning.
+Questions are also tests: of the longest and the shortest of the first ones, and of each later one that is longer
+than all before, some cells are answered both ways. If the two differ, if only one is finite, or if a block refuses to
+be replayed, the plain engine takes over for good, with a warning.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from locus.errors import InputError
 from locus.model import Model
@@ -26,6 +29,8 @@ EngineName = Literal["auto", "replay", "plain"]
 ENGINES: tuple[EngineName, ...] = ("auto", "replay", "plain")
 
 _CHECKED_CELLS = 4
+_REPLAYED_CELLS = 48
+"""Cells of a check that are replayed side by side with those that are compared: rows must not see each other's."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """Largest difference of a log-probability, in nats, that counts as rounding."""
 
@@ -42,7 +47,8 @@ class Engine:
     """Tokens computed at once; None for the engine's own choice."""
     used: str = field(default="", init=False)
     """What answered last: "replay", "plain", or "plain (why)"."""
-    _checked: bool = field(default=False, init=False)
+    _checked_until: int = field(default=0, init=False)
+    """Positions of the longest question that was checked."""
     _refused: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -57,13 +63,14 @@ class Engine:
         """Answer several questions, their rows side by side where they are replayed."""
         if self.wanted == "plain" or self._refused:
             return self._plainly(asked)
-        from tracing.replay.blocks import attention_of, masked_attention
-        from tracing.replay.replay_engine import CannotReplay, answer_together
+        from tracing.replay.blocks import CannotReplay, attention_of, failures_refuse_replay, masked_attention
+        from tracing.replay.replay_engine import answer_together
 
         try:
-            if not self._checked:
-                self._check(asked[0])
-            answers = answer_together(self.model, asked, batch_tokens=self.batch_tokens)
+            for one in self._unchecked(asked):
+                self._check(one)
+            with failures_refuse_replay():
+                answers = answer_together(self.model, asked, batch_tokens=self.batch_tokens)
         except CannotReplay as reason:
             if self.wanted == "replay":
                 raise InputError(
@@ -98,22 +105,52 @@ class Engine:
             for one in asked
         ]
 
+    def _unchecked(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Questions to check before these are answered: the longest, if it is longer than any before; at first also
+        the shortest."""
+        by_length = sorted((one for one in asked if one.cells), key=lambda one: one.question.n_pos)
+        if not by_length or by_length[-1].question.n_pos <= self._checked_until:
+            return []
+        shortest = [] if self._checked_until or len(by_length) == 1 else by_length[:1]
+        return [*shortest, by_length[-1]]
+
     def _check(self, asked: Asked) -> None:
         """Answer some cells both ways; CannotReplay if the answers differ by more than rounding."""
-        from tracing.replay.replay_engine import CannotReplay, answer_by_replay
+        from tracing.replay.blocks import CannotReplay, failures_refuse_replay
+        from tracing.replay.replay_engine import answer_by_replay
 
-        step = max(1, len(asked.cells) // _CHECKED_CELLS)
-        some = list(asked.cells[step // 2 :: step][:_CHECKED_CELLS])
+        many = _spread(range(len(asked.cells)), _REPLAYED_CELLS)
+        compared = _spread(range(len(many)), _CHECKED_CELLS)
+        cells = [asked.cells[i] for i in many]
         few = asked.question.draws(slice(0, 1))
         log = replace(asked.readout, metric="logprob")
-        replayed = answer_by_replay(self.model, few, some, log, batch_tokens=self.batch_tokens)
-        plain = answer_plainly(self.model, few, some, log, batch_tokens=self.batch_tokens or 4096)
-        pairs = [(replayed.base, plain.base), (replayed.other, plain.other), (replayed.cells, plain.cells)]
-        worst = max(float((a[..., 0] - b[..., 0]).abs().nan_to_num(0.0).max()) for a, b in pairs if a.numel())
+        chosen = [cells[i] for i in compared]
+        plain = answer_plainly(self.model, few, chosen, log, batch_tokens=self.batch_tokens or 4096)
+        with failures_refuse_replay():
+            replayed = answer_by_replay(self.model, few, cells, log, batch_tokens=self.batch_tokens)
+        pairs = [
+            (replayed.base, plain.base),
+            (replayed.other, plain.other),
+            (replayed.cells[compared], plain.cells),
+        ]
+        worst = max(_difference(a[..., 0], b[..., 0]) for a, b in pairs if a.numel())
         allowed = _TOLERANCE.get(self.model.dtype, 1e-4)
         if worst > allowed:
             raise CannotReplay(
                 f"replayed forwards differ from whole ones by {worst:.2g} nats on this architecture "
                 f"(allowed {allowed:g})"
             )
-        self._checked = True
+        self._checked_until = max(self._checked_until, asked.question.n_pos)
+
+
+def _spread(numbers: range, most: int) -> list[int]:
+    """At most so many of the numbers, evenly spread, neither the first nor the last of a longer range."""
+    if len(numbers) <= most:
+        return list(numbers)
+    return [numbers[(2 * i + 1) * len(numbers) // (2 * most)] for i in range(most)]
+
+
+def _difference(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:
+    """The largest absolute difference; infinite where one is finite and the other is not."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf).max())

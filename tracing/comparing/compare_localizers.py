@@ -84,12 +84,16 @@ def compare_localizer(
     elif seconds > patience:
         skipped = f"one run took {seconds:.0f} s"
     else:
+        refused = []
         for over in OVER:
             if _repeatable(localizer, facts, over):
-                found[over] = stability(
-                    localizer, model, facts, retain, over=over, budget=budget, repetitions=repetitions
-                )
-        skipped = "" if found else "nothing to repeat it on"
+                try:
+                    found[over] = stability(
+                        localizer, model, facts, retain, over=over, budget=budget, repetitions=repetitions
+                    )
+                except InputError as error:  # of fewer facts, say: the run itself has succeeded
+                    refused.append(f"{over}: {error}")
+        skipped = "" if found else "; ".join(refused) or "nothing to repeat it on"
     return LocalizerComparison(scores, mask, cost, seconds, found, skipped)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from locus.errors import InputError
-from locus.fact import Example, Fact
+from locus.fact import Fact
 from locus.mask import WeightMask
 from locus.model import Model
 from locus.progress import track
@@ -150,7 +150,7 @@ def stability(
     Raises:
         InputError: facts without paraphrases, too few for halves, or a localizer without a seed.
     """
-    runs: list[tuple[Localizer, Sequence[Fact | Example]]]
+    runs: list[tuple[Localizer, Sequence[Fact]]]
     if over == "paraphrases":
         n_wordings = min(repetitions, 1 + min((len(fact.paraphrases) for fact in facts), default=0))
         runs = [(localizer, [_wording(fact, i) for fact in facts]) for i in range(n_wordings)]
@@ -183,13 +183,19 @@ def _cut(scores: Any, budget: float | int | str) -> Chosen | WeightMask:
     return scores.choose(budget) if isinstance(scores, NeuronScores) else scores.top(budget)
 
 
-def _wording(fact: Fact, index: int) -> Example:
-    return fact.example if index == 0 else fact.paraphrase_examples[index - 1]
+def _wording(fact: Fact, index: int) -> Fact:
+    """The fact in its own words or in one of its paraphrases, all else kept; the other wordings are its paraphrases."""
+    if index == 0:
+        return fact
+    prompt = fact.paraphrases[index - 1]
+    others = (fact.prompt, *(text for text in fact.paraphrases if text != prompt))
+    subject = fact.subject if fact.subject is not None and fact.subject in prompt else None
+    return dataclasses.replace(fact, prompt=prompt, paraphrases=others, subject=subject, subject_start=None)
 
 
-def _halves(facts: Sequence[Fact], repetitions: int, seed: int) -> list[list[Example]]:
+def _halves(facts: Sequence[Fact], repetitions: int, seed: int) -> list[list[Fact]]:
     if len(facts) < 2:
         raise InputError(f"{len(facts)} fact cannot be halved: give at least 2")
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(facts), generator=generator).tolist() for _ in range(repetitions)]
-    return [[facts[i].example for i in order[: len(facts) // 2]] for order in orders]
+    return [[facts[i] for i in order[: len(facts) // 2]] for order in orders]

@@ -30,7 +30,15 @@ from tracing.gradients.neuron_gradients import neuron_grid
 from tracing.localizer import Cost
 from tracing.patching.plain_engine import logits_of
 from tracing.patching.runs import Inputs
-from tracing.replay.blocks import CannotReplay, Recorded, Rows, Tail, record_whole
+from tracing.replay.blocks import (
+    CannotReplay,
+    Recorded,
+    Rows,
+    Tail,
+    failures_refuse_replay,
+    masked_attention,
+    record_whole,
+)
 
 GradientEngineName = Literal["auto", "one-token", "plain"]
 GRADIENT_ENGINES: tuple[GradientEngineName, ...] = ("auto", "one-token", "plain")
@@ -82,7 +90,8 @@ def _attribute(
     if engine == "plain":
         return attribute_plainly(model, seen, token, steps, batch_tokens=batch_tokens)
     try:
-        return attribute_one_token(model, seen, token, steps, batch_tokens=batch_tokens)
+        with masked_attention(model), failures_refuse_replay():
+            return attribute_one_token(model, seen, token, steps, batch_tokens=batch_tokens)
     except CannotReplay as reason:
         if engine == "one-token":
             raise InputError(
@@ -106,7 +115,7 @@ def attribute_one_token(
         recorded = record_whole(model, inputs, [last], (), model.atlas.neuron_in)
         tail = Tail.of(recorded, [last])
     grid = neuron_grid(model)
-    at_once = max(1, batch_tokens // steps)
+    at_once = max(1, batch_tokens // (steps * len(seen)))  # every row holds the prompt's keys and values
     for first in range(0, n_layers, at_once):
         layers = range(first, min(first + at_once, n_layers))
         for layer, h, gradient in _one_token_gradients(model, recorded, tail, layers, token, steps):

@@ -61,22 +61,29 @@ class _Linear:
     def of(cls, model: Model, name: str, x: Float[Tensor, " d_model"]) -> _Linear:
         """At this state; read off the norm's own output, so its epsilon and any (1 + weight) are in it."""
         norm = model.module.get_submodule(name)
-        centred = isinstance(norm, nn.LayerNorm)
-        bias = (
-            held(model, f"{name}.bias").float().to(x.device)
-            if isinstance(norm, nn.LayerNorm) and norm.bias is not None
-            else torch.zeros_like(x).float()
-        )
-        entered = x.float() - x.float().mean() if centred else x.float()
+        has_bias = isinstance(getattr(norm, "bias", None), Tensor)
+        bias = held(model, f"{name}.bias").float().to(x.device) if has_bias else torch.zeros_like(x).float()
         weight = next(norm.parameters(), x)
         there = x if weight.is_meta else x.to(weight.device)
         out = norm(there[None])[0].float().to(x.device) - bias
+        centred = _centres(norm, there, out + bias)
+        entered = x.float() - x.float().mean() if centred else x.float()
         return cls(torch.where(entered == 0, torch.zeros_like(out), out / entered), centred, bias)
 
     def back(self, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         """The direction before the norm whose dot product with x is the given one's with the norm of x, bias apart."""
         before = self.ratio * direction
         return before - before.mean() if self.centred else before
+
+
+def _centres(norm: nn.Module, x: Float[Tensor, " d_model"], out: Float[Tensor, " d_model"]) -> bool:
+    """Whether a norm subtracts the mean: whether it gives the same when a constant is added to its input.
+
+    Asked of the module itself: Cohere's and OLMo's norms centre, and are no `nn.LayerNorm`.
+    """
+    shift = 2 * x.float().square().mean().sqrt()
+    moved = norm((x.float() + shift).to(x.dtype)[None])[0].float().to(out.device)
+    return float((moved - out).norm()) < 0.1 * float(out.norm())
 
 
 @torch.no_grad()

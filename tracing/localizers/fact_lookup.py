@@ -36,7 +36,14 @@ from tracing.localizers.saliency import GradientSaliency
 from tracing.patching.corruption import Corrupter, Prepared
 from tracing.patching.plain_engine import logits_of
 from tracing.patching.runs import Inputs
-from tracing.replay.blocks import CannotReplay, Recorded, Rows, record_whole
+from tracing.replay.blocks import (
+    CannotReplay,
+    Recorded,
+    Rows,
+    failures_refuse_replay,
+    masked_attention,
+    record_whole,
+)
 from tracing.score_algebra import normalize
 
 
@@ -95,13 +102,14 @@ class FactLookup:
             return (falls / len(prepared),)
 
         try:
-            (falls,) = loop.over_examples(by_head, "extraction heads")
+            with masked_attention(model), failures_refuse_replay():
+                (falls,) = loop.over_examples(by_head, "extraction heads")
+                best = falls.flatten().topk(self.heads).indices
+                kept = torch.zeros_like(falls, dtype=torch.bool)
+                kept.view(-1)[best] = True
+                (total,) = loop.over_examples(by_mlp, "path patching")
         except CannotReplay as reason:
             raise InputError(f"{model.name}: its heads cannot be run again by themselves: {reason}") from None
-        best = falls.flatten().topk(self.heads).indices
-        kept = torch.zeros_like(falls, dtype=torch.bool)
-        kept.view(-1)[best] = True
-        (total,) = loop.over_examples(by_mlp, "path patching")
         return LayerScores(total, "fact-lookup", model.fingerprint, atlas, asdict(self))
 
 

@@ -46,6 +46,7 @@ def estimate(
     *,
     points: int = 1,
     through_logs: bool = True,
+    noising: bool = False,
     fix_attention: bool = True,
     batch_tokens: int = 4096,
 ) -> tuple[Float[Tensor, "cell draw"], Float[Tensor, " draw"]]:
@@ -58,6 +59,7 @@ def estimate(
         cells: Patches from the other run; what a cell pins to the base run has no first-order effect.
         points: 1 for the gradient in the base run; more for the mean over as many points between the runs.
         through_logs: Estimate probabilities by way of their logarithm, which saturates less.
+        noising: Whether the base run is the clean one.
         fix_attention: Recompute the softmax for queries and keys instead of going through its gradient.
         batch_tokens: Tokens in one forward, at least one draw's.
 
@@ -65,13 +67,23 @@ def estimate(
         The metric as it would be with each cell patched, and as it is in the base run.
 
     Raises:
-        InputError: the metric has no gradient.
+        InputError: the metric has no gradient, or one that is zero everywhere in the base run.
     """
     if readout.metric == "rank":
         raise InputError("the rank of a token has no gradient: choose another metric for attribution")
+    if readout.metric == "kl" and noising and points == 1:
+        raise InputError(
+            "the divergence from the clean run has gradient zero in the clean run: with the metric kl, attribution "
+            "needs the direction denoise, or points above 1"
+        )
     sites = sorted({(p.site, layer) for cell in cells for p in cell.patches for layer in range(*p.layers)})
     logs = through_logs and readout.metric in ("prob", "first_prob")
-    target = _in_logs(readout) if logs else readout
+    if readout.metric == "first_prob":  # nothing of the target's later tokens is read
+        question, readout = (
+            replace(question, reads=question.reads[:1]),
+            replace(readout, labels=readout.labels[:1]),
+        )
+    target = replace(readout, metric="logprob") if logs else readout
     per_batch = max(1, batch_tokens // question.n_pos)
     found, bases = [], []
     for first in range(0, question.samples, per_batch):
@@ -82,11 +94,6 @@ def estimate(
         found.append(_out_of_logs(base + change, logs).cpu())
         bases.append(_out_of_logs(base, logs).cpu())
     return torch.cat(found, dim=1), torch.cat(bases)
-
-
-def _in_logs(readout: Readout) -> Readout:
-    labels = readout.labels[:1] if readout.metric == "first_prob" else readout.labels
-    return replace(readout, metric="logprob", labels=labels)
 
 
 def _out_of_logs(values: Tensor, logs: bool) -> Tensor:

@@ -40,6 +40,8 @@ class Readout:
 
         Logits that need no gradient are overwritten: they are the largest tensor of a trace, and one copy is enough.
         """
+        if logits.shape[1] != len(self.labels):
+            raise ValueError(f"{logits.shape[1]} positions are read and {len(self.labels)} labels given")
         logits = logits if logits.dtype == torch.float64 else logits.float()
         index = self.labels.to(logits.device).expand(len(logits), -1)[..., None]
         # Not own - logsumexp: rounding two logits of size 20 costs ten times the precision of their difference.

@@ -65,7 +65,7 @@ class FinishedFacts:
                 inner.rmdir()
 
     def share(self, packs: Sequence[Sequence[Prepared]]) -> Iterator[Sequence[Prepared]]:
-        """The packs of facts that this process traces: all, or of several processes' the next, longest first."""
+        """The packs of facts that this process traces: all, or of several processes' the next; longest first."""
         if self.ranks.size > 1:
             about = [
                 dict(self.settings),
@@ -73,7 +73,7 @@ class FinishedFacts:
                 [[one.fact for one in pack] for pack in packs],
             ]
             self.ranks.agree("facts, settings or weights", digest_of(about))
-            packs = sorted(packs, key=lambda p: sum(one.positions[0] - one.encoded.target_start for one in p))
+        packs = sorted(packs, key=lambda p: -max(one.encoded.target_start for one in p))
         yield from self.ranks.share(packs, "tracing facts")
         self.ranks.barrier()
 

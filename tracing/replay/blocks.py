@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from locus.errors import InputError
 from locus.hooks import record, record_calls
 from locus.model import Model
 from tracing.patching.plain_engine import logits_of
@@ -36,6 +37,34 @@ _MASKED = ("sdpa", "eager")
 
 class CannotReplay(Exception):
     """Why this model, or this question, needs whole forwards."""
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the processor's own memory, had no room (for which torch has no error of its own)."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def failures_refuse_replay() -> Iterator[None]:
+    """What a block raises when it is called with arguments of ours is a reason for whole forwards.
+
+    Raises:
+        CannotReplay: in place of any error but those of input, of memory, and CannotReplay itself.
+    """
+    try:
+        yield
+    except (CannotReplay, InputError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        why = (str(error).splitlines() or [""])[0][:150]
+        raise CannotReplay(
+            f"a block could not be called by itself ({type(error).__name__}: {why})"
+        ) from error
 
 
 class _Reached(Exception):

@@ -25,7 +25,7 @@ from tracing.patching.readout import Readout
 from tracing.patching.runs import Asked, PatchingQuestion, RunScores
 from tracing.patching.sites import PatchedRun, sources_needed
 from tracing.replay.advance import PatchedRows
-from tracing.replay.blocks import CannotReplay, Tail, masked_attention
+from tracing.replay.blocks import CannotReplay, Tail, masked_attention, out_of_memory
 from tracing.replay.context import ReplayContext, side_by_side
 from tracing.replay.packing import Track, track_of
 from tracing.replay.recorded_runs import record_runs
@@ -36,9 +36,6 @@ _CPU_ROWS = 400
 """Rows that keep a core's caches warm while its matrix products stay large."""
 _GPU_ROWS = 16384
 _LOGIT_ROWS = 256
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def answer_by_replay(
@@ -85,7 +82,7 @@ def _retried(model: Model, asked: list[Asked], budget: int) -> list[RunScores]:
             return _answer(model, asked, budget)
         except RuntimeError as error:
             least = max(one.question.n_pos for one in asked)
-            if not _out_of_memory(error) or (len(asked) == 1 and budget <= least):
+            if not out_of_memory(error) or (len(asked) == 1 and budget <= least):
                 raise
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -93,11 +90,6 @@ def _retried(model: Model, asked: list[Asked], budget: int) -> list[RunScores]:
             half = len(asked) // 2
             return _retried(model, asked[:half], budget) + _retried(model, asked[half:], budget)
         budget //= 2
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the processor's own memory, had no room (for which torch has no error of its own)."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def full_budget(model: Model) -> int:

@@ -1,8 +1,13 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from locus.errors import InputError
+from locus.fact import Fact
 from tests.tiny import tiny_facts, tiny_model
+from tracing.comparing.compare_localizers import compare_localizer
 from tracing.comparing.mask_agreement import overlap, overlap_matrix, stability, stability_of
 from tracing.localizers.controls import LargestNorm, RandomNeurons
 from tracing.localizers.saliency import GradientSaliency
@@ -59,3 +64,40 @@ def test_refuses_what_cannot_be_repeated() -> None:
         stability_of([chosen(0)])
     with pytest.raises(InputError, match="halved"):
         stability(LargestNorm(), tiny_model("llama"), tiny_facts()[:1], over="facts")
+
+
+@pytest.mark.parametrize("over", ["paraphrases", "facts"])
+def test_repetitions_are_of_whole_facts(over: str) -> None:
+    """Subject, alternatives, neighbours and relation stay: what is repeated is the method that was run."""
+    seen: list[Fact] = []
+
+    class Watching(LargestNorm):
+        def run(self, model: Any, facts: Any = (), retain: Any = None, *, batch_tokens: int = 0) -> Any:
+            seen.extend(facts)
+            return super().run(model, facts, retain)
+
+    model, facts = tiny_model("llama"), tiny_facts()[:2]
+    facts = [replace(fact, alternatives=(" Rome",), relation="r") for fact in facts]
+    stability(Watching(), model, facts, over=over, repetitions=2)  # type: ignore[arg-type]
+    assert len(seen) >= 2
+    for fact in seen:
+        (own,) = [one for one in facts if one.id == fact.id]
+        assert (fact.alternatives, fact.relation, fact.neighbours) == (
+            own.alternatives,
+            own.relation,
+            own.neighbours,
+        )
+        assert fact.subject == own.subject or own.subject not in fact.prompt
+        assert {fact.prompt, *fact.paraphrases} == {own.prompt, *own.paraphrases}
+
+
+def test_a_repetition_that_is_refused_leaves_the_run_standing() -> None:
+    class Picky(LargestNorm):
+        def run(self, model: Any, facts: Any = (), retain: Any = None, *, batch_tokens: int = 0) -> Any:
+            if len(facts) < 4:
+                raise InputError("needs four facts")
+            return super().run(model, facts, retain)
+
+    facts = [replace(tiny_facts()[0], id=str(i), paraphrases=()) for i in range(4)]
+    found = compare_localizer(Picky(), tiny_model("llama"), facts, repetitions=2)
+    assert found.mask.n_weights and "needs four facts" in found.skipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from locus.hooks import patched, record
 from locus.model import Model
 from locus.tokens import encode
 from tests.tiny import tiny_facts, tiny_model
+from tracing import CausalTrace
 from tracing.patching.attribution import _run, estimate
 from tracing.patching.corruption import Corrupter, Prepared, prepare
 from tracing.patching.plain_engine import answer_plainly, logits_of
@@ -134,3 +136,31 @@ def test_the_attention_fix_is_nearer_where_attention_is_saturated() -> None:
         found, base = estimate(model, question, readout, cells, fix_attention=fix)
         errors.append(float((found - base - truth).abs().mean()))
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_first_prob_does_not_look_at_later_target_tokens() -> None:
+    """The same first token, with and without tokens behind it: the same estimates."""
+    model = tiny_model("llama")
+    grids = []
+    for target in (" Paris", " Paris Germany"):
+        fact = replace(tiny_facts()[0], target=target, paraphrased_target=None)
+        trace = CausalTrace(kinds=("block",), samples=2, metric="first_prob", method="attribution")
+        grids.append(trace.run(model, [fact]).facts[0].scores["block"])
+    torch.testing.assert_close(grids[0], grids[1], atol=1e-6, rtol=1e-4)
+
+
+def test_a_divergence_without_gradient_is_refused() -> None:
+    model, fact = tiny_model("llama"), tiny_facts()[0]
+    settings = {"kinds": ("block",), "samples": 2, "metric": "kl", "direction": "noise"}
+    with pytest.raises(InputError, match="gradient zero in the clean run"):
+        CausalTrace(method="attribution", **settings).run(model, [fact])  # type: ignore[arg-type]
+    exact = CausalTrace(**settings).run(model, [fact]).facts[0]  # type: ignore[arg-type]
+    assert float(exact.scores["block"].min()) < -1e-3
+
+
+@pytest.mark.parametrize("method", ["attribution", "hybrid"])
+def test_double_precision(method: str) -> None:
+    model = tiny_model("llama")
+    model.module.double()
+    found = CausalTrace(kinds=("block",), samples=2, method=method).run(model, [tiny_facts()[0]])  # type: ignore[arg-type]
+    assert torch.isfinite(found.facts[0].scores["block"]).all()
