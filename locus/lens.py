@@ -23,7 +23,7 @@ from locus.files.artefact import load_tensors, save_tensors
 from locus.files.schema import understood, value_of
 from locus.finite_checks import is_finite
 from locus.forward import batches, label_logits
-from locus.hooks import record
+from locus.hooks import record, stop_after
 from locus.model import Model
 from locus.nonfinite import blame
 from locus.parallel.sharding import device_of, unshard
@@ -43,7 +43,7 @@ class LensScores:
 
 
 def lens_logits(model: Model, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-    """Unembed residual-stream states as the model does its last ones: final norm, unembedding, softcap.
+    """Unembed residual-stream states as the model does its last ones: final norm, unembedding, scale, soft-cap.
 
     Returns:
         Logits in float32.
@@ -55,6 +55,8 @@ def lens_logits(model: Model, hidden: Float[Tensor, "*batch d_model"]) -> Float[
     if not weight.is_meta:  # what is offloaded brings its own device
         hidden = hidden.to(device_of(weight))
     logits: Tensor = head(norm(hidden)).float()
+    scale = getattr(model.module, "logit_scale", None)  # Cohere's models multiply their logits
+    logits = logits * scale if isinstance(scale, int | float) else logits
     softcap = getattr(model.module.config.get_text_config(), "final_logit_softcapping", None)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -164,7 +166,8 @@ def lens_grid(
         site, atlas.attn_out
     )
     inputs = atlas.blocks if site == "resid_mid" else ()
-    with record(model.module, outputs=[*outputs, atlas.blocks[-1]], inputs=inputs) as seen:
+    recorded = record(model.module, outputs=[*outputs, atlas.blocks[-1]], inputs=inputs)
+    with recorded as seen, stop_after(model.module, atlas.blocks[-1]):  # nobody reads the logits
         ids = torch.tensor([encoded.ids[:n]], device=model.device)
         model.module(input_ids=ids, use_cache=False)
     states = [seen.outputs[name][0] for name in outputs]
@@ -194,12 +197,12 @@ def _read_cells(
     pieces = []
     for start in range(0, len(last), max_rows):
         there = slice(start, start + max_rows)
-        final = lens_logits(model, last[there]).cpu().log_softmax(-1)
+        final = lens_logits(model, last[there]).log_softmax(-1)
         at_once = max(1, max_rows // len(final))
         groups = [states[i : i + at_once] for i in range(0, len(states), at_once)]
         cells = [
             _cells(
-                lens_logits(model, torch.stack([state[there].to(last.device) for state in group])).cpu(),
+                lens_logits(model, torch.stack([state[there].to(last.device) for state in group])),
                 final,
                 label,
                 k,
@@ -216,14 +219,15 @@ def _cells(
     log_probs = logits.log_softmax(-1)
     probs = log_probs.exp()
     top = probs.topk(k, dim=-1)
-    return (
+    found = (
         (logits > logits[..., label, None]).sum(-1),
-        probs[..., label],
+        probs[..., label].clone(),  # a view would keep all of `probs` alive
         -(probs * log_probs).sum(-1),
         (final.exp() * (final - log_probs)).sum(-1),
         top.values,
         top.indices,
     )
+    return tuple(tensor.cpu() for tensor in found)
 
 
 def save_grids(grids: Sequence[LensGrid], path: str | Path, meta: Mapping[str, Any]) -> None:

@@ -8,7 +8,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from locus.errors import InputError
+from locus.finite_checks import is_finite
 from locus.forward import measure
+from locus.nonfinite import blame
 from locus.tokens import Encoded, encode
 
 if TYPE_CHECKING:
@@ -56,10 +58,14 @@ def known(model: Model, facts: Sequence[Fact], max_tokens: int = 4096) -> list[K
         One entry a fact, in order.
 
     Raises:
-        InputError: a text does not split at its target or is too long; names the fact and which text.
+        InputError: a text does not split at its target or is too long; names the fact and which text. Or the model
+            gives NaN or infinity; names the layer and the fact.
     """
     encoded = [_encode_all(model, fact) for fact in facts]
     scores = measure(model, list(chain.from_iterable(encoded)), max_tokens=max_tokens)
+    if not is_finite(scores.nll):
+        named = [(fact.id, one) for fact, texts in zip(facts, encoded, strict=True) for one in texts]
+        raise blame(model, named, "the probability of the target")
     probs, right = scores.prob.tolist(), scores.correct.tolist()
     found, start = [], 0
     for fact, texts in zip(facts, encoded, strict=True):

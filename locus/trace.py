@@ -39,6 +39,17 @@ _GRIDS = ("scores", "standard_error")
 
 
 @dataclass(frozen=True)
+class TracedSite:
+    """A cell of a trace that says something of the fact."""
+
+    layer: int
+    position: int
+    token: str
+    share: float
+    """What restoring it gives back, as a share of what the corruption took away."""
+
+
+@dataclass(frozen=True)
 class FactTrace:
     """Effect of restoring one clean state in a corrupted run, for one fact (Meng et al. 2022, arXiv:2202.05262).
 
@@ -97,6 +108,37 @@ class FactTrace:
         """What restoring one state gives back: restored minus corrupted."""
         return self.scores[kind] - self.corrupted_score
 
+    def early_site(self, kind: str) -> TracedSite | None:
+        """Where the subject's tokens give most back (ROME's early site): the best cell among its positions.
+
+        None without a subject, for a subject that ends the prompt, and where the corruption took nothing away.
+        """
+        if self.subject is None or self.subject[1] >= len(self.tokens):
+            return None
+        start, stop = self.subject
+        grid = self.indirect_effect(kind)[:, start:stop]
+        layer, offset = divmod(int(grid.argmax()), stop - start)
+        return self._site(kind, layer, start + offset)
+
+    def late_site(self, kind: str) -> TracedSite | None:
+        """Where the last token gives it back (ROME's late site).
+
+        For block outputs the first layer behind which the last token alone gives back at least half; behind the last
+        layer it gives back everything, whatever the fact, so that layer does not count. For what attention or an MLP
+        writes the best layer. None where there is no such layer, or the corruption took nothing away.
+        """
+        grid = self.indirect_effect(kind)[:, -1]
+        if not kind.startswith("block"):
+            return self._site(kind, int(grid.argmax()), len(self.tokens) - 1)
+        enough = (grid[:-1] >= 0.5 * self.total_effect).nonzero().flatten()
+        return self._site(kind, int(enough[0]), len(self.tokens) - 1) if len(enough) else None
+
+    def _site(self, kind: str, layer: int, position: int) -> TracedSite | None:
+        if not self.total_effect > 0:
+            return None
+        share = float(self.indirect_effect(kind)[layer, position]) / self.total_effect
+        return TracedSite(layer, position, self.tokens[position], share)
+
     def token_classes(self) -> tuple[str, ...]:
         """Class of each prompt position, one of `TOKEN_CLASSES`.
 
@@ -144,7 +186,7 @@ class Trace:
     model: str
     """The model as the user called it."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the libraries it was computed with."""
+    """Versions of the libraries it was computed with, and the device."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Digests of what it was made from (`locus.input_digest`): "model" by parts, with its dtype and attention
     implementation, and "facts" by id. Empty where an earlier version wrote it."""

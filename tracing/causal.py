@@ -26,6 +26,7 @@ from locus.parallel.ranks import ALONE, Ranks
 from locus.throughput import flops_of, forget_peak, peak_bytes
 from locus.tokens import encode
 from locus.trace import FactTrace, Trace
+from tracing.checked_settings import checked_choices
 from tracing.engine import Engine, EngineName
 from tracing.localizer import Cost
 from tracing.patching.attribution import can_estimate, estimate
@@ -51,6 +52,7 @@ _UNSETTLING = ("engine", "batch_tokens")
 
 
 @dataclass(frozen=True)
+@checked_choices
 class CausalTrace:
     """Restore one state at a time in a corrupted run, and measure what comes back."""
 
@@ -153,7 +155,7 @@ class CausalTrace:
                     for one, trace in zip(pack, self._trace(model, pack, corrupter, engine), strict=True):
                         finished.keep(one, trace)
             traces = tuple(finished.collect(one) for one in prepared)
-            about = (model.fingerprint, model.atlas, model.name, _versions(), finished.inputs(prepared))
+            about = (model.fingerprint, model.atlas, model.name, _versions(model), finished.inputs(prepared))
             result = Trace(traces, settings, *about)
             finished.finish(result, prepared)
         return result
@@ -185,6 +187,13 @@ class CausalTrace:
                 raise InputError(f"two facts are called {fact.id!r}: ids name the results; make them differ")
             seen.add(fact.id)
         prepared = [prepare(fact, encode(model, fact).without_end, model.bos, self.seed) for fact in facts]
+        twice = [p.fact.id for p in prepared if model.chat and p.encoded.subject and _stands_twice(p)]
+        if twice:
+            warnings.warn(
+                f"{len(twice)} of {len(facts)} facts ({twice[0]!r}, …) stand twice in their conversation, in the "
+                "question and in the answer: only the answer's subject is corrupted; ask them as questions to have one",
+                stacklevel=3,
+            )
         whole = [p.fact.id for p in prepared if p.encoded.subject is None]
         if whole:
             warnings.warn(
@@ -276,7 +285,7 @@ class CausalTrace:
         total = question.samples
         answers = engine.answer(question.draws(slice(0, min(self.samples, total))), cells, readout)
         while self.tolerance is not None and cells and (n := drawn(answers)) < total:
-            if float(standard_error(answers.cells[..., 0]).max()) <= self.tolerance:
+            if n > 1 and float(standard_error(answers.cells[..., 0]).max()) <= self.tolerance:
                 break
             more = engine.answer(question.draws(slice(n, min(2 * n, total))), cells, readout)
             answers = join_draws(answers, more)
@@ -290,6 +299,13 @@ class CausalTrace:
                 clean = logits_of(model, Inputs(one.ids), question.reads[:1], 1)[0, 0].float().cpu()
             foil = _foil(model, one, clean)
         return Readout(self.metric, labels, foil, clean)
+
+
+def _stands_twice(one: Prepared) -> bool:
+    """Whether the prompt is said by the user too, before the subject that is corrupted."""
+    assert one.encoded.subject is not None
+    said = "".join(one.encoded.tokens[: one.encoded.subject[0]])
+    return one.fact.subject is not None and one.fact.subject in said
 
 
 def _columns(one: Prepared, together: bool) -> list[tuple[int, ...]]:
@@ -332,7 +348,7 @@ def _refuse_nan(model: Model, one: Prepared, question: PatchingQuestion, answers
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(model: Model) -> dict[str, str]:
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": model.device.type}

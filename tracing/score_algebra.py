@@ -40,11 +40,23 @@ def normalize(scores: NeuronScores, how: Scale = "rank", *, per_layer: bool = Fa
             scaled = (rows - rows.mean(1, keepdim=True)) / spread.clamp(min=1e-300)
         case "robust-z":
             centred = rows - rows.median(1, keepdim=True).values
-            scaled = centred / (1.4826 * centred.abs().median(1, keepdim=True).values).clamp(min=1e-300)
+            scaled = centred / robust_spread(centred)
         case "max":
             scaled = rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-300)
     settings = {"how": how, "per_layer": per_layer, "of": _source(scores)}
     return _result(scaled.view_as(values), "normalized", [scores], settings)
+
+
+def robust_spread(centred: Float[Tensor, "row n"]) -> Float[Tensor, "row 1"]:
+    """1.4826 times the median absolute deviation of each row, whose median is 0.
+
+    Where more than half of a row are equal that is 0: there of those that are not 0; infinite where all are equal.
+    """
+    size = centred.abs()
+    spread = size.median(1, keepdim=True).values
+    others = torch.where(size > 0, size, torch.nan).nanmedian(1, keepdim=True).values
+    spread = torch.where(spread > 0, spread, others).nan_to_num(torch.inf)
+    return 1.4826 * spread.clamp(min=torch.finfo(centred.dtype).tiny)
 
 
 def rank_average(scores: Sequence[NeuronScores], weights: Sequence[float] = ()) -> NeuronScores:
@@ -55,10 +67,16 @@ def rank_average(scores: Sequence[NeuronScores], weights: Sequence[float] = ()) 
         weights: One per localizer; none for equal ones.
 
     Raises:
-        InputError: nothing to average, scores of different models, or as many weights as there are not scores.
+        InputError: nothing to average, scores of different models, not as many weights as scores, or weights that
+            are negative or all 0.
     """
     if weights and len(weights) != len(scores):
         raise InputError(f"{len(weights)} weights for {len(scores)} localizers: give one each")
+    if any(weight < 0 for weight in weights) or (weights and not any(weights)):
+        raise InputError(
+            f"weights {', '.join(f'{w:g}' for w in weights)}: a mean takes weights of 0 or more, not all 0; for a "
+            "difference use minus"
+        )
     shares = torch.tensor(list(weights) or [1.0] * len(scores), dtype=torch.float64)
     ranks = [normalize(one).values.double() for one in scores]
     mean = sum((s * r for s, r in zip(shares / shares.sum(), ranks, strict=True)), torch.zeros(1, 1))

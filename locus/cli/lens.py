@@ -140,13 +140,22 @@ def lens_into(
             )
         )
     for grid in ranks.share(grids, "pictures of the lens"):
-        picture = f"{grid.fact_id}-lens" if len(sites) == 1 else f"{grid.fact_id}-lens-{grid.site}"
-        plot_lens(grid, folder / f"{picture}.png", name)
+        suffix = "lens" if len(sites) == 1 else f"lens-{grid.site}"
+        plot_lens(grid, folder / f"{picture_name(grid.fact_id, suffix, facts)}.png", name)
     if not ranks.first:
         return grids
     save_grids(grids, folder / LENS, about)
     save_json(folder / "lens.json", "lens-info", {**about, "facts": [_row(grid) for grid in grids]})
     return grids
+
+
+def picture_name(fact_id: str, suffix: str, facts: Sequence[Fact]) -> str:
+    """File name of a fact's picture that is no other fact's: "x-lens" is both the lens of x and the fact x-lens."""
+    taken = {fact.id.casefold() for fact in facts}
+    name = f"{fact_id}-{suffix}"
+    while name.casefold() in taken:
+        name += "-picture"
+    return name
 
 
 def attribution_into(folder: Path, model: Model, facts: Sequence[Fact]) -> dict[str, Any]:
@@ -164,7 +173,8 @@ def attribution_into(folder: Path, model: Model, facts: Sequence[Fact]) -> dict[
             tensors[f"{fact.id}/{name}"] = getattr(shares, name).contiguous()
         found[fact.id] = _largest(shares)
         title = f"{fact.prompt} →{fact.target}: logit {shares.logit:.2f} above the mean"
-        plot_attribution(shares.attn, shares.mlp, shares.head, title, folder / f"{fact.id}-attribution.png")
+        picture = picture_name(fact.id, "attribution", facts)
+        plot_attribution(shares.attn, shares.mlp, shares.head, title, folder / f"{picture}.png")
     about = {"model": model.name, "fingerprint": model.fingerprint}
     save_tensors(folder / "attribution.safetensors", "direct-attribution", tensors, about)
     save_json(folder / "attribution.json", "direct-attribution-info", {**about, "facts": found})

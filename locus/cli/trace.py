@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from locus.fact import Fact
     from locus.model import Model
     from locus.parallel.ranks import Ranks
-    from locus.trace import Trace
+    from locus.trace import Trace, TracedSite
     from tracing import CausalTrace
 
 
@@ -55,6 +56,7 @@ def trace(
         "patched_forwards": traced.patched_forwards,
         "speed": traced.speed,
         **traced.average_total(),
+        "sites": sites_of(traced),
     }
     talking.finish(result, _summary(traced, out))
 
@@ -88,19 +90,44 @@ def trace_into(
     return traced
 
 
+_SITES = ("early, subject", "late, last token")
+"""The two places of Meng et al. 2022; what is restored behind the last layer is not one of them."""
+
+
+def _shown(site: TracedSite | None) -> str:
+    return "-" if site is None else f"{site.share:.0%} at layer {site.layer}, {site.token!r}"
+
+
+def sites_of(traced: Trace) -> dict[str, dict[str, dict[str, Any]]]:
+    """Fact -> kind -> its early and its late site; null where there is none."""
+    return {
+        fact.fact_id: {
+            kind: {
+                name: None if site is None else asdict(site)
+                for name, site in (("early", fact.early_site(kind)), ("late", fact.late_site(kind)))
+            }
+            for kind in fact.kinds
+        }
+        for fact in traced
+    }
+
+
 def _summary(traced: Trace, folder: Path) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("fact", "p clean", "p corrupted", *(f"best {kind}" for kind in traced.kinds)):
+    for name in (
+        "fact",
+        "p clean",
+        "p corrupted",
+        *(f"{kind}: {where}" for kind in traced.kinds for where in _SITES),
+    ):
         table.add_column(name, justify="left" if name == "fact" else "right")
     for fact in traced:
-        best = []
-        for kind in traced.kinds:
-            grid = fact.scores[kind]
-            layer, position = divmod(int(grid.argmax()), grid.shape[1])
-            best.append(f"{float(grid.max()):.2f} at layer {layer}, {fact.tokens[position]!r}")
-        table.add_row(fact.fact_id, f"{fact.clean_prob:.3f}", f"{fact.corrupted_prob:.3f}", *best)
+        sites = [
+            _shown(site) for kind in traced.kinds for site in (fact.early_site(kind), fact.late_site(kind))
+        ]
+        table.add_row(fact.fact_id, f"{fact.clean_prob:.3f}", f"{fact.corrupted_prob:.3f}", *sites)
     speed = traced.speed
     how = f"{traced.patched_forwards:,} patched forwards, engine {', '.join(traced.engines)}"
     if "tokens_per_second" in speed:

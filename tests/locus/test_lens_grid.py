@@ -7,12 +7,12 @@ import torch
 
 from locus.errors import InputError
 from locus.hooks import patched, record
-from locus.lens import lens_grid, lens_logits, load_grids, save_grids
+from locus.lens import _cells, lens_grid, lens_logits, load_grids, save_grids
 from locus.tokens import encode
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_model
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "cohere"])
 def test_the_last_layer_is_the_models_own_answer(arch):
     model = tiny_model(arch)
     encoded = encode(model, tiny_facts()[0])
@@ -88,3 +88,10 @@ def test_what_is_no_number_is_named():
         pytest.raises(InputError, match="fact 'tower': layer 1 of tiny-llama gives NaN or infinity"),
     ):
         lens_grid(model, encode(model, tiny_facts()[0]), "tower")
+
+
+def test_no_cell_keeps_the_whole_distribution_alive():
+    """What is kept of 128 rows is a few numbers each, in storage of its own."""
+    logits, final = torch.randn(2, 3, 50), torch.randn(3, 50).log_softmax(-1)
+    for tensor in _cells(logits, final, 7, 5):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize

@@ -160,3 +160,29 @@ def test_what_is_not_a_trace_is_refused(tmp_path: Path) -> None:
     fact_trace(torch.ones(3, 4)).save(tmp_path / "trace.safetensors")
     with pytest.raises(InputError, match="fact-trace"):
         Trace.load(tmp_path)
+
+
+def test_the_two_sites_by_hand_and_never_the_trivial_cell() -> None:
+    """Clean .9, corrupted .1: .8 was taken away. The best cell of all, last layer and token, says nothing."""
+    scores = torch.full((4, 5), 0.1)
+    scores[1, 2] = 0.5  # the subject is 1 and 2: half comes back
+    scores[2, 4], scores[3, 4] = 0.52, 0.9
+    fact = fact_trace(scores)
+    early, late = fact.early_site("block"), fact.late_site("block")
+    assert early is not None and late is not None
+    assert (early.layer, early.position, early.token) == (1, 2, "c")
+    assert early.share == pytest.approx(0.5)
+    assert (late.layer, late.position) == (2, 4) and late.share == pytest.approx(0.525)
+    scores[2, 4] = 0.2
+    assert fact_trace(scores).late_site("block") is None, "only behind the last layer"
+    assert fact_trace(scores, subject=None).early_site("block") is None
+    assert fact_trace(scores, subject=(3, 5)).early_site("block") is None, "a subject that ends the prompt"
+
+
+def test_a_picture_is_no_other_facts() -> None:
+    from locus.cli.lens import picture_name
+    from locus.fact import Fact
+
+    facts = [Fact(id=name, prompt="p", target=" t") for name in ("x", "X-lens", "y")]
+    assert picture_name("x", "lens", facts) == "x-lens-picture"
+    assert picture_name("y", "lens", facts) == "y-lens"

@@ -313,3 +313,25 @@ def test_hybrid_is_exact_where_it_says_so(model: Model, tmp_path: Path) -> None:
     assert trace["tower"].patched_forwards == 2 * round(0.3 * 3 * 7) * 2
     plain = replace(settings, method="attribution").run(model, tiny_facts()[:1])["tower"]
     assert plain.patched_forwards == 0 and not plain.verified["block"][:, 2:].any()
+
+
+def test_a_tolerance_needs_two_draws() -> None:
+    """The standard error of one draw is not known; it is not 0."""
+    trace = CausalTrace(kinds=("block",), samples=1, tolerance=1e-9, max_samples=4)
+    assert trace.run(tiny_model("llama"), [tiny_facts()[0]]).facts[0].samples == 4
+
+
+def test_swapped_in_subjects_have_other_answers() -> None:
+    """Four facts, two of one answer: its donors are the other two, and a relation of one answer is warned of."""
+    model = tiny_model("llama")
+    facts = [
+        replace(tiny_facts()[0], id=f"{i}", target=target) for i, target in enumerate((" Paris", " Rome"))
+    ]
+    twin = replace(facts[0], id="twin", prompt="The city of Rome is in the city of", subject="Rome")
+    other = replace(facts[1], id="other", prompt="The city of Berlin is in the city of", subject="Berlin")
+    some = [prepare(fact, encode(model, fact), model.bos, 0) for fact in (facts[0], twin, other)]
+    corrupter = Corrupter.of(model, some, "swap", 3.0)
+    assert [p.fact.id for p in corrupter._donors(some[0])] == ["other"]
+    with pytest.warns(UserWarning, match="every other fact has the same answer"):
+        alone = Corrupter.of(model, some[:2], "swap", 3.0)
+        assert len(alone._donors(some[0])) == 2

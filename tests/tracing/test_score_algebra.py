@@ -54,3 +54,15 @@ def test_scores_of_different_models_are_refused() -> None:
         rank_average([])
     with pytest.raises(InputError, match="2 weights for 1"):
         rank_average([scores(1.0)], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0)])
+def test_weights_that_are_no_mean_are_refused_as_such(weights: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="a mean takes weights of 0 or more"):
+        rank_average([scores(1.0), scores(2.0)], weights)
+
+
+def test_robust_z_of_mostly_equal_scores_is_finite_and_keeps_the_order() -> None:
+    scaled = normalize(scores(3.0, 1.0, 7.0), "robust-z").values
+    assert torch.isfinite(scaled).all()
+    assert scaled[0, 2] > scaled[0, 0] > scaled[0, 1] > scaled[0, 3]

@@ -44,7 +44,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, layer: int, visit: Visit) -> Tensor:
         ctx.save_for_backward(h)
         ctx.layer, ctx.visit = layer, visit
-        return h.view_as(h)
+        return h.clone()  # no view: Falcon adds to an MLP's output in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -24,6 +24,7 @@ from locus.hooks import patched
 from locus.model import Model
 from locus.scores import NeuronScores
 from locus.weight_source import held
+from tracing.checked_settings import checked_choices
 from tracing.gradients.neuron_gradients import neuron_grid, prediction_positions
 from tracing.localizer import Cost, ExampleLoop, Examples
 
@@ -68,6 +69,7 @@ def mean_activations(
 
 
 @dataclass(frozen=True)
+@checked_choices
 class ActivationNorm:
     """Mean |activation| x norm of the value vector while the target is predicted."""
 

@@ -22,12 +22,14 @@ from torch import Tensor
 from locus.errors import InputError
 from locus.model import Model
 from locus.scores import NeuronScores
+from tracing.checked_settings import checked_choices
 from tracing.gradients.integrated_gradients import GradientEngineName, integrated_cost, integrated_gradients
 from tracing.localizer import Cost, ExampleLoop, Examples, encode_facts
 from tracing.localizers.knowledge_neurons import share_of_coarse
 
 
 @dataclass(frozen=True)
+@checked_choices
 class PrivacyNeurons:
     """Neurons that carry the tokens of private texts."""
 

@@ -29,6 +29,7 @@ from locus.errors import InputError
 from locus.hooks import Recording, record
 from locus.model import Model
 from locus.scores import LayerScores, NeuronScores
+from tracing.checked_settings import checked_choices
 from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.direct_logit import head_directions
 from tracing.localizers.indirect_effect import NeuronCorruption, at_least_one_draw, prepare_all
@@ -48,6 +49,7 @@ from tracing.score_algebra import normalize
 
 
 @dataclass(frozen=True)
+@checked_choices
 class FactLookup:
     """MLPs by their effect on the heads that extract the attribute."""
 

@@ -33,6 +33,7 @@ from locus.mask import WeightMask
 from locus.model import Model
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
+from tracing.checked_settings import checked_choices
 from tracing.gradients.top_k import top_of
 from tracing.localizer import Cost, Examples, required
 from tracing.localizers.weight_saliency import mean_gradients, named
@@ -121,6 +122,7 @@ class UnitScores:
 
 
 @dataclass(frozen=True)
+@checked_choices
 class ContrastiveVectors:
     """Rows or columns whose gradients for the target and a contrastive answer agree least."""
 
@@ -211,5 +213,5 @@ def _cosine(a: Tensor, b: Tensor, dim: int) -> Tensor:
     a, b = a.float(), b.float()
     product, size = (a * b).sum(dim), a.norm(dim=dim) * b.norm(dim=dim)
     return torch.where(
-        size > 0, product / size.clamp(min=torch.finfo(size.dtype).tiny), torch.ones_like(size)
+        size == 0, torch.ones_like(size), product / size.clamp(min=torch.finfo(size.dtype).tiny)
     )

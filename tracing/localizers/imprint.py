@@ -45,6 +45,7 @@ from tracing.gradients.neuron_gradients import neuron_grid, show_gradient, tappe
 from tracing.localizer import Cost, ExampleLoop, Examples
 from tracing.localizers.activation_norm import down_norms
 from tracing.localizers.learned_masks import gated
+from tracing.score_algebra import robust_spread
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,6 @@ def _beyond_line(
 
 
 def robust_z(values: Float[Tensor, "layer neuron"]) -> Float[Tensor, "layer neuron"]:
-    """Distance from the layer's median in units of 1.4826 median absolute deviations."""
+    """Distance from the layer's median in units of its `robust_spread`."""
     centred = values - values.median(dim=1, keepdim=True).values
-    spread = 1.4826 * centred.abs().median(dim=1, keepdim=True).values
-    return centred / spread.clamp(min=torch.finfo(values.dtype).tiny)
+    return centred / robust_spread(centred)

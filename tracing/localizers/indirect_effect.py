@@ -26,6 +26,7 @@ from locus.hooks import record
 from locus.model import Model
 from locus.scores import NeuronScores
 from locus.tokens import Encoded, encode
+from tracing.checked_settings import checked_choices
 from tracing.gradients.neuron_gradients import neuron_grid, tapped
 from tracing.localizer import Cost, ExampleLoop, Examples, encode_facts
 from tracing.patching.corruption import Corrupter, Prepared, prepare
@@ -37,6 +38,7 @@ NeuronCorruption = Literal["gaussian", "swap"]
 
 
 @dataclass(frozen=True)
+@checked_choices
 class TracedNeurons:
     """First-order indirect effect of every neuron."""
 

@@ -31,11 +31,13 @@ from locus.fact import Example, Fact
 from locus.model import Model
 from locus.scores import NeuronScores
 from locus.tokens import Encoded, encode
+from tracing.checked_settings import checked_choices
 from tracing.gradients.integrated_gradients import GradientEngineName, integrated_cost, integrated_gradients
 from tracing.localizer import Cost, ExampleLoop, Examples
 
 
 @dataclass(frozen=True)
+@checked_choices
 class KnowledgeNeurons:
     """Neurons that carry a fact's answer at the position that predicts it."""
 

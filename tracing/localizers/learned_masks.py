@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locus.errors import InputError
+from locus.finite_checks import is_finite
 from locus.forward import Batch, batches
 from locus.hooks import patched
 from locus.model import Model
@@ -39,7 +40,7 @@ from locus.parallel.map import each
 from locus.progress import task
 from locus.scores import NeuronScores
 from tracing.gradients.neuron_gradients import label_logprobs
-from tracing.localizer import Cost, Examples, encode_facts
+from tracing.localizer import Cost, ExampleLoop, Examples
 
 STRETCH = (-0.1, 1.1)
 """Interval the hard concrete gate is stretched to before it is clipped to [0, 1]."""
@@ -166,7 +167,8 @@ class LearnedMask(abc.ABC):
         batch_tokens: int = 4096,
     ) -> Iterator[Float[Tensor, "mask layer neuron"]]:
         """Scores after each step; those of a mask that is open by less than `stop` stay what they were then."""
-        encoded = encode_facts(model, facts)
+        loop = ExampleLoop.of(model, facts, "the gradient of the gates")
+        encoded = loop.encoded
         groups = batches(encoded, batch_tokens)
         shape = (len(encoded) if apart else 1, model.atlas.n_layers, model.atlas.d_mlp)
         parameter = torch.full(shape, self._start, device=model.device, requires_grad=True)
@@ -180,6 +182,8 @@ class LearnedMask(abc.ABC):
                 gates = self._gates(parameter, generator)
                 leaf = gates.detach().requires_grad_()
                 nll = gated_nll(model, groups, len(encoded), leaf, around)
+                if not is_finite(nll, *([] if leaf.grad is None else [leaf.grad])):
+                    raise loop.at_fault(range(len(encoded)))
                 pushed = self.penalty * self._open(parameter).mean((1, 2)).sum()
                 torch.autograd.backward([gates, pushed], [leaf.grad, None])
                 optimizer.step()

@@ -26,6 +26,7 @@ from torch import Tensor
 from locus.forward import Batch
 from locus.model import Model
 from locus.scores import NeuronScores
+from tracing.checked_settings import checked_choices
 from tracing.gradients.neuron_gradients import neuron_grid, prediction_positions, visit_neurons
 from tracing.localizer import Cost, ExampleLoop, Examples, required
 
@@ -33,6 +34,7 @@ Absolute = Literal["end", "example", "position", "never"]
 
 
 @dataclass(frozen=True)
+@checked_choices
 class GradientSaliency:
     """Activation x gradient of the target's log-probability, a score for every neuron."""
 
@@ -116,6 +118,7 @@ def _contrasted(
 
 
 @dataclass(frozen=True)
+@checked_choices
 class ActivationGradient:
     """Activation x gradient at the positions that predict the target (one target token: the prompt's last).
 

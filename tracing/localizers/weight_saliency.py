@@ -33,6 +33,7 @@ from locus.atlas import Atlas
 from locus.errors import InputError
 from locus.files.artefact import load_tensors, save_tensors
 from locus.files.schema import understood
+from locus.finite_checks import is_finite
 from locus.forward import Batch, batches
 from locus.mask import WeightMask
 from locus.model import Model
@@ -40,9 +41,11 @@ from locus.parallel.map import all_reduce, own_part
 from locus.progress import track
 from locus.scores import PARTS, count_of
 from locus.selection import Selection
+from locus.tokens import Encoded
+from tracing.checked_settings import checked_choices
 from tracing.gradients.neuron_gradients import label_logprobs
 from tracing.gradients.top_k import top_of
-from tracing.localizer import Cost, Examples, encode_facts, required
+from tracing.localizer import Cost, ExampleLoop, Examples, encode_facts, required
 
 Score = Literal["gradient", "weight-gradient", "fisher", "difference", "ratio", "wagle"]
 CONTRASTS: tuple[Score, ...] = ("difference", "ratio", "wagle")
@@ -142,6 +145,7 @@ class WeightScores:
 
 
 @dataclass(frozen=True)
+@checked_choices
 class WeightSaliency:
     """Saliency of single weights; the budget counts weights."""
 
@@ -184,8 +188,16 @@ class WeightSaliency:
         return WeightScores(values, "weight-saliency", model.fingerprint, model.atlas, asdict(self))
 
 
+def _wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """Where products of gradients are kept: half precision has no room below 6e-8, where most of them lie."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _score_(score: Score, gradient: Tensor, retain: Tensor | None, weight: Tensor) -> Tensor:
-    """The score in the gradient's place."""
+    """The score in the gradient's place, or in float32 where half precision would lose it."""
+    if score in ("weight-gradient", "wagle"):
+        wide = _wide_enough(gradient.dtype)
+        gradient, retain = gradient.to(wide), None if retain is None else retain.to(wide)
     if score == "weight-gradient":
         gradient.mul_(weight)
     if score == "wagle" and retain is not None:
@@ -236,21 +248,37 @@ def mean_gradients(
         name: taken[name] if name in taken else torch.zeros_like(p.detach()) for name, p in parameters.items()
     }
     all_reduce(list(total.values()))
+    _refuse_nan(model, facts, encoded, total)
     return total
+
+
+def _refuse_nan(
+    model: Model, facts: Examples, encoded: Sequence[Encoded], gradients: Mapping[str, Tensor]
+) -> None:
+    """An InputError that names layer and fact where a gradient is NaN or infinite."""
+    if not all(is_finite(gradient) for gradient in gradients.values()):
+        raise ExampleLoop(model, facts, encoded, "the gradient of their weights").at_fault(
+            range(len(encoded))
+        )
 
 
 def squared_gradients(model: Model, facts: Examples, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mean over facts of the squared gradient of log p(target): one backward per fact."""
     encoded = encode_facts(model, facts)
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    total = {
+        name: torch.zeros_like(parameter, dtype=_wide_enough(parameter.dtype))
+        for name, parameter in parameters.items()
+    }
 
     def add(batch: Batch) -> None:
         label_logprobs(model, batch).sum().backward()
         for name, gradient in _taken(parameters).items():
-            total[name].addcmul_(gradient, gradient, value=1 / len(encoded))
+            wide = gradient.to(total[name].dtype)
+            total[name].addcmul_(wide, wide, value=1 / len(encoded))
 
     _with_gradients(parameters, batches(encoded, 1), add)
     all_reduce(list(total.values()))
+    _refuse_nan(model, facts, encoded, total)
     return total
 
 

@@ -23,6 +23,7 @@ from locus.errors import InputError
 from locus.model import Model
 from locus.scores import NeuronScores, count_of
 from locus.tokens import Encoded
+from tracing.checked_settings import checked_choices
 from tracing.engine import Engine
 from tracing.engine import EngineName as PatchEngine
 from tracing.localizer import Cost, ExampleLoop, Examples
@@ -33,6 +34,7 @@ from tracing.patching.sites import Patch, PatchedRun
 
 
 @dataclass(frozen=True)
+@checked_choices
 class ZeroOut:
     """Exact effect of silencing single neurons, over the best candidates of the first-order score."""
 

@@ -11,6 +11,7 @@ Zhang & Nanda 2024 (arXiv:2309.16042), who find that it keeps the prompt in dist
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -119,7 +120,7 @@ class Corrupter:
         """What a draw depends on beyond seed and noise: for borrowed tokens, a hash of all that can be borrowed."""
         if self.corruption not in ("swap", "prompt", "mean"):
             return {}
-        lent = sorted(str((p.subject_ids, p.encoded.prompt_ids)) for p in self.facts)
+        lent = sorted(str((p.subject_ids, p.encoded.prompt_ids, p.encoded.target_ids)) for p in self.facts)
         return {"donors": hashlib.sha256("\n".join(lent).encode()).hexdigest()[:16]}
 
     def inputs(self, model: Model, prepared: Prepared, samples: int) -> Inputs:
@@ -151,9 +152,9 @@ class Corrupter:
     def _subjects(
         self, prepared: Prepared, samples: int, generator: torch.Generator
     ) -> list[tuple[int, ...]]:
-        """Subjects of as many tokens from other facts; else tokens drawn from all the other subjects."""
+        """Subjects of as many tokens from facts with other answers; else tokens drawn from all those subjects."""
         own = prepared.subject_ids
-        others = sorted({p.subject_ids for p in self.facts} - {own})
+        others = sorted({p.subject_ids for p in self._donors(prepared)} - {own})
         fitting = [ids for ids in others if len(ids) == len(own)]
         if fitting:
             order = torch.randperm(len(fitting), generator=generator).tolist()
@@ -167,6 +168,17 @@ class Corrupter:
         drawn = torch.randint(len(pool), (samples, len(own)), generator=generator)
         return [tuple(pool[int(i)] for i in row) for row in drawn]
 
+    def _donors(self, prepared: Prepared) -> list[Prepared]:
+        """The facts with another answer, which alone take this fact's answer away; all where there are none."""
+        target = prepared.encoded.target_ids
+        differing = [p for p in self.facts if p.encoded.target_ids != target]
+        if not differing and len(self.facts) > 1:
+            warnings.warn(
+                f"fact {prepared.fact.id!r}: every other fact has the same answer; what is swapped in suggests it too",
+                stacklevel=2,
+            )
+        return differing or list(self.facts)
+
     def _other_prompts(
         self, model: Model, prepared: Prepared, samples: int, generator: torch.Generator
     ) -> Inputs:
@@ -174,7 +186,8 @@ class Corrupter:
         length = prepared.encoded.target_start
         own = prepared.encoded.prompt_ids
         donors = sorted(
-            {p.encoded.prompt_ids for p in self.facts if p.encoded.target_start == length} - {own},
+            {p.encoded.prompt_ids for p in self._donors(prepared) if p.encoded.target_start == length}
+            - {own},
             key=lambda ids: (sum(a != b for a, b in zip(ids, own, strict=True)), ids),
         )
         if not donors:

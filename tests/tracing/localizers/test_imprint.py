@@ -94,3 +94,17 @@ def test_balance_alone_runs_nothing() -> None:
     assert Imprint(alignment=0.0).cost(model, tiny_facts()).forwards == 0
     with pytest.raises(InputError, match="both 0"):
         Imprint(alignment=0.0, balance=0.0).run(model, tiny_facts())
+
+
+def test_a_block_that_adds_to_its_mlp_in_place() -> None:
+    """Falcon with parallel attention adds to the MLP's output, which must not be a view of what is differentiated."""
+    model = tiny_model("falcon", parallel_attn=True)
+    assert torch.isfinite(Imprint().run(model, tiny_facts()[:1]).values).all()
+
+
+def test_z_scores_where_most_scores_are_equal() -> None:
+    """Median and median deviation are 0: the others are measured by their own, 1.4826 * 2 here; all equal are 0."""
+    values = torch.tensor([[0.0, 0, 0, 0, 0, 1, 2, -3], [5.0] * 8])
+    found = robust_z(values)
+    assert found[0].tolist() == pytest.approx([0, 0, 0, 0, 0, 1 / 2.9652, 2 / 2.9652, -3 / 2.9652], rel=1e-4)
+    assert found[1].tolist() == [0.0] * 8
