@@ -148,7 +148,8 @@ def tiny_module(arch: str = "llama", seed: int = 0, **settings: Any) -> PreTrain
         module: PreTrainedModel = getattr(transformers, model_class)(config)
     randomize_(module, seed)
     alive.add(module)
-    return module.eval()
+    module.eval()
+    return module
 
 
 @torch.no_grad()

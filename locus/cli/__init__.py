@@ -21,13 +21,15 @@ def execute(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Errors are one line on stderr unless --debug is given."""
     from cyclopts import CycloptsError
 
-    from locus.cli.app import app
+    from locus.cli.app import app, import_commands
     from locus.cli.renamed_options import current_options
     from locus.errors import AlreadySaid, InputError, Stopped
 
     debug = "--debug" in argv
     try:
         _refuse_ranks(argv)
+        if not argv or argv[0] in ("--help", "-h"):
+            import_commands()
         with _plain_warnings():
             code = app(
                 current_options(argv), exit_on_error=False, print_error=False, result_action="return_value"

@@ -64,3 +64,9 @@ for _order, (_name, (_arguments, _about)) in enumerate(_COMMANDS.items()):
         help_epilogue=_about,
         sort_key=_order,
     )
+
+
+def import_commands() -> None:
+    """Import every command: the first page shows a line of each one's docstring, and a command is imported when used."""
+    for name in _COMMANDS:
+        _ = app[name].default_command
