@@ -139,10 +139,10 @@ def headline(verdicts: Sequence[Verdict]) -> str:
             continue
         if answer in answers:
             parts.append(answers[answer])
-            if question == "spared" and any(NOT_NEXT_DOOR in v.sentence for v in verdicts):
-                parts.append("facts next door not measured")
         elif answer in missing:
             parts.append(missing[answer].format(names[question]))
+        if question == "spared" and any(NOT_NEXT_DOOR in v.sentence for v in verdicts):
+            parts.append("facts next door not measured")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "."
 

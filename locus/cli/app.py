@@ -67,6 +67,6 @@ for _order, (_name, (_arguments, _about)) in enumerate(_COMMANDS.items()):
 
 
 def import_commands() -> None:
-    """Import every command: the first page shows a line of each one's docstring, and a command is imported when used."""
+    """Import every command: the first page shows a line of each one's docstring."""
     for name in _COMMANDS:
         _ = app[name].default_command

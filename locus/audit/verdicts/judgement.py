@@ -68,7 +68,8 @@ def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
     """Held-out facts decide (where there are none, the next kind does), and every other kind can only make it worse.
 
     Neighbours as a file has them are close by in any sense, so that losing them is "partly"; who lost the forgotten
-    subjects' other facts, or other subjects of a forgotten relation, has lost other facts.
+    subjects' other facts, or other subjects of a forgotten relation, has lost other facts. "yes" takes facts next door,
+    and no kind of which fewer than `Standards.spared` are left, however few they are.
     """
     judged = {
         key: one for key, what in _OTHERS.items() if (one := _kept(edit, base, key, what, s)) is not None
@@ -82,18 +83,33 @@ def _spared(edit: Measurement, base: Measurement, s: Standards) -> Verdict:
         worst: VerdictAnswer = (
             "partly" if key == "neighbour.top1" and found == "no" and len(judged) > 1 else found
         )
-        if worst in rank and rank.index(worst) > rank.index(answer):
+        if worst in rank and answer in rank and rank.index(worst) > rank.index(answer):
             answer = worst
+    doubts = [
+        key
+        for key, (found, _) in judged.items()
+        if found == "unclear" and _share_kept(edit, base, key) < s.spared
+    ]
+    beside = any(key in judged for key in _NEXT_DOOR)
+    if answer == "yes" and (doubts or not beside):
+        answer = "unclear"  # a "yes" covers every kind that was asked, and facts next door among them
     words = {
         "yes": "Other facts survived",
         "partly": "Some other facts were lost",
         "no": "Other facts were lost",
-        "unclear": "No verdict on other facts, too few or too close",
+        "unclear": "No verdict on other facts: too few, too close, or none next door",
     }
     told = "; ".join(sentence for _, sentence in judged.values())
-    if not any(key in judged for key in _NEXT_DOOR):
+    if not beside:
         told += f"; {NOT_NEXT_DOOR}"
     return Verdict("spared", answer, f"{words[answer]}: {told}.", tuple(judged))
+
+
+def _share_kept(edit: Measurement, base: Measurement, key: str) -> float:
+    """Share of the base's right answers of one kind that are still right; 1 where it had none."""
+    after, before = _pair(edit, base, key)
+    had = 0.0 if before is None else mean_of(before)
+    return mean_of(after) / had if after is not None and had > 0 else 1.0
 
 
 def _kept(

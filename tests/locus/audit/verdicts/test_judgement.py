@@ -206,11 +206,19 @@ def test_facts_next_door_that_were_not_measured_are_named_and_so_is_hiding() -> 
     edit = replace(_state("edit", 0.01, 0, 0, **_others(held_out=16)), lens=_lens(12, 0))
     verdicts = judge(edit, base, (), Standards())
     line = headline(verdicts)
-    assert "other facts survive; facts next door not measured" in line
+    assert "no verdict on other facts; facts next door not measured" in line
+    assert {v.question: v.answer for v in verdicts}["spared"] == "unclear", "never yes without them"
     assert line.startswith("Forgotten; but only hidden, inner layers still show it")
     near = _others(held_out=16, same_relation=16)
     known = judge(_state("edit", 0.01, 0, 0, **near), _state("base", 0.8, 16, 16, **near), (), Standards())
     assert "next door" not in headline(known)
+
+
+def test_a_kind_next_door_that_lost_facts_takes_the_yes_away_however_few_it_has() -> None:
+    base = _state("base", 0.8, 16, 16, **_others(held_out=16, same_relation=16))
+    for kept, answer in ((16, "yes"), (13, "unclear"), (8, "no")):
+        edit = _state("edit", 0.01, 0, 0, **_others(held_out=16), **{"same_relation.top1": _share(kept)})
+        assert _said(edit, base)["spared"] == answer, kept
 
 
 def test_ways_of_asking_that_the_edit_did_not_see_can_take_the_yes_away() -> None:
