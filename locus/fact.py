@@ -362,7 +362,7 @@ def _note_missing_spaces(facts: Sequence[Fact]) -> None:
 
 
 _FIELDS = tuple(field.name for field in fields(Fact))
-_EXAMPLE_FIELDS = ("prompt", "target")
+_EXAMPLE_FIELDS = tuple(field.name for field in fields(Example))
 
 
 def _fact(record: Record, number: int) -> Fact:
@@ -398,7 +398,7 @@ def _fact(record: Record, number: int) -> Fact:
 def _example(record: Record) -> Example:
     _refuse_unknown(record, _EXAMPLE_FIELDS)
     try:
-        return Example(record.text("prompt"), record.text("target"))
+        return Example(record.text("prompt"), record.text("target"), record.truth("running_text"))
     except InputError as error:
         text = str(error)
         raise InputError(text if text.startswith(record.place) else f"{record.place}: {text}") from None

@@ -18,6 +18,7 @@ OF_A_FOLDER = {
     "tests/locus/report/test_report.py",
     "tests/locus/test_device_map.py",
     "tests/locus/test_lens_grid.py",
+    "tests/tracing/localizers/test_not_finite.py",
 }
 """Tests of what several modules of one folder do."""
 

@@ -36,6 +36,7 @@ OTHER = {
     "alternatives": (" Berlin",),
     "paraphrased_target": " the city of Paris",
     "held_out": True,
+    "running_text": True,
     "source": "there, line 9",
 }
 """Another value of every field."""

@@ -138,7 +138,9 @@ def test_two_processes_audit_what_one_audits(world):
         assert execute([*LOCATE, "-o", "mask.safetensors"]) == 0
         assert execute([*EDIT, "--steps", "2", "-o", "edit", "--resume"]) == 0
         assert execute([*EDIT, "--steps", "3", "-o", "other", "--resume"]) == 0
-    audit = ["audit", "model", "edit", "facts.jsonl", "--retain", "facts.jsonl", "--attacks", "lens", "choice",
+    kept = [{"id": "kept", "prompt": "The city of Rome is in", "target": " Italy", "subject": "Rome"}]
+    (world / "kept.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    audit = ["audit", "model", "edit", "facts.jsonl", "--retain", "kept.jsonl", "--attacks", "lens", "choice",
              "relearn", "strength", "--control", "other", "-q"]  # fmt: skip
     with contextlib.chdir(world):
         assert execute([*audit, "-o", "audit-by-one"]) == 0

@@ -47,7 +47,7 @@ class ZeroOut:
         """The first-order scores, then the blocks from its layer on per candidate and fact.
 
         Candidates are taken to lie evenly over the layers; those of the last layer run next to nothing, because
-        only the positions that are read change.
+        only the positions that are read change. The engine's check of itself, a few forwards a run, is not counted.
         """
         n_runs, n_layers = len(facts) * self._count(model), model.atlas.n_layers
         blocks = (n_layers + 1) / 2 - 1 / n_layers

@@ -96,7 +96,7 @@ def test_variants_of_attention(arch: str, settings: dict[str, object], attention
 def test_every_corruption(corruption: str) -> None:
     model = tiny_model("qwen3")
     facts = tiny_facts()
-    twin = replace(facts[0], id="twin", prompt=facts[0].prompt.replace("city of", "city in"))
+    twin = replace(facts[0], id="twin", prompt=facts[0].prompt.replace("city of", "city in"), target=" Rome")
     known = prepared(model, [*facts, twin])
     question, readout = question_of(model, known, 0, corruption)
     cells = grid(model, known[0])

@@ -204,9 +204,9 @@ def test_what_is_not_the_benchmark_is_refused(
 def test_an_audit_with_a_suite_shows_what_it_could_not_measure(tofu_folder: Path, tmp_path: Path) -> None:
     suite = Tofu(read_tofu(tofu_folder, limit=3).sets, max_new_tokens=2)
     settings = AuditSettings(attacks=("depth",))
-    done = audit(
-        knowing(), {"edit": never_knew()}, suite.facts, suite.retain, settings=settings, suites=[suite]
-    )
+    asked = {(fact.prompt, fact.target) for fact in suite.facts}
+    retain = [fact for fact in suite.retain if (fact.prompt, fact.target) not in asked]
+    done = audit(knowing(), {"edit": never_knew()}, suite.facts, retain, settings=settings, suites=[suite])
     doc = done.document()
     edit = doc["states"][1]["figures"]
     assert edit["tofu.probability"]["n"] == 3 and edit["tofu.model_utility"]["low"] is None
