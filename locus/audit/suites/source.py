@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from locus.errors import InputError
 from locus.readers.hub import hub_records
-from locus.readers.records import lines, missing, opened
+from locus.readers.records import head, json_array, json_objects, missing, opened
 
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 HUB = "hf://"
@@ -65,24 +64,11 @@ def read_records(path: Path, limit: int | None, *needed: str) -> list[dict[str, 
     if not path.is_file():
         raise InputError(f"{missing(path)}; the suite needs it")
     with opened(path) as stream:
-        numbered = list(lines(stream, str(path)))
-    if not any(line.strip() for _, line in numbered):
-        raise InputError(f"{path}: an empty suite; nothing can be measured with it")
-    return _complete(str(path), _decoded(path, numbered), limit, needed)
-
-
-def _decoded(path: Path, numbered: list[tuple[int, str]]) -> Iterator[Any]:
-    start = next(line for _, line in numbered if line.strip())
-    whole = start.lstrip().startswith("[")
-    texts = [(1, "\n".join(line for _, line in numbered))] if whole else numbered
-    for number, text in texts:
-        if not text.strip():
-            continue
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from error
-        yield from found if whole else [found]
+        start = head(stream)
+        if not start:
+            raise InputError(f"{path}: an empty suite; nothing can be measured with it")
+        read = json_array if start.startswith("[") else json_objects
+        return _complete(str(path), (record.fields for record in read(stream, str(path))), limit, needed)
 
 
 def _complete(

@@ -16,6 +16,7 @@ from locus.audit.metric_table import FIGURES
 from locus.audit.state import State
 from locus.audit.suites.membership import SCORES, membership_scores
 from locus.audit.suites.muse import Muse, read_muse, text_before_stop
+from locus.audit.suites.source import read_records
 from locus.audit.suites.table import SUITES, load_suite
 from locus.audit.suites.tofu import Tofu, read_tofu
 from locus.errors import InputError
@@ -213,6 +214,24 @@ def test_an_audit_with_a_suite_shows_what_it_could_not_measure(tofu_folder: Path
     missing = {m["what"] for m in doc["missing"]}
     assert FIGURES["tofu.forget_quality"].label in missing and FIGURES["depth.erased"].label in missing
     assert "attack probe" in missing and "attack depth" not in missing
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 3000, "forget.json"),
+        ('[{"question": ' + "1" * 6000 + "}]", "not usable JSON"),
+        ('{"question": ' + "[" * 100_000, "not usable JSON"),
+        ('{"question": "a", "question": "b"}', "given twice"),
+        ("", "empty suite"),
+    ],
+    ids=["array in array", "long number", "deep nesting", "twice", "empty"],
+)
+def test_hostile_files_are_refused_as_fact_files_are(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "forget.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=why):
+        read_records(path, None, "question")
 
 
 def test_the_suites_are_those_of_the_table(tmp_path: Path) -> None:
