@@ -29,7 +29,7 @@ def judge(
     standards: Standards,
     reference: Measurement | None = None,
 ) -> tuple[Verdict, ...]:
-    """VerdictAnswer the seven questions about one edit.
+    """Answer the seven questions about one edit.
 
     Args:
         edit: What is judged.
